@@ -1,0 +1,18 @@
+"""The words a user may choose from, in one place that imports nothing.
+
+The command line prints them without loading torch; the code that acts on them keys its tables by them.
+"""
+
+OPERATORS = ("linear", "cosine", "sigmoid", "learnable-sigmoid")
+SHARE_K = ("filter", "layer", "network")
+RESCALE = ("auto", "always", "never")
+NORM = ("keep", "replace")
+HEADS = ("auto", "keep", "w-softmax", "s-softmax")
+"""What `head=` takes. "auto" and "keep" are policies, the rest are kinds of `AngularHead`."""
+
+HEAD_KINDS = tuple(head for head in HEADS if head not in ("auto", "keep"))
+
+
+def canonical(word: str) -> str:
+    """`Learnable_Sigmoid` and `learnable-sigmoid` are the same choice."""
+    return word.strip().lower().replace("_", "-")

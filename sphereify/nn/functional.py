@@ -1,0 +1,400 @@
+"""SphereConv as functions: g(θ) of the angle between each filter and each patch, with a hand-written backward.
+
+    cos θ = w·x / (sqrt(‖w‖² + ε) · sqrt(‖x‖² + ε)),    output = g(θ) + bias
+
+One `autograd.Function` serves convolutions of one to three dimensions and linear maps: a `Projection` says what the
+inner product, the patch norm and their adjoints are. Its forward is the plain convolution with normalized filters, a
+division by the patch norms (one channel a group) and the operator's curve. The backward keeps x, the weight, the
+output and the patch norms; what the curve's slope needs is recovered from the output.
+
+With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
+
+    ∂L/∂x = conv_transpose(d/N_x, ŵ) - x · spread(Σ_filters d·cos / N_x²)
+    ∂L/∂w = (v - ŵ (ŵ·v)) / N_w,    v = conv_weight(d/N_x, x)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sphereify.errors import UsageError
+from sphereify.nn.operators import CURVES, SIN_FLOOR, AngularOperator, broadcast_k
+
+DEFAULT_EPS = 1e-4
+
+Operator = Callable[[Tensor], Tensor]
+Ints = tuple[int, ...]
+
+
+class Projection(NamedTuple):
+    """The geometry of a convolution; `None` in its place means a linear map over the last dimension."""
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+
+def sphere_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    operator: Operator,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = DEFAULT_EPS,
+) -> Tensor:
+    """SphereConv over (B, C, L) or (C, L); otherwise as `sphere_conv2d`."""
+    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+
+
+def sphere_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    operator: Operator,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = DEFAULT_EPS,
+) -> Tensor:
+    """g(θ) of the angle between every filter and every patch, plus `bias` (NIPS 2017, eq. 1).
+
+    Args:
+        x: (B, C, H, W) or (C, H, W). B may be 0. Useful up to norms of 1e18 in fp32.
+        weight: (O, C / groups, kH, kW). Its scale does not matter, as far as `eps` allows.
+        operator: `CosineOperator()` and kin, or any callable cos -> g. A per-filter k has shape (O,).
+        bias: (O,) or None.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv2d`; padding also 'same' or 'valid'.
+        eps: > 0, added to both squared norms inside the roots. A patch of zeros has no angle: its output is
+            g(π/2) = 0 and its gradient is finite.
+
+    Returns:
+        (B, O, H', W') in the dtype that `F.conv2d` returns, under autocast too; norms and angles are taken in fp32.
+
+    Raises:
+        UsageError: a shape, dtype or eps that does not fit.
+
+    >>> from sphereify.nn import CosineOperator
+    >>> x = torch.ones(1, 2, 4, 4)
+    >>> round(sphere_conv2d(x, torch.ones(3, 2, 3, 3), CosineOperator())[0, 0, 0, 0].item(), 4)
+    1.0
+    """
+    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+
+
+def sphere_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    operator: Operator,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = DEFAULT_EPS,
+) -> Tensor:
+    """SphereConv over (B, C, D, H, W) or (C, D, H, W); otherwise as `sphere_conv2d`."""
+    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+
+
+def sphere_linear(
+    x: Tensor, weight: Tensor, operator: Operator, bias: Tensor | None = None, eps: float = DEFAULT_EPS
+) -> Tensor:
+    """g(θ) of the angle between x and every row of the weight, plus `bias`.
+
+    Args:
+        x: (*, in_features), any number of leading dimensions.
+        weight: (out_features, in_features).
+        operator: as for `sphere_conv2d`; a per-filter k has shape (out_features,).
+        bias: (out_features,) or None.
+        eps: > 0, as for `sphere_conv2d`.
+
+    Returns:
+        (*, out_features)
+
+    Raises:
+        UsageError: a shape, dtype or eps that does not fit.
+
+    >>> from sphereify.nn import LinearOperator
+    >>> g = sphere_linear(torch.tensor([[3.0, 3.0]]), torch.tensor([[5.0, 0.0]]), LinearOperator(), eps=1e-9)
+    >>> round(g.item(), 4)  # 45° is halfway between 1 and 0
+    0.5
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise UsageError(
+            f"sphere_linear: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}, expected "
+            f"(*, in_features) and (out_features, in_features)"
+        )
+    rows = x.unsqueeze(0) if x.dim() == 1 else x
+    g = _angular(rows, weight, operator, eps, None)
+    if bias is not None:
+        g = g + bias.to(g.dtype)
+    return g.squeeze(0) if x.dim() == 1 else g
+
+
+def _sphere_conv(
+    dim: int,
+    x: Tensor,
+    weight: Tensor,
+    operator: Operator,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    eps: float,
+) -> Tensor:
+    if weight.dim() != dim + 2 or x.dim() not in (dim + 1, dim + 2) or x.shape[-dim - 1] != weight.shape[1] * groups:
+        raise UsageError(
+            f"sphere_conv{dim}d: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} with "
+            f"groups={groups}, expected {dim + 1} or {dim + 2} dimensions of x, and weight.shape[1] * groups channels"
+        )
+    batched = x if x.dim() == dim + 2 else x.unsqueeze(0)
+    strides, dilations = _tuple(stride, dim), _tuple(dilation, dim)
+    batched, paddings = _resolve_padding(batched, padding, weight.shape[2:], strides, dilations)
+    g = _angular(batched, weight, operator, eps, Projection(strides, paddings, dilations, groups))
+    if bias is not None:
+        g = g + bias.to(g.dtype).view(-1, *[1] * dim)
+    return g if x.dim() == dim + 2 else g.squeeze(0)
+
+
+def _tuple(value: int | Sequence[int], dim: int) -> Ints:
+    return (value,) * dim if isinstance(value, int) else tuple(value) * (dim if len(value) == 1 else 1)
+
+
+def _resolve_padding(
+    x: Tensor, padding: int | Sequence[int] | str, kernel: Sequence[int], stride: Ints, dilation: Ints
+) -> tuple[Tensor, Ints]:
+    """Padding as numbers. 'same' with an even reach needs one zero more behind than in front, so it pads x itself."""
+    dim = len(kernel)
+    if not isinstance(padding, str):
+        return x, _tuple(padding, dim)
+    if padding == "valid":
+        return x, (0,) * dim
+    if padding != "same":
+        raise UsageError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
+    if any(s != 1 for s in stride):
+        raise UsageError(f"padding='same' needs a stride of 1, got {stride}. Give the padding as numbers.")
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(r % 2 == 0 for r in reach):
+        return x, tuple(r // 2 for r in reach)
+    sides = [side for r in reversed(reach) for side in (r // 2, r - r // 2)]
+    return F.pad(x, sides), (0,) * dim
+
+
+def _angular(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None) -> Tensor:
+    """g of the angles; the border where dtype, autocast and the kind of operator are settled."""
+    if not eps > 0:
+        raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
+    dtype = _compute_dtype(x, weight)
+    x, eps_x = _fit_into(dtype, x, math.prod(weight.shape[1:]), eps)
+    if not isinstance(operator, AngularOperator):
+        cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, eps_x, projection)
+        return operator(cos)
+    # The filters of a linear map are its last dimension, those of a convolution dimension 1.
+    k = broadcast_k(operator.k, x.dim() if projection else 0, _accumulate_dtype(dtype))
+    g, _ = _SphereMap.apply(x, weight, k, operator.name, eps, eps_x, projection)
+    return g
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which torch's own convolution would multiply."""
+    device = x.device.type
+    if autocast_is_on(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    if x.dtype is not weight.dtype:
+        raise UsageError(
+            f"got x of {x.dtype} and weight of {weight.dtype}, expected one dtype. Try x.to(weight.dtype)."
+        )
+    if x.dtype not in SIN_FLOOR:
+        raise UsageError(f"got tensors of {x.dtype}, expected one of {', '.join(str(d) for d in SIN_FLOOR)}")
+    return x.dtype
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is active; devices that know no autocast (meta) have it off."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _fit_into(dtype: torch.dtype, x: Tensor, fan_in: int, eps: float) -> tuple[Tensor, float | Tensor]:
+    """x in `dtype`, and the ε that belongs to it.
+
+    fp16 ends at 65504, which the inner product of a large patch with a unit filter exceeds. Angles do not care about
+    scale, so each sample that could is divided down first, and ε with it; all others are left exactly as they are.
+    """
+    if dtype is not torch.float16 or x.numel() == 0:
+        return x.to(dtype), eps
+    peak = x.detach().to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
+    shrink = (peak * (math.sqrt(fan_in) / 6e4)).clamp_min(1)
+    return (x / shrink).to(dtype), eps / (shrink * shrink)
+
+
+class _SphereMap(torch.autograd.Function):
+    """(x, weight) -> (g(θ), patch norms). The norms are returned to be saved, not to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        k: Any,
+        name: str,
+        eps: float,
+        eps_x: float | Tensor,
+        projection: Projection | None,
+    ) -> tuple[Tensor, Tensor]:
+        accumulate = _accumulate_dtype(x.dtype)
+        unit, _ = _normalize_filters(weight.to(accumulate), eps)
+        norm = _patch_norm(x, weight, eps_x, projection)
+        cos = _by_patch(torch.Tensor.div_, _project(x, unit.to(x.dtype), projection).to(accumulate), norm, projection)
+        return CURVES[name].value(F.hardtanh_(cos), k).to(x.dtype), norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, weight, k, ctx.name, ctx.eps, eps_x, ctx.projection = inputs
+        g, norm = output
+        ctx.mark_non_differentiable(norm)
+        ctx.k = None if isinstance(k, Tensor) else k
+        ctx.eps_x = None if isinstance(eps_x, Tensor) else eps_x
+        extra = [t for t in (k, eps_x) if isinstance(t, Tensor)]
+        ctx.save_for_backward(x, weight, g, norm, *extra)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:  # type: ignore[override]
+        x, weight, g, norm, *extra = ctx.saved_tensors
+        eps_x = extra.pop() if ctx.eps_x is None else ctx.eps_x
+        k = extra.pop() if extra else ctx.k
+        if torch.is_grad_enabled():
+            # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
+            norm = _patch_norm(x, weight, eps_x, ctx.projection)
+        accumulate = _accumulate_dtype(x.dtype)
+        slope = CURVES[ctx.name].slope(g.to(accumulate), k, SIN_FLOOR[g.dtype])
+        upstream = grad.to(accumulate)
+        d = upstream if slope.by_cos is None else upstream * slope.by_cos
+
+        unit, filter_norm = _normalize_filters(weight.to(accumulate), ctx.eps)
+        d_dot = _by_patch(torch.Tensor.div, d, norm, ctx.projection).to(x.dtype)
+        grad_x, v = _project_backward(d_dot, x, unit.to(x.dtype), ctx.projection, ctx.needs_input_grad[:2])
+        if grad_x is not None:
+            radial = _sum_filters(d * slope.cos, norm, ctx.projection) / (norm * norm)
+            grad_x = (grad_x.to(accumulate) - _spread(radial, x, weight, ctx.projection)).to(x.dtype)
+        grad_weight = None
+        if v is not None:
+            v = v.to(accumulate)
+            inward = (unit * v).sum(dim=tuple(range(1, v.dim())), keepdim=True)
+            grad_weight = ((v - unit * inward) / filter_norm).to(weight.dtype)
+        grad_k = None
+        if slope.by_k is not None and ctx.needs_input_grad[2]:
+            grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
+        return grad_x, grad_weight, grad_k, None, None, None, None
+
+
+def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """w / sqrt(‖w‖² + ε), and that root with shape (O, 1, …)"""
+    norm = ((weight * weight).sum(dim=tuple(range(1, weight.dim())), keepdim=True) + eps).sqrt()
+    return weight / norm, norm
+
+
+def _patch_norm(x: Tensor, weight: Tensor, eps: float | Tensor, projection: Projection | None) -> Tensor:
+    """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    squares = x.to(_accumulate_dtype(x.dtype)).square()
+    if projection is None:
+        return (squares.sum(-1, keepdim=True) + eps).sqrt()
+    groups = projection.groups
+    if groups == 1:
+        squares = squares.sum(1, keepdim=True)
+    elif weight.shape[1] > 1:
+        squares = squares.unflatten(1, (groups, -1)).sum(2)
+    return (_box_sum(squares, weight.shape[2:], projection) + eps).sqrt()
+
+
+def _box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
+    """The sum over each window of a (B, groups, H, W) tensor: one channel a group, so it costs next to nothing.
+
+    A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
+    """
+    stride, padding, dilation, groups = projection
+    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+        return squares
+    ones = squares.new_ones(groups, 1, *kernel)
+    return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
+    """The adjoint of `_box_sum`: every place of a (B, groups, *size) tensor receives the sum over its windows."""
+    stride, padding, dilation, groups = projection
+    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+        return windows
+    mirrored = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
+    if math.prod(stride) == 1 and min(mirrored) >= 0:
+        # The window is symmetric: its adjoint is itself. On a CPU this is 30 times faster than the general way.
+        return _box_sum(windows, kernel, projection._replace(padding=mirrored))
+    ones = windows.new_ones(groups, 1, *kernel)
+    shape_only = windows.new_empty(1).expand(*windows.shape[:2], *size)
+    zeros = [0] * len(stride)
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        windows, shape_only, ones, None, stride, padding, dilation, False, zeros, groups, (True, False, False)
+    )[0]
+
+
+def _by_patch(operation: Callable, of_filters: Tensor, of_patches: Tensor, projection: Projection | None) -> Tensor:
+    """Apply an elementwise operation between (B, O, H', W') and (B, groups, H', W')."""
+    if projection is None or projection.groups == 1 or of_filters.shape[1] == projection.groups:
+        return operation(of_filters, of_patches)
+    grouped = of_filters.unflatten(1, (projection.groups, -1))
+    return operation(grouped, of_patches.unsqueeze(2)).flatten(1, 2)
+
+
+def _sum_filters(of_filters: Tensor, like_norm: Tensor, projection: Projection | None) -> Tensor:
+    """The sum over the filters of each group, in the shape of the patch norms."""
+    if projection is None:
+        return of_filters.sum(-1, keepdim=True)
+    if projection.groups == 1:
+        return of_filters.sum(1, keepdim=True)
+    return of_filters.unflatten(1, (projection.groups, -1)).sum(2)
+
+
+def _spread(radial: Tensor, x: Tensor, weight: Tensor, projection: Projection | None) -> Tensor:
+    """x times the sum of `radial` over the patches that each element belongs to."""
+    x = x.to(radial.dtype)
+    if projection is None:
+        return x * radial
+    places = _box_spread(radial, x.shape[2:], weight.shape[2:], projection)
+    return _by_patch(torch.Tensor.mul, x, places, projection)
+
+
+def _project(x: Tensor, unit: Tensor, projection: Projection | None) -> Tensor:
+    """The inner products of filters and patches."""
+    if projection is None:
+        return x @ unit.t()
+    stride, padding, dilation, groups = projection
+    return torch.ops.aten.convolution(x, unit, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _project_backward(
+    d_dot: Tensor, x: Tensor, unit: Tensor, projection: Projection | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adjoints of `_project`, for x and for the filters."""
+    if projection is None:
+        grad_x = d_dot @ unit if wanted[0] else None
+        return grad_x, d_dot.flatten(0, -2).t() @ x.flatten(0, -2) if wanted[1] else None
+    stride, padding, dilation, groups = projection
+    zeros = [0] * len(stride)
+    mask = (wanted[0], wanted[1], False)
+    grads = torch.ops.aten.convolution_backward(
+        d_dot, x, unit, None, stride, padding, dilation, False, zeros, groups, mask
+    )
+    return grads[0], grads[1]

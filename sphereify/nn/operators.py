@@ -1,0 +1,255 @@
+"""The functions g(θ) that replace the inner product (Deep Hyperspherical Learning, section 3.2).
+
+Every operator maps the cosine of the angle θ ∈ [0, π] between filter and patch to g(θ), with g(0) = 1,
+g(π/2) = 0, g(π) = -1, falling in between. Written with a = π/2 - θ = arcsin(cos θ):
+
+    cosine              g = cos θ                      eq. (3)
+    linear              g = 2a/π = 1 - 2θ/π            eq. (2)
+    sigmoid             g = tanh(a/2k) / tanh(π/4k)    eq. (4), in the form that does not overflow
+    learnable sigmoid   the same, k a parameter        section 3.3
+
+Each `Curve` also answers what its gradient needs from the value g alone, so that a layer keeps its output for
+the backward pass and nothing else of that size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sphereify import choices
+from sphereify.errors import UsageError, choose
+
+# Below this value of sin θ the slope of arcsin is held constant. In fp32 it is the band |cos θ| > 1 - 1e-6. bf16
+# cannot tell g from 1 closer than that, so its band is as wide as its rounding.
+SIN_FLOOR = {torch.float64: 1.5e-7, torch.float32: 1.5e-3, torch.float16: 1.5e-3, torch.bfloat16: 3e-3}
+
+
+class Slope(NamedTuple):
+    """The derivatives of g, recovered from its value. `by_cos` is None where it is 1, `by_k` where there is no k."""
+
+    cos: Tensor
+    by_cos: Tensor | None
+    by_k: Tensor | None
+
+
+class Curve(NamedTuple):
+    """One g as two pure functions of a tensor and, for the sigmoid, of k (a float or a broadcastable tensor)."""
+
+    value: Callable[[Tensor, Any], Tensor]
+    """cos θ in [-1, 1] (may be overwritten) -> g"""
+    slope: Callable[[Tensor, Any, float], Slope]
+    """g, k and the floor of sin θ -> the derivatives"""
+
+
+def _cosine_value(cos: Tensor, k: None) -> Tensor:
+    return cos
+
+
+def _cosine_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
+    return Slope(g, None, None)
+
+
+def _linear_value(cos: Tensor, k: None) -> Tensor:
+    return cos.asin_().mul_(2 / math.pi)
+
+
+def _linear_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
+    a = g * (math.pi / 2)
+    return Slope(a.sin(), (2 / math.pi) / a.cos().clamp_min(sin_floor), None)
+
+
+def _tanh(x: Any) -> Any:
+    return x.tanh() if isinstance(x, Tensor) else math.tanh(x)
+
+
+def _sigmoid_value(cos: Tensor, k: Any) -> Tensor:
+    return (cos.asin_() / (2 * k)).tanh_() / _tanh(math.pi / (4 * k))
+
+
+def _sigmoid_slope(g: Tensor, k: Any, sin_floor: float) -> Slope:
+    top = _tanh(math.pi / (4 * k))
+    t = g * top
+    # For small k rounding takes t to 1 and atanh to infinity: the angle is then the pole.
+    a = (2 * k * t.atanh()).clamp(-math.pi / 2, math.pi / 2)
+    by_a = (1 - t * t) / (2 * k * top)
+    by_k = None
+    if isinstance(k, Tensor):
+        by_k = (g * (1 - top * top) * (math.pi / 4) / k - (1 - t * t) * a / (2 * k)) / (k * top)
+    return Slope(a.sin(), by_a / a.cos().clamp_min(sin_floor), by_k)
+
+
+_SIGMOID = Curve(_sigmoid_value, _sigmoid_slope)
+CURVES: dict[str, Curve] = {
+    "linear": Curve(_linear_value, _linear_slope),
+    "cosine": Curve(_cosine_value, _cosine_slope),
+    "sigmoid": _SIGMOID,
+    "learnable-sigmoid": _SIGMOID,
+}
+
+
+class _Apply(torch.autograd.Function):
+    """g(cos) with the derivative recovered from g: finite at the poles, where that of arcsin is not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cos: Tensor, k: Any, name: str) -> Tensor:
+        return CURVES[name].value(cos.clamp(-1, 1), k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, k, ctx.name = inputs
+        ctx.k = None if isinstance(k, Tensor) else k
+        ctx.save_for_backward(output, *([k] if isinstance(k, Tensor) else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        g, *rest = ctx.saved_tensors
+        slope = CURVES[ctx.name].slope(g, rest[0] if rest else ctx.k, SIN_FLOOR[g.dtype])
+        grad_cos = grad if slope.by_cos is None else grad * slope.by_cos
+        grad_k = (grad * slope.by_k).sum_to_size(rest[0].shape) if rest and slope.by_k is not None else None
+        return grad_cos, grad_k, None
+
+
+class AngularOperator(nn.Module):
+    """Base of the four operators: `op(cos) -> g(θ)`, elementwise, of the same shape and dtype.
+
+    `cos` is clamped to [-1, 1]; value and gradient are finite everywhere, the poles included. An operator of your
+    own is any callable with that signature, best an `nn.Module`; only these four use the fused backward.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def k(self) -> float | Tensor | None:
+        """The sigmoid's k: a float, a tensor of shape (filters,) or (1,), or None where the operator has none."""
+        return None
+
+    def forward(self, cos: Tensor) -> Tensor:
+        """cos θ, channels in dimension 1 where k is per filter -> g(θ)"""
+        return _Apply.apply(cos, broadcast_k(self.k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]
+
+
+def broadcast_k(k: float | Tensor | None, dim: int, dtype: torch.dtype) -> float | Tensor | None:
+    """k of shape (filters,) made to broadcast over the channel dimension 1 of a tensor of `dim` dimensions."""
+    return k.to(dtype).view(-1, *[1] * max(dim - 2, 0)) if isinstance(k, Tensor) else k
+
+
+class LinearOperator(AngularOperator):
+    """g(θ) = 1 - 2θ/π, eq. (2) with a = -2/π and b = 1; in [-1, 1]. Its gradient has the same length at every angle."""
+
+    name = "linear"
+
+
+class CosineOperator(AngularOperator):
+    """g(θ) = cos θ, eq. (3). The cheapest of the four."""
+
+    name = "cosine"
+
+
+class SigmoidOperator(AngularOperator):
+    """g(θ) = tanh((π/2 - θ)/2k) / tanh(π/4k), eq. (4).
+
+    Args:
+        k: curvature, > 0. Small is a step at π/2, large tends to the linear operator. Usual: 0.1 to 0.7.
+
+    Raises:
+        UsageError: k is not a positive number.
+
+    >>> import math, torch
+    >>> round(SigmoidOperator(k=0.3)(torch.tensor(math.cos(math.pi / 3), dtype=torch.float64)).item(), 12)
+    0.710244643113
+    """
+
+    name = "sigmoid"
+
+    def __init__(self, k: float = 0.3):
+        super().__init__()
+        self._k = positive_k(k)
+
+    @property
+    def k(self) -> float:
+        return self._k
+
+    def extra_repr(self) -> str:
+        return f"k={self._k:g}"
+
+
+K_FLOOR = 0.05
+
+
+class LearnableSigmoidOperator(AngularOperator):
+    """The sigmoid with a learned k = |p| + 0.05, which keeps k positive as in the authors' code (section 3.3).
+
+    Args:
+        filters: how many values of k: the number of filters, or 1 to share one.
+        k: where every k starts, > 0.05. The paper starts at 0.5.
+
+    The parameter is `p`, of shape (filters,); it wants no weight decay. `k` is the value in use.
+
+    Raises:
+        UsageError: k is not above 0.05, or filters < 1.
+    """
+
+    name = "learnable-sigmoid"
+
+    def __init__(self, filters: int = 1, k: float = 0.5):
+        super().__init__()
+        if positive_k(k) <= K_FLOOR:
+            raise UsageError(
+                f"learnable sigmoid: k starts at {k:g}, expected a value above {K_FLOOR:g}, since it is learned as "
+                f"|p| + {K_FLOOR:g}. Try k=0.5."
+            )
+        if filters < 1:
+            raise UsageError(f"learnable sigmoid: got filters={filters}, expected at least 1")
+        self.p = nn.Parameter(torch.full((filters,), float(k) - K_FLOOR))
+
+    @property
+    def k(self) -> Tensor:
+        return self.p.abs() + K_FLOOR
+
+    def extra_repr(self) -> str:
+        return f"filters={self.p.numel()}"
+
+
+def positive_k(k: float) -> float:
+    """k as a float, or the error that says what it must be."""
+    if isinstance(k, bool) or not isinstance(k, (int, float)) or not (k > 0 and math.isfinite(k)):
+        raise UsageError(f"k: got {k!r}, expected a positive finite number. Usual values are 0.1 to 0.7.")
+    return float(k)
+
+
+CLASSES: dict[str, type[AngularOperator]] = {
+    cls.name: cls for cls in (LinearOperator, CosineOperator, SigmoidOperator, LearnableSigmoidOperator)
+}
+
+
+def make_operator(operator: str | Callable[[Tensor], Tensor], *, k: float | None = None, filters: int = 1) -> Any:
+    """An operator from its name; an operator object is returned as it is.
+
+    Args:
+        operator: one of `sphereify.choices.OPERATORS`, `_` and `-` alike, or a callable cos -> g.
+        k: for the sigmoids; None is their default (0.3, or a start of 0.5).
+        filters: how many k a learnable sigmoid has.
+
+    Raises:
+        UsageError: an unknown name, or a k that the operator does not take.
+    """
+    if not isinstance(operator, str):
+        if not callable(operator):
+            raise UsageError(f"operator: got {operator!r}, expected a name or a callable that maps cos θ to g(θ)")
+        return operator
+    name = choices.canonical(operator)
+    if name not in CLASSES:
+        raise choose("operator", operator, choices.OPERATORS)
+    given = {} if k is None else {"k": k}
+    if name == LearnableSigmoidOperator.name:
+        return LearnableSigmoidOperator(filters, **given)
+    if name == SigmoidOperator.name:
+        return SigmoidOperator(**given)
+    if k is not None:
+        raise UsageError(f"k: got {k!r} for the {name} operator, which has none. Leave k out or take a sigmoid.")
+    return CLASSES[name]()
