@@ -1,0 +1,51 @@
+"""Rewrite a PyTorch network that exists into a hyperspherical one, and train it further.
+
+    from sphereify import sphereify
+    model = sphereify(timm.create_model("resnet18"), operator="cosine", skip_shortcuts=True)
+
+Names are loaded when they are first used, so that `import sphereify` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphereify.artifact import load, save
+    from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
+    from sphereify.nn import param_groups
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConversionPlan": "sphereify.convert",
+    "Decision": "sphereify.convert",
+    "apply_plan": "sphereify.convert",
+    "load": "sphereify.artifact",
+    "param_groups": "sphereify.nn",
+    "plan_conversion": "sphereify.convert",
+    "save": "sphereify.artifact",
+    "sphereify": "sphereify.convert",
+}
+
+__all__ = [
+    "ConversionPlan",
+    "Decision",
+    "apply_plan",
+    "load",
+    "param_groups",
+    "plan_conversion",
+    "save",
+    "sphereify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sphereify' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

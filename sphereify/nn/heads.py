@@ -39,8 +39,8 @@ class AngularHead(nn.Module):
     torch.Size([2, 10])
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class AngularHead(nn.Module):
     ):
         super().__init__()
         linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.weight = linear.weight
+        self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]
         self.register_parameter("bias", linear.bias)
         self._configure(kind, operator, scale)
 

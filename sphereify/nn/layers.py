@@ -32,7 +32,7 @@ class AngularLayer(nn.Module):
     operator: Any
     beta: nn.Parameter | None
     gamma: nn.Parameter | None
-    weight: nn.Parameter
+    weight: Any
     bias: Any
 
     def _make_angular(self, operator: str | Operator, rescale: bool, eps: float) -> None:

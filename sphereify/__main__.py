@@ -1,0 +1,5 @@
+"""`python -m sphereify`"""
+
+from sphereify.cli import main
+
+main()

@@ -1,0 +1,258 @@
+"""A converted model on disk: a folder with model.safetensors and conversion.json. Nothing is pickled.
+
+conversion.json says where the model comes from, how it was converted and by which versions. The same text is kept in
+the header of model.safetensors, so that the tensors alone are complete: both files are written aside and moved into
+place one after the other, and a crash between the two moves leaves new tensors with their own description, next to an
+old JSON that `load` then sees through.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sphereify.convert import ConversionPlan, apply_plan
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE
+from sphereify.errors import ArtifactError, PlanMismatchError, UsageError
+from sphereify.sources import Source, build_model, recognise, versions
+
+FORMAT_VERSION = 1
+TENSORS = "model.safetensors"
+DOCUMENT = "conversion.json"
+
+
+def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None = None) -> Path:
+    """Write a converted model to the folder `path`, which is made if it is missing.
+
+    Args:
+        model: from `sphereify` or `apply_plan`, trained further or not, on any device.
+        path: a folder. An artifact in it is replaced: at any moment it holds the old one or the new one.
+        training: plain JSON values to keep along, such as the data and the accuracy.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the model was not converted, or has state that is no tensor.
+        ArtifactError: the folder cannot be written.
+    """
+    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
+    tensors, tied = _tensors(model)
+    source = _verified_source(model, plan)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "id": uuid.uuid4().hex,
+        "versions": versions(),
+        "source": source.to_json() if source else None,
+        "plan": json.loads(plan.to_json()),
+        "tied": tied,
+        "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "training": training,
+    }
+    try:
+        _write(Path(path), document, tensors)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return Path(path)
+
+
+def load(
+    path: str | Path,
+    *,
+    factory: Callable[[], nn.Module] | None = None,
+    objects: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The converted model that `save` wrote, on the CPU, in eval mode, with bit-identical outputs.
+
+    Args:
+        path: the folder.
+        factory: makes the plain model, unconverted, for a model that is neither timm's nor torchvision's.
+        objects: operator objects of your own by their class name, if the conversion used any.
+
+    Raises:
+        ArtifactError: missing, damaged, of a newer format, or tensors that do not fit, with name and both shapes.
+        UsageError: a factory is needed.
+    """
+    document = read_document(path)
+    plan = ConversionPlan.from_json(json.dumps(document["plan"]))
+    plan.objects.update(objects or {})
+    model = apply_plan(_plain_model(path, document, factory), plan, inplace=True)
+    _fill(model, Path(path) / TENSORS, document)
+    return model.eval()
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """What conversion.json says, checked against the tensors beside it.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    folder = Path(path)
+    for name in (DOCUMENT, TENSORS):
+        if not (folder / name).is_file():
+            what = "there is no such folder" if not folder.is_dir() else f"there is no {name} in it"
+            raise ArtifactError(f"{path}: {what}; an artifact is a folder with {DOCUMENT} and {TENSORS}")
+    try:
+        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        version = document["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / DOCUMENT}: damaged, not the JSON of a conversion ({error})") from error
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder / DOCUMENT}: format version {version} is newer than {FORMAT_VERSION}, which this sphereify "
+            f"reads. Upgrade with: pip install --upgrade sphereify"
+        )
+    embedded = _read_header(folder / TENSORS)
+    if embedded.get("id") != document.get("id"):
+        return embedded
+    return document  # type: ignore[no-any-return]
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether `path` looks like an artifact, sound or not."""
+    return any((Path(path) / name).is_file() for name in (DOCUMENT, TENSORS))
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state by name, each tensor once, and for the names left out the name that stands for them."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"{name}: state of type {type(tensor).__name__} cannot be saved, only tensors can")
+        if id(tensor) in names:
+            tied[name] = names[id(tensor)]
+            continue
+        names[id(tensor)] = name
+        tensors[name] = tensor.detach()
+    return tensors, tied
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )  # fmt: skip
+
+
+def _verified_source(model: nn.Module, plan: ConversionPlan) -> Source | None:
+    """The source that, built again and converted by the plan, has the tensors of `model`; None if there is none."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for source in recognise(model):
+        try:
+            with torch.device("meta"):
+                rebuilt = apply_plan(build_model(source), plan, inplace=True)
+        except PlanMismatchError:
+            continue
+        except Exception:  # some builders cannot work without real tensors, or refuse these arguments
+            try:
+                rebuilt = apply_plan(build_model(source), plan, inplace=True)
+            except Exception:
+                continue
+        if {name: t.shape for name, t in rebuilt.state_dict().items()} == shapes:
+            return source
+    return None
+
+
+def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1)
+    aside = {name: folder / f".{name}.{document['id']}" for name in (TENSORS, DOCUMENT)}
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside[TENSORS], {"conversion": text})
+        aside[DOCUMENT].write_text(text + "\n", encoding="utf-8")
+        aside[TENSORS].chmod(aside[DOCUMENT].stat().st_mode)  # safetensors writes for the owner only
+        for name in (TENSORS, DOCUMENT):
+            _to_disk(aside[name])
+            os.replace(aside[name], folder / name)
+        _to_disk(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        for leftover in aside.values():
+            leftover.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """What was written survives a power cut from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["conversion"])  # type: ignore[no-any-return]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path}: truncated or damaged, or not written by sphereify ({error})") from error
+
+
+def _plain_model(path: str | Path, document: dict[str, Any], factory: Callable[[], nn.Module] | None) -> nn.Module:
+    source = Source(**document["source"]) if document["source"] else None
+    if factory is not None:
+        return factory()
+    if source is None or source.library == "factory":
+        hint = f" (it was made by {source.name})" if source else ""
+        raise UsageError(
+            f"{path}: holds a {document['plan']['model']}, which neither timm nor torchvision builds{hint}. "
+            f"Pass load(path, factory=…) with a function that returns the plain model."
+        )
+    return build_model(source)
+
+
+def _fill(model: nn.Module, path: Path, document: dict[str, Any]) -> None:
+    """Copy the tensors in, in their own dtype and memory format, and tie what was tied."""
+    tied, channels_last = document["tied"], set(document["channels_last"])
+    state = model.state_dict(keep_vars=True)
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys()) | set(tied)
+        _check_names(path, set(state), stored)
+        for name, tensor in state.items():
+            value = file.get_tensor(tied.get(name, name))
+            if value.shape != tensor.shape:
+                raise ArtifactError(
+                    f"{path}: tensor {name} has shape {tuple(value.shape)}, the model expects {tuple(tensor.shape)}"
+                )
+            if name in channels_last:
+                value = value.contiguous(memory_format=torch.channels_last)
+            tensor.data = value
+    for name, first in tied.items():
+        _tie(model, name, first)
+    frozen = set(document["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def _check_names(path: Path, expected: set[str], stored: set[str]) -> None:
+    for what, names in (("lacks", expected - stored), ("has, unknown to the model,", stored - expected)):
+        if names:
+            raise ArtifactError(f"{path}: {what} {len(names)} tensors, such as {sorted(names)[0]}")
+
+
+def _tie(model: nn.Module, name: str, first: str) -> None:
+    owner, _, own = name.rpartition(".")
+    first_owner, _, first_own = first.rpartition(".")
+    parameter = getattr(model.get_submodule(first_owner), first_own)
+    if getattr(model.get_submodule(owner), own) is not parameter:
+        setattr(model.get_submodule(owner), own, parameter)

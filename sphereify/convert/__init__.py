@@ -1,0 +1,44 @@
+"""How a network is rewritten: graph, plan, rewrite."""
+
+from typing import Any
+
+from torch import nn
+
+from sphereify.convert.plan import ConversionPlan, Decision, plan_conversion
+from sphereify.convert.rewrite import apply_plan
+
+__all__ = ["ConversionPlan", "Decision", "apply_plan", "plan_conversion", "sphereify"]
+
+
+def sphereify(model: nn.Module, *, inplace: bool = False, **options: Any) -> nn.Module:
+    """Make a network hyperspherical: each convolution and linear map becomes g(θ) of the angle to its filter.
+
+    Args:
+        model: any `nn.Module`. It is copied unless `inplace=True`.
+        operator: g(θ): "linear", "cosine", "sigmoid", "learnable-sigmoid", or an operator object.
+        k: of the sigmoid (default 0.3), or where a learnable one starts (default 0.5); > 0.
+        share_k: who shares a learnable k: "filter" (none), "layer" or "network".
+        skip_shortcuts: keep 1×1 convolutions on residual shortcuts, as SphereResNet-v2 does.
+        head: "auto" (w-softmax where a linear classifier is found, else kept), "keep", or a kind of `AngularHead`.
+        head_operator: default: the same as `operator`.
+        margin, scale: of the head kinds that take them.
+        rescale: SphereNorm's β and γ: "auto" (where no affine normalization follows), "always", "never".
+        norm: "keep", or "replace": drop the BatchNorm after a converted convolution, SphereNorm in its place.
+        include, exclude: globs over qualified names, or "re:…"; a string or a list.
+        overrides: {pattern: {"operator": …, "k": …, "rescale": …} or "keep"}; the first match wins, and wins over
+            `include`, `exclude` and `skip_shortcuts`.
+        eps: > 0, added to both squared norms.
+        inplace: change `model` itself.
+
+    Returns:
+        A model of the same class. Parameters `weight` and `bias` keep their names and values.
+
+    Raises:
+        UsageError, UnsupportedModelError: see `plan_conversion`. Nothing has been changed then.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+    >>> print(sphereify(net).conversion_plan.summary())
+    1 convolution converted, the head swapped for w-softmax
+    """
+    return apply_plan(model, plan_conversion(model, **options), inplace=inplace)

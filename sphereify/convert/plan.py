@@ -1,0 +1,504 @@
+"""One decision for each convolution and linear map of a model: convert or keep, and why.
+
+Everything that can be refused is refused here, so that applying a plan has nothing left to decide.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sphereify import choices
+from sphereify.convert.graph import ModelGraph, Site, is_site, trace
+from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
+from sphereify.nn import AngularHead, AngularOperator, LearnableSigmoidOperator
+from sphereify.nn.functional import DEFAULT_EPS
+from sphereify.nn.layers import AngularLayer
+from sphereify.nn.operators import make_operator
+
+PLAN_VERSION = 1
+CONVERTIBLE = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear"}
+"""Exact types: a subclass may compute something else in its forward."""
+
+EQUIVALENTS = {
+    # Only casts to the input's dtype, and only when scripted.
+    "timm.layers.linear.Linear": "linear",
+    # An nn.Linear under a name that torch's quantization skips.
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "linear",
+}
+"""Subclasses, by qualified name, that compute exactly what their base does."""
+
+Operator = str | Callable[[torch.Tensor], torch.Tensor]
+Patterns = str | Iterable[str] | None
+Overrides = Mapping[str, Mapping[str, Any] | str] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, as `sphereify(...)` takes it; checked by `validated`."""
+
+    operator: Operator = "cosine"
+    k: float | None = None
+    share_k: str = "filter"
+    skip_shortcuts: bool = False
+    head: str = "auto"
+    head_operator: Operator | None = None
+    margin: float = 4.0
+    scale: float = 30.0
+    rescale: str = "auto"
+    norm: str = "keep"
+    include: Patterns = None
+    exclude: Patterns = None
+    overrides: Overrides = None
+    eps: float = DEFAULT_EPS
+
+    def validated(self) -> "Options":
+        """The same in canonical spelling, or the error that names the first wrong one."""
+        words = {"share_k": choices.SHARE_K, "head": choices.HEADS, "rescale": choices.RESCALE, "norm": choices.NORM}
+        canonical: dict[str, Any] = {}
+        for name, allowed in words.items():
+            canonical[name] = choices.canonical(str(getattr(self, name)))
+            if canonical[name] not in allowed:
+                raise choose(name, getattr(self, name), allowed)
+        for name, lowest in {"margin": 1.0, "scale": 0.0, "eps": 0.0}.items():
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and value >= lowest and value > 0):
+                bound = f"of at least {lowest:g}" if lowest else "above 0"
+                raise UsageError(f"{name}: got {value!r}, expected a number {bound}")
+        # Made once to be checked: an unknown name, or a k that does not belong to it, fails now.
+        made = make_operator(self.operator, k=self.k)
+        if self.head_operator is not None:
+            make_operator(self.head_operator, k=_k_for(self.head_operator, self.operator, self.k))
+        k = made.k if self.k is None and isinstance(made, AngularOperator) else self.k
+        return replace(self, **canonical, k=_as_number(k))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site, and why. Plain data."""
+
+    name: str
+    """Qualified name; the first, where a module is shared."""
+    kind: str
+    """conv1d, conv2d, conv3d, linear, or a kind that is always kept."""
+    action: Literal["convert", "keep"]
+    reason: str
+    operator: str | None = None
+    """Name of the operator; for an operator object `module.Class`, with the object in `ConversionPlan.objects`."""
+    role: str = "hidden"
+    """input, hidden, shortcut, classifier, or auxiliary (a classifier that runs in training only)."""
+    aliases: tuple[str, ...] = ()
+    k: float | None = None
+    share_k: str | None = None
+    rescale: bool = False
+    eps: float | None = None
+    head: str | None = None
+    """For a classifier that becomes an `AngularHead`: its kind."""
+    scale: float | None = None
+    norm: str | None = None
+    """The affine normalization that directly follows, by name."""
+    drops_norm: bool = False
+    """Whether that normalization goes, with SphereNorm in its place."""
+    type: str = ""
+    """Class of the module that was found."""
+    shape: tuple[int, ...] = ()
+    """Shape of its weight."""
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The decisions for one architecture: prints, goes to JSON and back, applies to any model of the same shape."""
+
+    model: str
+    """Class of the model."""
+    decisions: list[Decision]
+    notes: list[str] = field(default_factory=list)
+    """What the user should know beyond single sites: parts that could not be traced, for one."""
+    objects: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Operator objects by the name that decisions use. They are not part of the JSON."""
+
+    @property
+    def converted(self) -> list[Decision]:
+        return [decision for decision in self.decisions if decision.action == "convert"]
+
+    @property
+    def kept(self) -> list[Decision]:
+        return [decision for decision in self.decisions if decision.action == "keep"]
+
+    def __str__(self) -> str:
+        width = max((len(d.name) for d in self.decisions), default=0)
+        lines = [f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {d.reason}".rstrip()
+                 for d in self.decisions]  # fmt: skip
+        return "\n".join([f"{self.model}: {self.summary()}", *lines, *self.notes])
+
+    def summary(self) -> str:
+        """One line: how many sites of each kind are converted, and how many are kept."""
+        converted = [d for d in self.converted if d.head is None]
+        convolutions = sum(d.kind.startswith("conv") for d in converted)
+        shortcuts = sum(d.role == "shortcut" for d in self.kept)
+        heads = [d for d in self.converted if d.head]
+        parts = [_count(convolutions, "convolution") + " converted"]
+        if linear := len(converted) - convolutions:
+            parts.append(_count(linear, "linear map") + " converted")
+        if shortcuts:
+            parts.append(_count(shortcuts, "shortcut") + " kept")
+        if others := len(self.kept) - shortcuts:
+            parts.append(f"{_count(others, 'other layer')} kept" if shortcuts else f"{_count(others, 'layer')} kept")
+        parts.append(f"the head swapped for {heads[0].head}" if heads else "no head swapped")
+        return ", ".join(parts)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; operator objects appear by name only."""
+        plain = {
+            "version": PLAN_VERSION,
+            "model": self.model,
+            "notes": self.notes,
+            "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
+        }
+        return json.dumps(plain, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ConversionPlan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ArtifactError: not such a JSON text, or of a newer version than this package knows.
+        """
+        try:
+            plain = json.loads(text)
+            if plain["version"] > PLAN_VERSION:
+                raise ArtifactError(
+                    f"plan: format version {plain['version']} is newer than {PLAN_VERSION}, which this sphereify "
+                    f"reads. Upgrade with: pip install --upgrade sphereify"
+                )
+            decisions = [
+                Decision(**{**d, "aliases": tuple(d["aliases"]), "shape": tuple(d["shape"])})
+                for d in plain["decisions"]
+            ]
+            return cls(plain["model"], decisions, list(plain["notes"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
+
+
+def plan_conversion(model: nn.Module, **options: Any) -> ConversionPlan:
+    """Decide for every convolution and linear map of `model` whether it is converted. The model is not changed.
+
+    Args:
+        model: any `nn.Module`, on any device.
+        options: as `sphereify.sphereify`.
+
+    Raises:
+        UsageError: a wrong option, a pattern that matches no site, a head that cannot be found, nothing to convert.
+        UnsupportedModelError: a wrapped model, lazy layers not yet initialised, quantized layers to convert.
+    """
+    known = [option.name for option in dataclasses.fields(Options)]
+    for name in options:
+        if name not in known:
+            raise choose("option", name, known)
+    asked = Options(**options).validated()
+    _check_model(model)
+    graph = trace(model)
+    return _Planner(asked, model, graph).plan()
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    wrappers = {
+        "DistributedDataParallel": "torch.nn.parallel",
+        "DataParallel": "torch.nn.parallel",
+        "FullyShardedDataParallel": "torch.distributed.fsdp",
+        "OptimizedModule": "torch.compile",
+    }
+    for name, module in model.named_modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in wrappers), None)
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if wrapper or compiled:
+            what = f"{wrapper} ({wrappers[wrapper]})" if wrapper else "compiled in place by .compile()"
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is {what}: convert the plain model first, then wrap or compile the result"
+            )
+        lazy = getattr(module, "has_uninitialized_params", None)
+        if lazy is not None and lazy():
+            raise UnsupportedModelError(
+                f"{name or 'the model'} ({type(module).__name__}) is lazy and has no weights yet: run one forward pass "
+                f"with an example input, then convert"
+            )
+
+
+class _Planner:
+    """The decisions for one model; each question a user may have about a site is one method."""
+
+    def __init__(self, options: Options, model: nn.Module, graph: ModelGraph):
+        self.options = options
+        self.model = model
+        self.graph = graph
+        self.objects: dict[str, Any] = {}
+        self.include = _Patterns("include", options.include)
+        self.exclude = _Patterns("exclude", options.exclude)
+        self.overrides = _Patterns("overrides", (options.overrides or {}).keys())
+        self.settings = {pattern: _check_override(pattern, v) for pattern, v in (options.overrides or {}).items()}
+
+    def plan(self) -> ConversionPlan:
+        quantized = list(self._quantized())
+        if not self.graph.sites and not quantized:
+            raise UsageError(
+                f"{type(self.model).__name__} has no convolution or linear layer (nn.Conv1d/2d/3d, nn.Linear): "
+                f"nothing to convert"
+            )
+        decisions = [self._decide(site) for site in self.graph.sites]
+        for patterns in (self.include, self.exclude, self.overrides):
+            patterns.check([*(n for site in self.graph.sites for n in site.names), *quantized])
+        for name in quantized:
+            if not self.exclude.match((name,)):
+                raise UnsupportedModelError(
+                    f"{name} ({type(self.model.get_submodule(name)).__name__}) is quantized: its weights cannot be "
+                    f"trained. Convert the float model and quantize afterwards, or keep it with --exclude '{name}'"
+                )
+        if self.options.head in choices.HEAD_KINDS and not any(self._is_head(site) for site in self.graph.sites):
+            raise UsageError(
+                f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
+                f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
+            )
+        if not any(d.action == "convert" for d in decisions) and not any(map(_is_angular, self.graph.sites)):
+            raise UsageError(_nothing_to_convert(decisions))
+        notes = [f"{name or type(self.model).__name__}: not traced ({why}); roles inside it come from names and shapes"
+                 for name, why in self.graph.untraced.items()]  # fmt: skip
+        return ConversionPlan(_class_name(self.model), decisions, notes, self.objects)
+
+    def _quantized(self) -> Iterator[str]:
+        for name, module in self.model.named_modules():
+            cls = type(module)
+            of_torch = cls.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized"))
+            if (of_torch and re.search("Conv|Linear", cls.__name__)) or (
+                is_site(module) and not _weight(module).is_floating_point()
+            ):
+                yield name
+
+    def _decide(self, site: Site) -> Decision:
+        setting = self._setting(site)
+        found = Decision(
+            site.name,
+            site.kind,
+            "keep",
+            self._reason_to_keep(site, setting) or "",
+            role=site.role,
+            aliases=site.aliases,
+            norm=site.norm,
+            type=_class_name(site.module),
+            shape=tuple(_weight(site.module).shape),
+        )
+        if found.reason:
+            return found
+        operator, k = self._operator(site, setting)
+        share_k = self.options.share_k if operator == LearnableSigmoidOperator.name else None
+        angular = replace(found, action="convert", operator=operator, k=k, share_k=share_k)
+        if site.role == "classifier":
+            kind = "w-softmax" if self.options.head == "auto" else self.options.head
+            scale = self.options.scale if kind == "s-softmax" else None
+            return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale)
+        rescale, drops_norm, why = self._rescale(site, setting)
+        return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps)
+
+    def _setting(self, site: Site) -> dict[str, Any] | str:
+        """The first override that matches, "keep" from `exclude` or `include`, or nothing."""
+        pattern = self.overrides.match(site.names)
+        if pattern is not None:
+            return self.settings[pattern]
+        if self.exclude.match(site.names) is not None:
+            return "exclude"
+        if self.include and self.include.match(site.names) is None:
+            explicit_head = site.role == "classifier" and self.options.head in choices.HEAD_KINDS
+            return {} if explicit_head else "not included"
+        return {}
+
+    def _reason_to_keep(self, site: Site, setting: dict[str, Any] | str) -> str | None:
+        return _cannot_convert(site) or self._should_not_convert(site, setting)
+
+    def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:
+        if isinstance(setting, str):
+            return {
+                "keep": "an override keeps it",
+                "exclude": "excluded by pattern",
+                "not included": "no include pattern matches",
+            }[setting]
+        if site.role == "auxiliary":
+            return "auxiliary classifier: it runs in training only and keeps its loss"
+        if site.role == "classifier":
+            return self._reason_to_keep_head(site)
+        if site.role == "shortcut" and self.options.skip_shortcuts and "operator" not in setting:
+            return "1×1 convolution on a residual shortcut"
+        return None
+
+    def _reason_to_keep_head(self, site: Site) -> str | None:
+        if self.options.head == "keep":
+            return "classifier: head='keep'"
+        if site.kind != "linear":
+            return "output convolution: an angular head takes the place of a linear classifier only"
+        if self.options.head != "auto":
+            return None
+        if site.heads > 1:
+            return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
+        if _weight(site.module).shape[0] < 2:
+            return "output of a single number, which has no classes"
+        return None
+
+    def _is_head(self, site: Site) -> bool:
+        return isinstance(site.module, AngularHead) or (site.role == "classifier" and site.kind == "linear")
+
+    def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
+        """Name and k; an operator object of the user's own is put aside under its class's name."""
+        default = self.options.operator
+        if site.role == "classifier" and self.options.head_operator is not None:
+            default = self.options.head_operator
+        operator = setting.get("operator", default)
+        k = setting.get("k", _k_for(operator, self.options.operator, self.options.k))
+        made = make_operator(operator, k=k)
+        if not isinstance(made, AngularOperator):
+            name = _class_name(made)
+            self.objects[name] = made
+            return name, None
+        return made.name, _as_number(made.k)
+
+    def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
+        """Whether the layer gets β and γ, whether the following norm goes, and the reason to print."""
+        wish = setting.get("rescale", self.options.rescale)
+        if self.options.norm == "replace" and site.norm and wish != "never":
+            norm = _submodule(self.model, site.norm)
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and "conv" in site.kind:
+                return True, True, f"SphereNorm in place of {site.norm}"
+        if wish == "always":
+            return True, False, "SphereNorm rescaling: always"
+        if wish == "never":
+            return False, False, "no rescaling"
+        if site.norm:
+            return False, False, f"{site.norm} rescales"
+        return True, False, "no norm follows: SphereNorm rescaling"
+
+
+_HEAD_REASONS = {"w-softmax": "classifier: logits ‖x‖·g(θ)", "s-softmax": "classifier: logits s·g(θ)"}
+
+
+def _cannot_convert(site: Site) -> str | None:
+    """What stands in the way of an angular twin of this module, whatever the user asks for."""
+    module = site.module
+    if _is_angular(site):
+        return "already angular"
+    if site.read_by is not None:
+        return f"{site.read_by} reads its weight and never calls it"
+    if site.called is False:
+        return "never called by the model's forward"
+    if site.kind not in CONVERTIBLE.values():
+        return "transposed convolution: not one patch for each output"
+    if hasattr(module, "parametrizations"):
+        return f"parametrized: {', '.join(module.parametrizations)} is computed from other tensors"  # type: ignore[arg-type]
+    if type(module) not in CONVERTIBLE and _class_name(module) not in EQUIVALENTS:
+        return f"{_class_name(module)} is a subclass that may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return None
+
+
+def _as_number(k: float | torch.Tensor | None) -> float | None:
+    return float(k.detach().mean()) if isinstance(k, torch.Tensor) else k
+
+
+def _is_angular(site: Site) -> bool:
+    return isinstance(site.module, (AngularLayer, AngularHead))
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight: Any = module.weight  # quantized modules have a method of that name
+    return weight() if callable(weight) and not isinstance(weight, torch.Tensor) else weight
+
+
+def _k_for(operator: Operator, default_operator: Operator, k: float | None) -> float | None:
+    """The k of the whole conversion belongs to its operator; another operator at one place takes its own default."""
+    same = isinstance(operator, str) and isinstance(default_operator, str)
+    return k if same and choices.canonical(operator) == choices.canonical(default_operator) else None  # type: ignore[arg-type]
+
+
+def _check_override(pattern: str, value: Any) -> dict[str, Any] | str:
+    place = f"overrides[{pattern!r}]"
+    if value == "keep":
+        return "keep"
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{place}: got {value!r}, expected 'keep' or a dict of operator, k, rescale")
+    for key in value:
+        if key not in ("operator", "k", "rescale"):
+            raise choose(f"{place}: key", key, ("operator", "k", "rescale"))
+    setting = dict(value)
+    if "rescale" in setting:
+        setting["rescale"] = choices.canonical(str(setting["rescale"]))
+        if setting["rescale"] not in choices.RESCALE:
+            raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
+    if "operator" in setting:
+        make_operator(setting["operator"], k=setting.get("k"))
+    return setting
+
+
+class _Patterns:
+    """Globs over qualified names, or regular expressions after "re:", of which each must match some site."""
+
+    def __init__(self, option: str, patterns: Patterns):
+        self.option = option
+        self.patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
+        self.matchers = {pattern: self._compile(pattern) for pattern in self.patterns}
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns)
+
+    def _compile(self, pattern: str) -> re.Pattern[str]:
+        if not isinstance(pattern, str):
+            raise UsageError(f"{self.option}: got {pattern!r}, expected a glob over layer names, or 're:…'")
+        if not pattern.startswith("re:"):
+            return re.compile(fnmatch.translate(pattern))
+        try:
+            return re.compile(pattern[3:])
+        except re.error as error:
+            raise UsageError(f"{self.option}: {pattern!r} is not a regular expression: {error}") from None
+
+    def match(self, names: Iterable[str]) -> str | None:
+        """The first pattern that matches one of `names`."""
+        names = list(names)
+        return next((p for p, m in self.matchers.items() if any(m.fullmatch(name) for name in names)), None)
+
+    def check(self, names: list[str]) -> None:
+        for pattern, matcher in self.matchers.items():
+            if any(matcher.fullmatch(name) for name in names):
+                continue
+            inside = any(name.startswith(pattern + ".") for name in names)
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            hint = f"did you mean {pattern + '.*'!r}?" if inside else f"names look like {', '.join(near)}"
+            raise UsageError(f"{self.option}: pattern {pattern!r} matches no convolution or linear layer; {hint}")
+
+
+def _nothing_to_convert(decisions: list[Decision]) -> str:
+    reasons: dict[str, int] = {}
+    for decision in decisions:
+        reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
+    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+    return f"nothing to convert: all {_count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a functional norm has a node's name, not a module's
+        return None
+
+
+def _class_name(thing: Any) -> str:
+    cls = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,170 @@
+"""Applies a plan to a model. Everything has been decided before; here modules are swapped."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sphereify.convert.graph import is_site, kind_of
+from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
+from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
+from sphereify.nn.layers import AngularLayer
+from sphereify.nn.operators import CLASSES, make_operator
+
+TWINS: dict[str, Any] = {
+    "conv1d": SphereConv1d.from_conv,
+    "conv2d": SphereConv2d.from_conv,
+    "conv3d": SphereConv3d.from_conv,
+    "linear": SphereLinear.from_linear,
+}
+
+PLAN_ATTRIBUTE = "conversion_plan"
+"""Where a converted model carries the plan that made it."""
+
+
+def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:
+    """The model with every site of the plan converted; its own class, methods, hooks and flags stay.
+
+    Args:
+        model: of the architecture that was planned; its weights may differ.
+        plan: from `plan_conversion`, or back from JSON.
+        inplace: change `model` itself. Otherwise it is copied and not touched.
+
+    Returns:
+        The converted model, which carries the plan as `conversion_plan`. An optimizer made before the conversion does
+        not know the new parameters (k, β, γ): make it afterwards.
+
+    Raises:
+        PlanMismatchError: the plan belongs to another architecture. Nothing has been changed then.
+        UsageError: the plan names an operator object that it does not carry, as after `from_json`.
+    """
+    _check_fit(model, plan)
+    if not inplace:
+        model = _copy(model)
+    operators = _Operators(plan)
+    twins = {d.name: _make_twin(model.get_submodule(d.name), d, operators) for d in plan.converted}
+    norms = {d.norm: _without_norm(model.get_submodule(d.norm)) for d in plan.converted if d.drops_norm and d.norm}
+    for decision in plan.converted:
+        if decision.drops_norm and decision.norm:
+            _take_over_norm(twins[decision.name], model.get_submodule(decision.norm))
+    # All is made; from here on nothing can fail half-way.
+    for decision in plan.converted:
+        for name in (decision.name, *decision.aliases):
+            model = _put(model, name, twins[decision.name])
+    for name, rest in norms.items():
+        model = _put(model, name, rest)
+    setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
+    return model
+
+
+def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
+    """The model has exactly the sites that the plan speaks of, in the shapes it saw."""
+    found = {name: module for name, module in model.named_modules() if is_site(module)}
+    planned = {decision.name: decision for decision in plan.decisions}
+    for name, decision in planned.items():
+        if name not in found:
+            raise PlanMismatchError(f"{name}: the plan for {plan.model} has this layer, {type(model).__name__} has not")
+        module = found[name]
+        shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+        if kind_of(module) != decision.kind or shape != decision.shape:
+            raise PlanMismatchError(
+                f"{name}: the plan expects a {decision.kind} with weight {decision.shape}, {type(model).__name__} has "
+                f"a {kind_of(module)} with weight {shape}"
+            )
+        if decision.action == "convert" and isinstance(module, (AngularLayer, AngularHead)):
+            raise PlanMismatchError(f"{name}: the plan converts this layer, but it is angular already")
+    for name in found:
+        if name not in planned:
+            raise PlanMismatchError(f"{name}: {type(model).__name__} has this layer, the plan for {plan.model} has not")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert it with inplace=True."
+        ) from error
+
+
+class _Operators:
+    """Operators for the decisions of one plan, shared as far as the plan says."""
+
+    def __init__(self, plan: ConversionPlan):
+        self.objects = plan.objects
+        self.network_wide: dict[tuple, nn.Module] = {}
+
+    def of(self, decision: Decision) -> Any:
+        if decision.operator in self.objects:
+            return copy.deepcopy(self.objects[decision.operator])
+        if decision.operator not in CLASSES:
+            raise UsageError(
+                f"{decision.name}: the plan uses the operator object {decision.operator}, which JSON cannot hold. Put "
+                f"it back with plan.objects[{decision.operator!r}] = … before applying the plan."
+            )
+        if decision.operator != LearnableSigmoidOperator.name:
+            return make_operator(decision.operator, k=decision.k)
+        if decision.share_k != "network":
+            filters = decision.shape[0] if decision.share_k == "filter" else 1
+            return make_operator(decision.operator, k=decision.k, filters=filters)
+        key = (decision.operator, decision.k)
+        return self.network_wide.setdefault(key, make_operator(decision.operator, k=decision.k))
+
+
+def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> nn.Module:
+    operator = operators.of(decision)
+    weight: torch.Tensor = plain.weight  # type: ignore[assignment]
+    if isinstance(operator, nn.Module):
+        operator.to(device=weight.device, dtype=weight.dtype)
+    if decision.head:
+        scale = {} if decision.scale is None else {"scale": decision.scale}
+        return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **scale)  # type: ignore[arg-type]
+    twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
+    if twin.beta is not None:
+        # ‖w‖·√fan_in: for inputs of unit RMS, ‖x‖ = √fan_in, β·cos θ is then the inner product that was there before.
+        with torch.no_grad():
+            norm = weight.detach().float().flatten(1).norm(dim=1)
+            twin.beta.copy_(norm * math.sqrt(weight[0].numel()))
+    return twin
+
+
+def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
+    """SphereNorm in place of a BatchNorm starts with its scale and shift.
+
+    For filters of random direction cos θ has the variance 1 / fan_in, so β = scale · √fan_in gives the channel the
+    spread that the normalization gave it.
+    """
+    shift = twin.bias if twin.bias is not None else twin.gamma
+    fan_in = twin.weight[0].numel()  # type: ignore[union-attr, index, operator]
+    with torch.no_grad():
+        twin.beta.copy_(norm.weight.detach() * math.sqrt(fan_in))  # type: ignore[union-attr, operator]
+        shift.copy_(norm.bias.detach())  # type: ignore[union-attr, operator]
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    """What remains of a normalization: nothing, or the activation that timm fuses into it."""
+    parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    parts = [part for part in parts if not isinstance(part, nn.Identity)]
+    return nn.Sequential(*parts) if parts else nn.Identity()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Set a submodule by its qualified name; the empty name is the model itself."""
+    if not name:
+        return module
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+    return model
+
+
+def _merged(earlier: ConversionPlan | None, plan: ConversionPlan) -> ConversionPlan:
+    """After a second conversion, the plan that leads from the plain model to the present one."""
+    if earlier is None:
+        return plan
+    before = {decision.name: decision for decision in earlier.converted}
+    decisions = [d if d.action == "convert" else before.get(d.name, d) for d in plan.decisions]
+    return replace(plan, decisions=decisions, objects={**earlier.objects, **plan.objects})

@@ -1,0 +1,5 @@
+"""How a converted network is trained further."""
+
+from sphereify.finetune.loop import Epoch, Settings, accuracy, finetune
+
+__all__ = ["Epoch", "Settings", "accuracy", "finetune"]

@@ -1,0 +1,399 @@
+"""Models and data by name. timm, torchvision and scikit-learn are asked here and nowhere else."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from sphereify.convert.graph import is_site
+from sphereify.errors import ArtifactError, DataError, UsageError
+
+SOURCE_ATTRIBUTE = "conversion_source"
+"""Where a model that was built by name carries its `Source`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: enough to build it again, without its weights."""
+
+    library: str
+    """timm, torchvision, or factory."""
+    name: str
+    """A model name of the library, or "package.module:function", or "path/to/file.py:function"."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What the builder was called with; plain JSON values."""
+
+    def __str__(self) -> str:
+        return self.name if self.library != "torchvision" else f"torchvision:{self.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | None = None) -> Source:
+    """The source that a name on the command line stands for.
+
+    Args:
+        spec: a timm name, "torchvision:NAME", "package.module:factory" or "path/to/file.py:factory".
+        num_classes, in_chans: passed to the builder if given.
+
+    Raises:
+        UsageError: no such model, with the nearest names.
+    """
+    arguments = {k: v for k, v in {"num_classes": num_classes, "in_chans": in_chans}.items() if v is not None}
+    for name, value in arguments.items():
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+    if spec.startswith("torchvision:"):
+        return _find_torchvision(spec.removeprefix("torchvision:"), arguments)
+    if ":" in spec:
+        _import_factory(spec)
+        return Source("factory", spec, arguments)
+    import timm
+
+    if not timm.is_model(spec):
+        raise _unknown_model(spec, timm.list_models())
+    return Source("timm", spec, arguments)
+
+
+def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
+    """A fresh model, on the CPU, that remembers its source.
+
+    Raises:
+        UsageError: the builder does not take an argument, or has no pretrained weights.
+        ArtifactError: pretrained weights cannot be downloaded.
+    """
+    builder = {"timm": _build_timm, "torchvision": _build_torchvision, "factory": _build_own}[source.library]
+    try:
+        model = builder(source, pretrained)
+    except TypeError as error:
+        raise UsageError(f"{source}: cannot be built with {source.arguments or 'no arguments'}: {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ArtifactError(
+            f"{source}: its pretrained weights could not be fetched ({error}). Download them where there is a network "
+            f"and pass the file with --weights."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{source}: returned {type(model).__name__}, expected a torch.nn.Module")
+    setattr(model, SOURCE_ATTRIBUTE, source)
+    return model
+
+
+def _find_torchvision(name: str, arguments: dict[str, Any]) -> Source:
+    import torchvision
+
+    names = torchvision.models.list_models()
+    if name not in names:
+        raise _unknown_model(f"torchvision:{name}", [f"torchvision:{n}" for n in names])
+    if "in_chans" in arguments:
+        raise UsageError(f"torchvision:{name}: torchvision's builders have no --in-chans; take a timm model for that")
+    return Source("torchvision", name, arguments)
+
+
+def _unknown_model(spec: str, names: list[str]) -> UsageError:
+    near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+    return UsageError(
+        f"model {spec!r}: not found; {hint} Accepted are a timm name, torchvision:NAME, package.module:factory, "
+        f"path/to/file.py:factory, or the folder of a saved artifact."
+    )
+
+
+def _build_timm(source: Source, pretrained: bool) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(source.name, pretrained=pretrained, **source.arguments)
+    except RuntimeError as error:
+        if pretrained:
+            raise UsageError(f"{source}: {error}") from error
+        raise
+
+
+def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    arguments = dict(source.arguments)
+    if not pretrained:
+        # Segmentation and detection builders fetch a backbone unless told not to; two old ones warn about their init.
+        if "weights_backbone" in inspect.signature(models.get_model_builder(source.name)).parameters:
+            arguments["weights_backbone"] = None
+        if source.name in ("googlenet", "inception_v3"):
+            arguments["init_weights"] = True
+        return models.get_model(source.name, weights=None, **arguments)
+    if "num_classes" in arguments:
+        raise UsageError(f"{source}: torchvision's pretrained weights fix the number of classes; drop --num-classes")
+    return models.get_model(source.name, weights="DEFAULT", **arguments)
+
+
+def _build_own(source: Source, pretrained: bool) -> nn.Module:
+    arguments = dict(source.arguments)
+    if pretrained:
+        arguments["pretrained"] = True
+    return _import_factory(source.name)(**arguments)
+
+
+def _import_factory(spec: str) -> Callable[..., nn.Module]:
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            file = Path(place)
+            if not file.is_file():
+                raise UsageError(f"model {spec!r}: there is no file {place}")
+            loader = importlib.util.spec_from_file_location(file.stem, file)
+            assert loader is not None  # a .py file always has a loader
+            assert loader.loader is not None
+            module = importlib.util.module_from_spec(loader)
+            sys.modules.setdefault(file.stem, module)
+            loader.loader.exec_module(module)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")  # as `python -m` does: the user's own module lies in the working directory
+            module = importlib.import_module(place)
+    except UsageError:
+        raise
+    except Exception as error:  # importing runs the user's code
+        raise UsageError(f"model {spec!r}: importing {place} failed: {type(error).__name__}: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        near = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f"; did you mean {place}:{near[0]}?" if near else ""
+        raise UsageError(f"model {spec!r}: {place} has no function {name!r}{hint}")
+    return factory  # type: ignore[no-any-return]
+
+
+def recognise(model: nn.Module) -> list[Source]:
+    """Sources that may have built a plain or converted model, the likeliest first; nobody has checked them."""
+    known = getattr(model, SOURCE_ATTRIBUTE, None)
+    if known is not None:
+        return [known]
+    if type(model).__module__.startswith("timm."):
+        return _recognise_timm(model)
+    if type(model).__module__.startswith("torchvision.models."):
+        return _recognise_torchvision(model)
+    return []
+
+
+def _recognise_timm(model: nn.Module) -> list[Source]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if "architecture" not in config:
+        return []
+    tag = config.get("tag")
+    name = f"{config['architecture']}.{tag}" if tag else config["architecture"]
+    arguments: dict[str, Any] = {}
+    if isinstance(classes := getattr(model, "num_classes", None), int) and classes != config.get("num_classes"):
+        arguments["num_classes"] = classes
+    first = next((m for m in model.modules() if is_site(m)), None)
+    channels = first.weight.shape[1] * getattr(first, "groups", 1) if first is not None else 3  # type: ignore[union-attr, index, operator]
+    if channels != (config.get("input_size") or (3,))[0]:
+        arguments["in_chans"] = channels
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sized = {**arguments, "img_size": list(size)} if size else arguments
+    pooled = {**arguments, "global_pool": pool} if isinstance(pool := getattr(model, "global_pool", None), str) else {}
+    return [Source("timm", name, a) for a in (arguments, sized, pooled) if a is not None]
+
+
+def _recognise_torchvision(model: nn.Module) -> list[Source]:
+    from torchvision import models
+
+    home = sys.modules[type(model).__module__]
+    names = [n for n in models.list_models() if models.get_model_builder(n).__module__ == home.__name__]
+    sites = [m for m in model.modules() if is_site(m)]
+    classes = int(sites[-1].weight.shape[0]) if sites else None  # type: ignore[union-attr, index, arg-type]
+    options: list[dict[str, Any]] = [{}, {"num_classes": classes}]
+    return [Source("torchvision", name, arguments) for arguments in options for name in names]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill a plain model from a checkpoint: safetensors, or a torch file read with `weights_only=True`.
+
+    A `state_dict`, `model` or `state_dict_ema` key and a `module.` or `_orig_mod.` prefix are looked through.
+
+    Raises:
+        ArtifactError: no such file, not readable, or tensors that do not fit, with names and shapes.
+    """
+    tensors = _read_tensors(Path(path))
+    model_tensors = model.state_dict()
+    wrong = [
+        f"{name}: {tuple(tensor.shape)} in the file, {tuple(model_tensors[name].shape)} in the model"
+        for name, tensor in tensors.items()
+        if name in model_tensors and model_tensors[name].shape != tensor.shape
+    ]
+    missing = [name for name in model_tensors if name not in tensors]
+    unknown = [name for name in tensors if name not in model_tensors]
+    problems = [
+        f"{len(found)} {what}: {'; '.join(found[:3])}{', …' if len(found) > 3 else ''}"
+        for what, found in (("of another shape", wrong), ("missing", missing), ("not in the model", unknown))
+        if found
+    ]
+    if problems:
+        raise ArtifactError(f"{path}: does not fit {type(model).__name__}: {'. '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"{path}: cannot be read as a checkpoint of tensors ({type(error).__name__}: {reason})"
+        ) from error
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ArtifactError(f"{path}: holds {type(content).__name__}, expected a dictionary of tensors")
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if content and all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification data set in two parts, ready for a model."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    classes: list[str]
+    image_size: tuple[int, int, int]
+    """Channels, height, width of one image as the model sees it."""
+
+
+def load_data(
+    spec: str, *, channels: int = 3, img_size: int | None = None, config: dict[str, Any] | None = None
+) -> Data:
+    """A data set by name.
+
+    Args:
+        spec: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, a fifth of them kept for testing), or a folder
+            with train/ and val/ (or test/), each with one folder of images a class.
+        channels: of the images, 1 or 3, as the model takes them.
+        img_size: height and width in pixels; default 32 for digits, else what the model's config says, or 224.
+        config: a model's `pretrained_cfg`, for size, mean and standard deviation.
+
+    Raises:
+        DataError: no such data, no classes, no images, or scikit-learn missing.
+    """
+    if img_size is not None and img_size < 1:
+        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
+    if spec == "digits":
+        return _digits(channels, img_size or 32)
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise DataError(
+            f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
+        )
+    return _image_folder(folder, channels, img_size, config or {})
+
+
+def _digits(channels: int, size: int) -> Data:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("data 'digits' needs scikit-learn: pip install 'sphereify[digits]'") from error
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
+    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = images.expand(-1, channels, -1, -1).contiguous()
+    targets = torch.from_numpy(raw.target)
+    train, test = train_test_split(range(len(targets)), test_size=0.2, random_state=0, stratify=raw.target)
+    part = {name: TensorDataset(images[rows], targets[rows]) for name, rows in (("train", train), ("test", test))}
+    return Data("digits", part["train"], part["test"], [str(name) for name in raw.target_names], (channels, size, size))
+
+
+def _image_folder(folder: Path, channels: int, img_size: int | None, config: dict[str, Any]) -> Data:
+    held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or held_out is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {found}")
+    size = img_size or (config.get("input_size") or (3, 224, 224))[-1]
+    train = _open_folder(folder / "train", _transform(size, channels, config, training=True))
+    test = _open_folder(folder / held_out, _transform(size, channels, config, training=False))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"data {str(folder)!r}: train/ and {held_out}/ differ in classes: {', '.join(odd[:5])}")
+    return Data(str(folder), train, test, train.classes, (channels, size, size))
+
+
+def _open_folder(folder: Path, transform: Any) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder), transform=transform)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"data {str(folder)!r}: {str(error).splitlines()[0]}. Expected one folder a class with images in it."
+        ) from error
+
+
+def _transform(size: int, channels: int, config: dict[str, Any], training: bool) -> Any:
+    """timm's transform of the model; small images (up to 64 pixels) are shifted and flipped rather than cropped out."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    mean, deviation = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
+    if channels == 1:
+        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
+    gray = [transforms.Grayscale()] if channels == 1 else []
+    if size <= 64:
+        moves = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()] if training else []
+        steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
+        return transforms.Compose([*gray, *steps])
+    jitter = 0.0 if channels == 1 else 0.4
+    return transforms.Compose([
+        *gray, create_transform((channels, size, size), is_training=training, mean=mean, std=deviation,
+                                interpolation="bicubic", color_jitter=jitter)
+    ])  # fmt: skip
+
+
+def input_channels(model: nn.Module) -> int:
+    """How many channels the first convolution of a model takes."""
+    first = next((m for m in model.modules() if is_site(m) and m.weight.dim() > 2), None)  # type: ignore[union-attr, operator]
+    return int(first.weight.shape[1]) * int(getattr(first, "groups", 1)) if first is not None else 3  # type: ignore[union-attr, index, arg-type]
+
+
+def example_inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """One random image of the size that a timm model's configuration names; None for a model without one."""
+    size: Sequence[int] | None = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return (torch.randn(1, input_channels(model), *size[1:]),) if size else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a converted model depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("sphereify", "torch", "torchvision", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
