@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sphereify.artifact import load, save
     from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
+    from sphereify.convert.calibrate import calibrate
     from sphereify.nn import param_groups
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ _HOMES = {
     "ConversionPlan": "sphereify.convert",
     "Decision": "sphereify.convert",
     "apply_plan": "sphereify.convert",
+    "calibrate": "sphereify.convert.calibrate",
     "load": "sphereify.artifact",
     "param_groups": "sphereify.nn",
     "plan_conversion": "sphereify.convert",
@@ -31,6 +33,7 @@ __all__ = [
     "ConversionPlan",
     "Decision",
     "apply_plan",
+    "calibrate",
     "load",
     "param_groups",
     "plan_conversion",

@@ -146,6 +146,7 @@ def _source(
     in_chans: Annotated[
         int | None, typer.Option(help="Build the model for this many input channels.", rich_help_panel=SOURCE)
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights drawn anew.", rich_help_panel=SOURCE)] = 0,
 ) -> dict[str, Any]:
     return locals()
 
@@ -251,7 +252,9 @@ def finetune(
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
-                in_chans: int | None = None) -> Any:  # fmt: skip
+                in_chans: int | None = None, seed: int = 0) -> Any:  # fmt: skip
+    import torch
+
     from sphereify.artifact import is_artifact, load
     from sphereify.sources import build_model, find_model, load_weights
 
@@ -263,6 +266,7 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
         return load(spec)
     if pretrained and weights:
         raise UsageError("--pretrained and --weights: got both, expected one source of weights")
+    torch.manual_seed(seed)
     model = build_model(find_model(spec, num_classes=num_classes, in_chans=in_chans), pretrained=pretrained)
     if weights:
         load_weights(model, weights)
@@ -271,20 +275,17 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
 
 def _network_and_data(spec: str, data: str, img_size: int | None, seed: int) -> tuple[Any, Any]:
     """An artifact as it is; a plain model is built for the classes of the data and converted."""
-    import torch
-
     from sphereify.artifact import is_artifact
     from sphereify.convert import sphereify
     from sphereify.sources import find_model, input_channels, load_data
 
-    torch.manual_seed(seed)
     if Path(spec).is_dir() or is_artifact(spec):
         model = _open_model(spec)
         config = getattr(model, "pretrained_cfg", None)
         return model, load_data(data, channels=input_channels(model), img_size=img_size, config=config)
     find_model(spec)
     images = load_data(data, img_size=img_size)
-    return sphereify(_open_model(spec, num_classes=len(images.classes)), inplace=True), images
+    return sphereify(_open_model(spec, num_classes=len(images.classes), seed=seed), inplace=True), images
 
 
 def _default_output(model: str, operator: str) -> Path:

@@ -1,16 +1,41 @@
 """How a network is rewritten: graph, plan, rewrite."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from sphereify.convert.plan import ConversionPlan, Decision, plan_conversion
+from sphereify.convert.calibrate import calibrate
+from sphereify.convert.graph import Inputs
+from sphereify.convert.plan import ConversionPlan, Decision, Operator, Overrides, Patterns, plan_conversion
 from sphereify.convert.rewrite import apply_plan
+from sphereify.nn.functional import DEFAULT_EPS
 
-__all__ = ["ConversionPlan", "Decision", "apply_plan", "plan_conversion", "sphereify"]
+__all__ = ["ConversionPlan", "Decision", "apply_plan", "calibrate", "plan_conversion", "sphereify"]
 
 
-def sphereify(model: nn.Module, *, inplace: bool = False, **options: Any) -> nn.Module:
+def sphereify(
+    model: nn.Module,
+    *,
+    operator: Operator = "cosine",
+    k: float | None = None,
+    share_k: str = "filter",
+    skip_shortcuts: bool = False,
+    head: str = "auto",
+    head_operator: Operator | None = None,
+    margin: float = 4.0,
+    scale: float = 30.0,
+    rescale: str = "auto",
+    norm: str = "keep",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    overrides: Overrides = None,
+    eps: float = DEFAULT_EPS,
+    calibration: Iterable[Any] | None = None,
+    example_inputs: Inputs = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Make a network hyperspherical: each convolution and linear map becomes g(θ) of the angle to its filter.
 
     Args:
@@ -28,6 +53,10 @@ def sphereify(model: nn.Module, *, inplace: bool = False, **options: Any) -> nn.
         overrides: {pattern: {"operator": …, "k": …, "rescale": …} or "keep"}; the first match wins, and wins over
             `include`, `exclude` and `skip_shortcuts`.
         eps: > 0, added to both squared norms.
+        calibration: batches of inputs (tensors, or tuples of arguments) for a closed-form start from what a trained
+            `model` knows; see `calibrate`.
+        example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: from the model's
+            `pretrained_cfg`, if it has one.
         inplace: change `model` itself.
 
     Returns:
@@ -41,4 +70,26 @@ def sphereify(model: nn.Module, *, inplace: bool = False, **options: Any) -> nn.
     >>> print(sphereify(net).conversion_plan.summary())
     1 convolution converted, the head swapped for w-softmax
     """
-    return apply_plan(model, plan_conversion(model, **options), inplace=inplace)
+    plan = plan_conversion(
+        model,
+        operator=operator,
+        k=k,
+        share_k=share_k,
+        skip_shortcuts=skip_shortcuts,
+        head=head,
+        head_operator=head_operator,
+        margin=margin,
+        scale=scale,
+        rescale=rescale,
+        norm=norm,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        eps=eps,
+        example_inputs=example_inputs,
+    )
+    original = copy.deepcopy(model) if calibration is not None and inplace else model
+    converted = apply_plan(model, plan, inplace=inplace)
+    if calibration is not None:
+        calibrate(converted, original, calibration)
+    return converted

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -70,8 +71,15 @@ class ModelGraph:
     """Modules whose forward could not be followed, with the reason; "" is the model itself."""
 
 
-def trace(model: nn.Module) -> ModelGraph:
-    """The sites of `model` with their roles. The model is neither run nor changed; it may be on the meta device."""
+Inputs = torch.Tensor | tuple[Any, ...] | None
+
+
+def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
+    """The sites of `model` with their roles. The model is not changed; it may be on the meta device.
+
+    Where no trace reaches, the model is run on the meta device (shapes without values) with `example_inputs`, or with
+    an image of the size that its `pretrained_cfg` names, to see which sites are called.
+    """
     skeleton = _skeleton(model)
     facts = _Facts()
     if skeleton is not None:
@@ -85,11 +93,55 @@ def trace(model: nn.Module) -> ModelGraph:
         facts.untraced[""] = "it cannot be copied"
     named = _site_modules(model)
     sites = [_site(name, aliases, module, model, facts) for name, (module, aliases) in named.items()]
+    if skeleton is not None and any(site.called is None for site in sites):
+        seen = called_sites(skeleton, example_inputs)
+        sites = [_seen(site, seen) for site in sites] if seen else sites
     if "" in facts.untraced:
         sites = _guess_classifier(model, sites)
     place = {name: i for i, name in enumerate(facts.order)}
     sites.sort(key=lambda site: min(place.get(name, len(place)) for name in site.names))
     return ModelGraph(tuple(sites), facts.untraced)
+
+
+def called_sites(skeleton: nn.Module, example_inputs: Inputs = None) -> set[str] | None:
+    """The sites that a forward pass calls, in training or evaluation; None where no pass on shapes alone succeeds."""
+    inputs = _meta_inputs(skeleton, example_inputs)
+    if inputs is None:
+        return None
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
+        for name, (module, _) in _site_modules(skeleton).items()
+    ]
+    tensors = dict(skeleton.named_parameters(remove_duplicate=False)) | dict(skeleton.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    succeeded = False
+    for training in (False, True):
+        try:
+            with torch.no_grad():
+                torch.func.functional_call(skeleton.train(training), shapes, inputs)
+            succeeded = True
+        except Exception:  # needs values, or other inputs
+            continue
+    for handle in handles:
+        handle.remove()
+    return called if succeeded else None
+
+
+def _meta_inputs(model: nn.Module, example_inputs: Inputs) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        if size is None:
+            return None
+        first = next((m for m in model.modules() if is_site(m)), None)
+        channels = first.weight.shape[1] if first is not None and first.weight.dim() > 2 else size[0]  # type: ignore[union-attr, index, operator]
+        example_inputs = torch.empty(2, channels, *size[1:], device="meta")  # type: ignore[arg-type]
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return tuple(value.to("meta") if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+def _seen(site: Site, called: set[str]) -> Site:
+    return replace(site, called=site.name in called) if site.called is None else site
 
 
 def is_site(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sphereify import choices
-from sphereify.convert.graph import ModelGraph, Site, is_site, trace
+from sphereify.convert.graph import Inputs, ModelGraph, Site, is_site, trace
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
 from sphereify.nn import AngularHead, AngularOperator, LearnableSigmoidOperator
 from sphereify.nn.functional import DEFAULT_EPS
@@ -187,12 +187,12 @@ class ConversionPlan:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
 
 
-def plan_conversion(model: nn.Module, **options: Any) -> ConversionPlan:
+def plan_conversion(model: nn.Module, *, example_inputs: Inputs = None, **options: Any) -> ConversionPlan:
     """Decide for every convolution and linear map of `model` whether it is converted. The model is not changed.
 
     Args:
         model: any `nn.Module`, on any device.
-        options: as `sphereify.sphereify`.
+        example_inputs, options: as `sphereify.sphereify`.
 
     Raises:
         UsageError: a wrong option, a pattern that matches no site, a head that cannot be found, nothing to convert.
@@ -204,7 +204,7 @@ def plan_conversion(model: nn.Module, **options: Any) -> ConversionPlan:
             raise choose("option", name, known)
     asked = Options(**options).validated()
     _check_model(model)
-    graph = trace(model)
+    graph = trace(model, example_inputs)
     return _Planner(asked, model, graph).plan()
 
 
