@@ -15,6 +15,7 @@ With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -195,13 +196,19 @@ def _angular(x: Tensor, weight: Tensor, operator: Operator, eps: float, projecti
     if not eps > 0:
         raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
     dtype = _compute_dtype(x, weight)
-    x, eps_x = _fit_into(dtype, x, math.prod(weight.shape[1:]), eps)
+    x = _fit_into(dtype, x, math.prod(weight.shape[1:]))
+    with no_autocast(x.device.type):
+        return _map(x, weight, operator, eps, projection)
+
+
+def _map(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None) -> Tensor:
+    """The fused map for the four operators; an operator of the user's own follows that of the cosine."""
     if not isinstance(operator, AngularOperator):
-        cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, eps_x, projection)
+        cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, projection)
         return operator(cos)
     # The filters of a linear map are its last dimension, those of a convolution dimension 1.
-    k = broadcast_k(operator.k, x.dim() if projection else 0, _accumulate_dtype(dtype))
-    g, _ = _SphereMap.apply(x, weight, k, operator.name, eps, eps_x, projection)
+    k = broadcast_k(operator.k, x.dim() if projection else 0, _accumulate_dtype(x.dtype))
+    g, _ = _SphereMap.apply(x, weight, k, operator.name, eps, projection)
     return g
 
 
@@ -228,17 +235,21 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _fit_into(dtype: torch.dtype, x: Tensor, fan_in: int, eps: float) -> tuple[Tensor, float | Tensor]:
-    """x in `dtype`, and the ε that belongs to it.
+def _fit_into(dtype: torch.dtype, x: Tensor, fan_in: int) -> Tensor:
+    """x in `dtype`, with each sample divided down whose inner products could exceed fp16's 65504.
 
-    fp16 ends at 65504, which the inner product of a large patch with a unit filter exceeds. Angles do not care about
-    scale, so each sample that could is divided down first, and ε with it; all others are left exactly as they are.
+    Angles do not care about scale, so all other samples stay exactly as they are. ε is not divided: it then counts for
+    patches that lie six orders below the sample's largest, where fp16 has no digits left either.
     """
     if dtype is not torch.float16 or x.numel() == 0:
-        return x.to(dtype), eps
+        return x.to(dtype)
     peak = x.detach().to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
-    shrink = (peak * (math.sqrt(fan_in) / 6e4)).clamp_min(1)
-    return (x / shrink).to(dtype), eps / (shrink * shrink)
+    return (x / (peak * (math.sqrt(fan_in) / 6e4)).clamp_min(1)).to(dtype)
+
+
+def no_autocast(device: str) -> AbstractContextManager:
+    """Autocast would take the sums of squares in half precision on CUDA; all that should be cast is cast by hand."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 class _SphereMap(torch.autograd.Function):
@@ -253,33 +264,34 @@ class _SphereMap(torch.autograd.Function):
         k: Any,
         name: str,
         eps: float,
-        eps_x: float | Tensor,
         projection: Projection | None,
     ) -> tuple[Tensor, Tensor]:
         accumulate = _accumulate_dtype(x.dtype)
         unit, _ = _normalize_filters(weight.to(accumulate), eps)
-        norm = _patch_norm(x, weight, eps_x, projection)
+        norm = _patch_norm(x, weight, eps, projection)
         cos = _by_patch(torch.Tensor.div_, _project(x, unit.to(x.dtype), projection).to(accumulate), norm, projection)
         return CURVES[name].value(F.hardtanh_(cos), k).to(x.dtype), norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, k, ctx.name, ctx.eps, eps_x, ctx.projection = inputs
+        x, weight, k, ctx.name, ctx.eps, ctx.projection = inputs
         g, norm = output
         ctx.mark_non_differentiable(norm)
         ctx.k = None if isinstance(k, Tensor) else k
-        ctx.eps_x = None if isinstance(eps_x, Tensor) else eps_x
-        extra = [t for t in (k, eps_x) if isinstance(t, Tensor)]
-        ctx.save_for_backward(x, weight, g, norm, *extra)
+        ctx.save_for_backward(x, weight, g, norm, *([k] if isinstance(k, Tensor) else []))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:  # type: ignore[override]
+        with no_autocast(grad.device.type):
+            return _SphereMap._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, g, norm, *extra = ctx.saved_tensors
-        eps_x = extra.pop() if ctx.eps_x is None else ctx.eps_x
-        k = extra.pop() if extra else ctx.k
+        k = extra[0] if extra else ctx.k
         if torch.is_grad_enabled():
             # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
-            norm = _patch_norm(x, weight, eps_x, ctx.projection)
+            norm = _patch_norm(x, weight, ctx.eps, ctx.projection)
         accumulate = _accumulate_dtype(x.dtype)
         slope = CURVES[ctx.name].slope(g.to(accumulate), k, SIN_FLOOR[g.dtype])
         upstream = grad.to(accumulate)
@@ -299,7 +311,7 @@ class _SphereMap(torch.autograd.Function):
         grad_k = None
         if slope.by_k is not None and ctx.needs_input_grad[2]:
             grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
-        return grad_x, grad_weight, grad_k, None, None, None, None
+        return grad_x, grad_weight, grad_k, None, None, None
 
 
 def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -308,7 +320,7 @@ def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight / norm, norm
 
 
-def _patch_norm(x: Tensor, weight: Tensor, eps: float | Tensor, projection: Projection | None) -> Tensor:
+def _patch_norm(x: Tensor, weight: Tensor, eps: float, projection: Projection | None) -> Tensor:
     """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     squares = x.to(_accumulate_dtype(x.dtype)).square()
     if projection is None:

@@ -1,6 +1,5 @@
 """The angular classifier (NIPS 2017, section 3.4): class weights have a direction and no length."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,11 +7,13 @@ from torch import Tensor, nn
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose
-from sphereify.nn.functional import Operator, autocast_is_on, sphere_linear
+from sphereify.nn.functional import Operator, no_autocast, sphere_linear
 from sphereify.nn.operators import make_operator
 
 HEAD_EPS = 1e-12
-"""Inside both norms. Features of a classifier are rarely near zero, and the losses are defined on exact angles."""
+"""Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
+HALF_EPS = 1e-5
+"""For features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
 
 
 class AngularHead(nn.Module):
@@ -99,11 +100,12 @@ class AngularHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In fp32 under autocast and for half precision: class weights keep their digits, ‖x‖ its range.
+        eps = HALF_EPS if x.dtype in (torch.float16, torch.bfloat16) else HEAD_EPS
         precise = torch.promote_types(x.dtype, torch.float32)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             features = x.to(precise)
-            logits = sphere_linear(features, self.weight.to(precise), self.operator, None, HEAD_EPS)
-            logits = logits * (self.scale if self.kind == "s-softmax" else _length(features))
+            logits = sphere_linear(features, self.weight.to(precise), self.operator, None, eps)
+            logits = logits * (self.scale if self.kind == "s-softmax" else _length(features, eps))
             if self.bias is not None:
                 logits = logits + self.bias.to(precise)
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
@@ -114,10 +116,6 @@ class AngularHead(nn.Module):
         return f"in_features={self.in_features}, num_classes={self.num_classes}, kind={self.kind}{scale}, bias={bias}"
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
-
-
-def _length(x: Tensor) -> Tensor:
+def _length(x: Tensor, eps: float) -> Tensor:
     """‖x‖ over the last dimension, with a finite gradient at 0."""
-    return (x.square().sum(-1, keepdim=True) + HEAD_EPS).sqrt()
+    return (x.square().sum(-1, keepdim=True) + eps).sqrt()
