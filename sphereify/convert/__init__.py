@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from sphereify.convert.calibrate import calibrate
-from sphereify.convert.graph import Inputs
 from sphereify.convert.plan import ConversionPlan, Decision, Operator, Overrides, Patterns, plan_conversion
 from sphereify.convert.rewrite import apply_plan
+from sphereify.convert.running import Inputs
 from sphereify.nn.functional import DEFAULT_EPS
 
 __all__ = ["ConversionPlan", "Decision", "apply_plan", "calibrate", "plan_conversion", "sphereify"]

@@ -1,23 +1,27 @@
 """Where a model's convolutions and linear maps are, and what part each plays.
 
-The modules say what exists, a trace says how they are wired. The trace is torchvision's node-path tracer with timm's
-registries of untraceable modules. A module whose forward cannot be followed (control flow on values) becomes a leaf
-and is traced by itself; where even that fails, its sites get their roles from names and shapes.
+Three witnesses are asked. The modules say what exists. A trace (torchvision's node-path tracer with timm's registries
+of untraceable modules) says how it is wired; a module whose forward cannot be followed becomes a leaf and is traced by
+itself. A run on the meta device says what is called, and which weights are passed to functions. Where neither trace
+nor run reaches, roles come from names and shapes.
 """
 
 import copy
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from sphereify.convert.running import Call, Inputs, Run, run
+from sphereify.convert.wiring import Wiring
 from sphereify.nn import AngularHead
+from sphereify.nn.calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
+from sphereify.nn.layers import AngularLayer
 
 Role = Literal["input", "hidden", "shortcut", "classifier", "auxiliary"]
 
@@ -33,27 +37,46 @@ KINDS: dict[type[nn.Module], str] = {
 }
 """What counts as a site, subclasses included."""
 
-# Modules that read the weights of their children without calling them.
-READS_RAW = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+SWAPPED: dict[type[nn.Module], str] = {t: KINDS[t] for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+"""Exact types whose twin takes their place. A subclass may compute something else: its inner call is what counts."""
+
+EQUIVALENTS = {
+    # Only casts to the input's dtype, and only when scripted.
+    "timm.layers.linear.Linear": "linear",
+    # An nn.Linear under a name that torch's quantization skips.
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "linear",
+}
+"""Subclasses, by qualified name, that compute exactly what their base does."""
+
+# Modules that read the weights of their children without calling them, in fused kernels.
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution or linear map of a model."""
+    """One convolution or linear map of a model: a module, or a functional call."""
 
     name: str
-    """Qualified name; the first, where a module is shared."""
+    """Qualified name of the module, the first where it is shared; for a functional call that of the weight's module, or
+    of the weight."""
     kind: str
-    module: nn.Module = field(repr=False)
+    shape: tuple[int, ...]
+    """Of the weight, filters first."""
+    module: nn.Module | None = field(repr=False, default=None)
     aliases: tuple[str, ...] = ()
     """The other names of a shared module."""
     role: Role = "hidden"
     norm: str | None = None
     """The normalization with an affine part that directly follows, by name."""
     called: bool | None = None
-    """Whether the traced forward calls it; None where no trace reaches."""
-    read_by: str | None = None
-    """The module that uses this site's weight without calling the site."""
+    """Whether the forward calls it; None where neither trace nor run can tell."""
+    call: Call | None = None
+    """The functional call, where there is one to make angular."""
+    fused_in: str | None = None
+    """The module whose fused kernel uses this site's weight."""
+    fixed: bool = False
+    """A functional call whose weight is not learned."""
+    angular: bool = False
     heads: int = 0
     """For a classifier: how many separate outputs of the model end in a site."""
 
@@ -69,79 +92,31 @@ class ModelGraph:
     sites: tuple[Site, ...]
     untraced: dict[str, str]
     """Modules whose forward could not be followed, with the reason; "" is the model itself."""
-
-
-Inputs = torch.Tensor | tuple[Any, ...] | None
+    ran: bool
+    """Whether a run on the meta device succeeded."""
 
 
 def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
-    """The sites of `model` with their roles. The model is not changed; it may be on the meta device.
-
-    Where no trace reaches, the model is run on the meta device (shapes without values) with `example_inputs`, or with
-    an image of the size that its `pretrained_cfg` names, to see which sites are called.
-    """
+    """The sites of `model` with their roles. The model is not changed; it may itself be on the meta device."""
     skeleton = _skeleton(model)
-    facts = _Facts()
-    if skeleton is not None:
-        _collect(skeleton.eval(), "", facts, is_root=True)
-        if set(_site_modules(model)) - set(facts.order) - _inside(facts.untraced, model):
-            # Auxiliary classifiers run in training only.
-            training = _Facts()
-            _collect(skeleton.train(), "", training, is_root=True)
-            facts.add_training(training)
+    if skeleton is None:
+        facts, seen = _Facts(untraced={"": "it cannot be copied"}), Run(error="it cannot be copied")
     else:
-        facts.untraced[""] = "it cannot be copied"
-    named = _site_modules(model)
-    sites = [_site(name, aliases, module, model, facts) for name, (module, aliases) in named.items()]
-    if skeleton is not None and any(site.called is None for site in sites):
-        seen = called_sites(skeleton, example_inputs)
-        sites = [_seen(site, seen) for site in sites] if seen else sites
+        facts, seen = _facts(skeleton), run(skeleton, example_inputs)
+    ran = not seen.error
+    sites = [_module_site(name, aliases, module, model, facts, seen)
+             for name, (module, aliases) in site_modules(model).items()]  # fmt: skip
+    sites = _with_calls(sites, model, facts, seen, skeleton)
     if "" in facts.untraced:
         sites = _guess_classifier(model, sites)
-    place = {name: i for i, name in enumerate(facts.order)}
-    sites.sort(key=lambda site: min(place.get(name, len(place)) for name in site.names))
-    return ModelGraph(tuple(sites), facts.untraced)
+    order = {name: i for i, name in enumerate(seen.order if ran else facts.order)}
+    last = len(order)
 
+    def place(site: Site) -> int:
+        where = (*site.names, site.call.owner) if site.call else site.names
+        return min(order.get(name, last) for name in where)
 
-def called_sites(skeleton: nn.Module, example_inputs: Inputs = None) -> set[str] | None:
-    """The sites that a forward pass calls, in training or evaluation; None where no pass on shapes alone succeeds."""
-    inputs = _meta_inputs(skeleton, example_inputs)
-    if inputs is None:
-        return None
-    called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
-        for name, (module, _) in _site_modules(skeleton).items()
-    ]
-    tensors = dict(skeleton.named_parameters(remove_duplicate=False)) | dict(skeleton.named_buffers())
-    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    succeeded = False
-    for training in (False, True):
-        try:
-            with torch.no_grad():
-                torch.func.functional_call(skeleton.train(training), shapes, inputs)
-            succeeded = True
-        except Exception:  # needs values, or other inputs
-            continue
-    for handle in handles:
-        handle.remove()
-    return called if succeeded else None
-
-
-def _meta_inputs(model: nn.Module, example_inputs: Inputs) -> tuple[Any, ...] | None:
-    if example_inputs is None:
-        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        if size is None:
-            return None
-        first = next((m for m in model.modules() if is_site(m)), None)
-        channels = first.weight.shape[1] if first is not None and first.weight.dim() > 2 else size[0]  # type: ignore[union-attr, index, operator]
-        example_inputs = torch.empty(2, channels, *size[1:], device="meta")  # type: ignore[arg-type]
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return tuple(value.to("meta") if isinstance(value, torch.Tensor) else value for value in inputs)
-
-
-def _seen(site: Site, called: set[str]) -> Site:
-    return replace(site, called=site.name in called) if site.called is None else site
+    return ModelGraph(tuple(sorted(sites, key=place)), facts.untraced, ran)
 
 
 def is_site(module: nn.Module) -> bool:
@@ -152,13 +127,24 @@ def kind_of(module: nn.Module) -> str:
     return next(kind for base, kind in KINDS.items() if isinstance(module, base))
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a twin can take the place of this module: its exact class is known, and its forward is that class's."""
+    known = type(module) in SWAPPED or class_name(module) in EQUIVALENTS
+    return known and "forward" not in vars(module)
+
+
 def is_affine_norm(module: nn.Module) -> bool:
     """A normalization, of torch, torchvision, timm or the user, with a scale of its own."""
     return "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
 
 
-def _site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """First name -> the module and its other names. What lies inside a site (its operator) is no site."""
+def class_name(thing: Any) -> str:
+    cls = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """First name -> the module and its other names."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -170,11 +156,14 @@ def _site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...
 
 def _skeleton(model: nn.Module) -> nn.Module | None:
     """A copy that shares the parameters but nothing that a traced forward could change."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        return copy.deepcopy(model, shared)
+        skeleton = copy.deepcopy(model, shared)
     except Exception:  # whatever a user's __deepcopy__ raises: the model is then described by its names alone
         return None
+    for module in skeleton.modules():
+        make_plain(module)
+    return skeleton
 
 
 # ---------------------------------------------------------------------------------------------------- what traces say
@@ -187,7 +176,6 @@ class _Facts:
     order: list[str] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
-    reads: dict[str, str] = field(default_factory=dict)
     outputs: int = 0
     untraced: dict[str, str] = field(default_factory=dict)
 
@@ -195,34 +183,46 @@ class _Facts:
         """Sites that only the training graph calls; an output among them is an auxiliary classifier."""
         known = set(self.order)
         for name in training.order:
-            if name in known:
-                continue
-            self.order.append(name)
-            role = training.roles.get(name, "hidden")
-            self.roles[name] = "auxiliary" if role == "classifier" else role
-            if name in training.norms:
-                self.norms[name] = training.norms[name]
-        self.reads = {**training.reads, **self.reads}
+            if name not in known:
+                self.order.append(name)
+                role = training.roles.get(name, "hidden")
+                self.roles[name] = "auxiliary" if role == "classifier" else role
+                if name in training.norms:
+                    self.norms[name] = training.norms[name]
+
+
+def _facts(skeleton: nn.Module) -> _Facts:
+    facts = _Facts()
+    _collect(skeleton.eval(), "", facts, is_root=True)
+    unseen = [name for name in site_modules(skeleton) if name not in facts.order and not _inside(name, facts.untraced)]
+    if unseen:  # auxiliary classifiers run in training only
+        training = _Facts()
+        _collect(skeleton.train(), "", training, is_root=True)
+        facts.add_training(training)
+    return facts
+
+
+def _inside(name: str, untraced: dict[str, str]) -> bool:
+    return any(not outer or name.startswith(outer + ".") for outer in untraced)
 
 
 def _collect(module: nn.Module, prefix: str, facts: _Facts, is_root: bool = False) -> None:
     """Trace `module` and, one by one, the parts of it that a whole trace leaves out."""
-    if isinstance(module, READS_RAW):
+    if isinstance(module, FUSED):
         facts.untraced[prefix] = f"{type(module).__name__} runs fused kernels on its weights"
         return
     graph, reason = _trace(module)
     if graph is None:
         facts.untraced[prefix] = reason
         for name, child in module.named_children():
-            if any(map(is_site, child.modules())):
-                _collect(child, _join(prefix, name), facts) if not is_site(child) else None
+            if not is_site(child) and any(map(is_site, child.modules())):
+                _collect(child, _join(prefix, name), facts)
         return
     _read(graph, module, prefix, facts, is_root)
-    called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_module")
-    for target in called:
-        leaf = module.get_submodule(str(target))
+    for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
+        leaf = module.get_submodule(target)
         if not is_site(leaf) and any(is_site(inner) for inner in leaf.modules()):
-            _collect(leaf, _join(prefix, str(target)), facts)
+            _collect(leaf, _join(prefix, target), facts)
 
 
 def _trace(root: nn.Module) -> tuple[fx.Graph | None, str]:
@@ -265,6 +265,10 @@ def _make_tracer(opaque: set[type]) -> Any:
             self.entered.pop()
             return result
 
+        def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
+            # The inherited one numbers repeated names by searching all earlier ones: quadratic, and not needed here.
+            return module_qualname if node.op == "call_module" else _join(module_qualname, str(node))
+
     modules, functions = _timm_registries()
     tracer = SiteTracer(leaf_modules=modules, autowrap_functions=tuple(functions))
     tracer.entered = []
@@ -285,10 +289,9 @@ def _join(prefix: str, name: str) -> str:
 
 def _read(graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, is_root: bool) -> None:
     """Add what one graph says to the facts."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    wiring = _Wiring(graph, modules)
-    for node in wiring.sites:
-        name = _join(prefix, str(node.target))
+    wiring = Wiring(graph, root, is_site, is_affine_norm)
+    for node, relative in wiring.sites.items():
+        name = _join(prefix, relative)
         if name not in facts.order:
             facts.order.append(name)
         norm = wiring.norm_after(node)
@@ -297,204 +300,127 @@ def _read(graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, is_root:
         if is_root and wiring.reads_input(node):
             facts.roles[name] = "input"
     for node in wiring.shortcuts():
-        facts.roles[_join(prefix, str(node.target))] = "shortcut"
+        facts.roles[_join(prefix, wiring.sites[node])] = "shortcut"
     if is_root:
         ends = wiring.outputs()
         facts.outputs = len(ends)
         for node in (node for end in ends for node in end):
-            facts.roles[_join(prefix, str(node.target))] = "classifier"
-    for node in graph.nodes:
-        if node.op == "get_attr" and "." in node.target:
-            owner, _, parameter = node.target.rpartition(".")
-            if owner in modules and is_site(modules[owner]) and parameter == "weight":
-                parent = owner.rpartition(".")[0]
-                facts.reads[_join(prefix, owner)] = _join(prefix, parent) or type(root).__name__
+            facts.roles[_join(prefix, wiring.sites[node])] = "classifier"
 
 
-_SAME_VALUES = {
-    "contiguous", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "to",
-    "float", "type", "type_as", "getitem", "clone", "chunk", "unbind", "movedim", "getattr", "dropout", "identity",
-    "permute_", "t", "_assert", "sym_size", "drop_path",
-}  # fmt: skip
-"""Operations that move values without mixing channels, by name: function, method, or module class."""
-_SAME_VALUES |= {"dropout1d", "dropout2d", "dropout3d", "droppath", "permute", "rearrange", "alphadropout"}
-_KEEPS_CLASSES = {
-    "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
-    "selectadaptivepool2d",
-}  # fmt: skip
-"""Operations between the classifier and the output of a model that leave each channel its class."""
-_ADD = {"add", "iadd", "add_"}
-_SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
-_UPSAMPLE = {"interpolate", "upsample", "pixel_shuffle", "pixelshuffle"}
-_SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
+# --------------------------------------------------------------------------------------------- sites from all of these
 
 
-class _Wiring:
-    """Questions about one graph."""
-
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]):
-        self.graph = graph
-        self.modules = modules
-        self.sites = [n for n in graph.nodes if n.op == "call_module" and is_site(modules[n.target])]
-
-    def name(self, node: fx.Node) -> str:
-        """What a node does, in one lower-case word."""
-        if node.op == "call_module":
-            return type(self.modules[str(node.target)]).__name__.lower()
-        if node.op == "call_function":
-            return getattr(node.target, "__name__", str(node.target)).lower()
-        return str(node.target)
-
-    def moves(self, node: fx.Node) -> bool:
-        return node.op.startswith("call_") and self.name(node) in _SAME_VALUES
-
-    def is_shape(self, node: fx.Node) -> bool:
-        """`x.shape`, `x.size(0)`: reads no values"""
-        if node.op == "call_function" and node.target is getattr:
-            return node.args[1] in _SHAPE
-        return node.op == "call_method" and self.name(node) in _SHAPE
-
-    def norm_after(self, site: fx.Node) -> str | None:
-        """The affine normalization that is the only reader of this site's output."""
-        node = site
-        while True:
-            readers = [user for user in node.users if not self.is_shape(user)]
-            if len(readers) != 1:
-                return None
-            node = readers[0]
-            if node.op == "call_module" and is_affine_norm(self.modules[str(node.target)]):
-                return str(node.target)
-            if node.op == "call_function" and node.target in (F.batch_norm, F.layer_norm, F.group_norm):
-                return str(node)
-            if not self.moves(node):
-                return None
-
-    def reads_input(self, site: fx.Node) -> bool:
-        """Whether nothing but moves lies between an input of the model and this site."""
-        node = site.all_input_nodes[0] if site.all_input_nodes else site
-        while self.moves(node) and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        return node.op == "placeholder"
-
-    def outputs(self) -> list[list[fx.Node]]:
-        """For each output of the model that ends in sites: those sites."""
-        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
-        leaves = output.all_input_nodes
-        if len(leaves) == 1 and isinstance(leaves[0].target, type):  # a named tuple, made by its class
-            leaves = leaves[0].all_input_nodes
-        ends = [list(self._last_sites(leaf, set())) for leaf in leaves]
-        return [end for end in ends if end]
-
-    def _last_sites(self, node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
-        if node in seen:
-            return
-        seen.add(node)
-        if node.op == "call_module" and is_site(self.modules[str(node.target)]):
-            yield node
-            return
-        name = self.name(node)
-        inputs = [n for n in node.all_input_nodes if not self.is_shape(n)]
-        averaged = name in _ADD or (name in _SCALE and len(inputs) == 1)
-        if node.op.startswith("call_") and (self.moves(node) or name in _KEEPS_CLASSES or averaged):
-            for source in inputs:
-                yield from self._last_sites(source, seen)
-
-    def shortcuts(self) -> list[fx.Node]:
-        """1×1 convolutions that lie alone on the branch of a residual addition which skips the main path.
-
-        For an addition a + b, a branch is what feeds one operand and not the other. The branch whose only site is a
-        1×1 convolution is the shortcut if the other one does more: several sites, or a larger window. Lateral
-        connections of a feature pyramid have the same shape but add an upsampled map; they are not residual.
-        """
-        index = {node: i for i, node in enumerate(self.graph.nodes)}
-        nodes = list(self.graph.nodes)
-        ancestors: list[int] = []
-        for node in nodes:
-            reached = 1 << index[node]
-            for source in node.all_input_nodes:
-                reached |= ancestors[index[source]]
-            ancestors.append(reached)
-        marked = {
-            "site": sum(1 << index[node] for node in self.sites),
-            "upsample": sum(1 << index[node] for node in nodes if self.name(node) in _UPSAMPLE),
-        }
-        found: list[fx.Node] = []
-        for node in nodes:
-            operands = node.all_input_nodes
-            if not (node.op.startswith("call_") and self.name(node) in _ADD and len(operands) == 2):
-                continue
-            first, second = (ancestors[index[operand]] for operand in operands)
-            for branch, other in ((first & ~second, second & ~first), (second & ~first, first & ~second)):
-                if (branch | other) & marked["upsample"]:
-                    continue
-                short, long = (_members(side & marked["site"], nodes) for side in (branch, other))
-                if len(short) == 1 and self._is_pointwise(short[0]) and self._does_more(long):
-                    found.append(short[0])
-        return found
-
-    def _is_pointwise(self, node: fx.Node) -> bool:
-        module = self.modules[str(node.target)]
-        return "conv" in kind_of(module) and all(k == 1 for k in module.kernel_size)  # type: ignore[union-attr]
-
-    def _does_more(self, branch: list[fx.Node]) -> bool:
-        return len(branch) > 1 or (len(branch) == 1 and not self._is_pointwise(branch[0]))
-
-
-def _members(bits: int, nodes: list[fx.Node]) -> list[fx.Node]:
-    members = []
-    while bits:
-        lowest = bits & -bits
-        members.append(nodes[lowest.bit_length() - 1])
-        bits ^= lowest
-    return members
-
-
-# ------------------------------------------------------------------------------------------ sites from facts and names
-
-
-def _inside(untraced: Iterable[str], model: nn.Module) -> set[str]:
-    """Names of the sites that lie in an untraced module."""
-    return {name for name in _site_modules(model) for outer in untraced if not outer or name.startswith(outer + ".")}
-
-
-def _site(name: str, aliases: tuple[str, ...], module: nn.Module, model: nn.Module, facts: _Facts) -> Site:
+def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: nn.Module, facts: _Facts,
+                 seen: Run) -> Site:  # fmt: skip
     names = (name, *aliases)
 
     def first(known: dict[str, Any]) -> Any:
         return next((known[n] for n in names if n in known), None)
 
+    weight: Any = module.weight
     traced = any(n in facts.order for n in names)
-    hidden_in = [outer for outer in facts.untraced if not outer or name.startswith(outer + ".")]
+    called: bool | None = traced or (None if _inside(name, facts.untraced) else False)
+    if not seen.error:
+        called = any(n in seen.order for n in names)
     site = Site(
         name,
         kind_of(module),
+        tuple(weight.shape) if hasattr(weight, "shape") else (),
         module,
         aliases,
         role=first(facts.roles) or "hidden",
         norm=first(facts.norms),
-        called=True if traced else (None if hidden_in else False),
-        read_by=None if traced else first(facts.reads) or _raw_reader(name, model),
+        called=called,
+        fused_in=None if called else _fused_in(name, model),
+        angular=isinstance(module, (AngularLayer, AngularHead)),
         heads=facts.outputs,
     )
-    if site.called is None:
-        site = replace(site, role=_role_by_name(site), norm=_next_sibling_norm(name, module, model))
+    if not traced and site.norm is None:
+        site = replace(site, norm=_next_sibling_norm(name, module, model))
+        if site.role == "hidden":
+            site = replace(site, role=_role_by_name(site))
     return site
 
 
-def _raw_reader(name: str, model: nn.Module) -> str | None:
+def _with_calls(
+    sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, skeleton: nn.Module | None
+) -> list[Site]:
+    """Give each functional call to the site whose weight it uses, or make a site of it."""
+    by_name = {name: site for site in sites for name in site.names}
+    extra: dict[str, Site] = {}
+    for call in seen.calls:
+        owner = model.get_submodule(call.owner)
+        home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
+        site = by_name.get(home)
+        if site is not None and site.module is not None:
+            if home == call.owner and is_swapped(owner):
+                continue
+            _replace(sites, by_name, replace(site, call=call, called=True))
+        else:
+            name = call.parameter or _join(call.owner, "computed")
+            extra[name] = Site(name, call.kind, call.shape, role=facts.roles.get(name, "hidden"),
+                               norm=facts.norms.get(name), called=True, call=call,
+                               heads=facts.outputs)  # fmt: skip
+    for call in seen.fixed:
+        name = _join(call.owner, "fixed")
+        if call.owner not in by_name:
+            extra.setdefault(name, Site(name, call.kind, call.shape, called=True, call=call, fixed=True))
+    for name, parameter, kind in _answered(model):
+        home = name.rpartition(".")[0]
+        if home in by_name:
+            _replace(sites, by_name, replace(by_name[home], called=True, angular=True))
+        else:
+            extra[name] = Site(
+                name, kind, () if parameter is None else tuple(parameter.shape), called=True, angular=True
+            )
+    if seen.error and skeleton is not None:
+        for site in [s for s in sites if s.module is not None and not is_swapped(s.module)]:
+            _replace(sites, by_name, _with_own_call(site, skeleton))
+    return [*sites, *extra.values()]
+
+
+def _replace(sites: list[Site], by_name: dict[str, Site], site: Site) -> None:
+    sites[next(i for i, s in enumerate(sites) if s.name == site.name)] = site
+    for name in site.names:
+        by_name[name] = site
+
+
+def _answered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, str]]:
+    """The functional calls that are angular already: name and weight as `_with_calls` has them, and the kind."""
+    for owner, module in model.named_modules():
+        for key, call in getattr(module, CALLS).items() if answers_calls(module) else ():
+            name = _join(owner, parameter_name(key))
+            yield name, None if key == COMPUTED else model.get_parameter(name), call.kind
+
+
+def relative_parameter(owner: str, parameter: str | None) -> str | None:
+    """A parameter's name as its owner sees it."""
+    return parameter.removeprefix(owner + ".") if parameter is not None and owner else parameter
+
+
+def _with_own_call(site: Site, skeleton: nn.Module) -> Site:
+    """Without a run of the whole model, a subclass is run by itself, with an input of the size that it declares."""
+    alone = run(skeleton.get_submodule(site.name))
+    inner = [call for call in alone.calls if not call.owner]
+    if len(inner) != 1:
+        return site
+    parameter = _join(site.name, inner[0].parameter) if inner[0].parameter else None
+    return replace(site, call=replace(inner[0], owner=site.name, parameter=parameter))
+
+
+def _fused_in(name: str, model: nn.Module) -> str | None:
     """The nearest module around a site that is known to use its weight without calling it."""
     outer = name
     while outer:
         outer = outer.rpartition(".")[0]
-        if isinstance(model.get_submodule(outer), READS_RAW):
+        if isinstance(model.get_submodule(outer), FUSED):
             return outer or type(model).__name__
     return None
 
 
 def _role_by_name(site: Site) -> Role:
-    kernel = getattr(site.module, "kernel_size", ())
-    pointwise = "conv" in site.kind and all(k == 1 for k in kernel)
+    pointwise = "conv" in site.kind and all(k == 1 for k in site.shape[2:])
     if pointwise and re.search(r"downsample|shortcut|skip|identity", site.name, re.IGNORECASE):
         return "shortcut"
     return "hidden"
@@ -516,7 +442,7 @@ def _guess_classifier(model: nn.Module, sites: list[Site]) -> list[Site]:
     """Without a trace of the whole model: what the model itself calls its classifier, or the last linear map."""
     named = _own_classifier(model)
     if not named:
-        linear = [site for site in sites if site.kind == "linear"]
+        linear = [site for site in sites if site.kind == "linear" and site.module is not None]
         usual = re.compile(r"(^|\.)(fc|classifier|head|heads|logits|last_linear|output|out|linear)(\.|\d|$)")
         named = {id(linear[-1].module)} if linear and usual.search(linear[-1].name) else set()
     return [replace(s, role="classifier", heads=1) if id(s.module) in named else s for s in sites]

@@ -16,25 +16,14 @@ import torch
 from torch import nn
 
 from sphereify import choices
-from sphereify.convert.graph import Inputs, ModelGraph, Site, is_site, trace
+from sphereify.convert.graph import SWAPPED, ModelGraph, Site, class_name, is_site, is_swapped, trace
+from sphereify.convert.running import Call, Inputs
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
 from sphereify.nn import AngularHead, AngularOperator, LearnableSigmoidOperator
 from sphereify.nn.functional import DEFAULT_EPS
-from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import make_operator
 
 PLAN_VERSION = 1
-CONVERTIBLE = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear"}
-"""Exact types: a subclass may compute something else in its forward."""
-
-EQUIVALENTS = {
-    # Only casts to the input's dtype, and only when scripted.
-    "timm.layers.linear.Linear": "linear",
-    # An nn.Linear under a name that torch's quantization skips.
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "linear",
-}
-"""Subclasses, by qualified name, that compute exactly what their base does."""
-
 Operator = str | Callable[[torch.Tensor], torch.Tensor]
 Patterns = str | Iterable[str] | None
 Overrides = Mapping[str, Mapping[str, Any] | str] | None
@@ -109,7 +98,9 @@ class Decision:
     type: str = ""
     """Class of the module that was found."""
     shape: tuple[int, ...] = ()
-    """Shape of its weight."""
+    """Shape of its weight, filters first."""
+    call: Call | None = None
+    """Where the site is a functional call: who makes it, with which parameter. It is answered; no layer is swapped."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +170,7 @@ class ConversionPlan:
                     f"reads. Upgrade with: pip install --upgrade sphereify"
                 )
             decisions = [
-                Decision(**{**d, "aliases": tuple(d["aliases"]), "shape": tuple(d["shape"])})
+                Decision(**{**d, "aliases": tuple(d["aliases"]), "shape": tuple(d["shape"]), "call": _call(d["call"])})
                 for d in plain["decisions"]
             ]
             return cls(plain["model"], decisions, list(plain["notes"]))
@@ -267,11 +258,11 @@ class _Planner:
                 f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
                 f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
             )
-        if not any(d.action == "convert" for d in decisions) and not any(map(_is_angular, self.graph.sites)):
+        if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         notes = [f"{name or type(self.model).__name__}: not traced ({why}); roles inside it come from names and shapes"
                  for name, why in self.graph.untraced.items()]  # fmt: skip
-        return ConversionPlan(_class_name(self.model), decisions, notes, self.objects)
+        return ConversionPlan(class_name(self.model), decisions, notes, self.objects)
 
     def _quantized(self) -> Iterator[str]:
         for name, module in self.model.named_modules():
@@ -292,8 +283,9 @@ class _Planner:
             role=site.role,
             aliases=site.aliases,
             norm=site.norm,
-            type=_class_name(site.module),
-            shape=tuple(_weight(site.module).shape),
+            type="" if site.module is None else class_name(site.module),
+            shape=site.shape,
+            call=site.call,
         )
         if found.reason:
             return found
@@ -342,16 +334,19 @@ class _Planner:
             return "classifier: head='keep'"
         if site.kind != "linear":
             return "output convolution: an angular head takes the place of a linear classifier only"
+        if site.call is not None:
+            return "classifier in a functional call: an angular head takes the place of an nn.Linear only"
         if self.options.head != "auto":
             return None
         if site.heads > 1:
             return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
-        if _weight(site.module).shape[0] < 2:
+        if site.shape[0] < 2:
             return "output of a single number, which has no classes"
         return None
 
     def _is_head(self, site: Site) -> bool:
-        return isinstance(site.module, AngularHead) or (site.role == "classifier" and site.kind == "linear")
+        linear = site.kind == "linear" and site.module is not None and site.call is None
+        return isinstance(site.module, AngularHead) or (site.role == "classifier" and linear)
 
     def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
         """Name and k; an operator object of the user's own is put aside under its class's name."""
@@ -362,7 +357,7 @@ class _Planner:
         k = setting.get("k", _k_for(operator, self.options.operator, self.options.k))
         made = make_operator(operator, k=k)
         if not isinstance(made, AngularOperator):
-            name = _class_name(made)
+            name = class_name(made)
             self.objects[name] = made
             return name, None
         return made.name, _as_number(made.k)
@@ -387,31 +382,31 @@ _HEAD_REASONS = {"w-softmax": "classifier: logits ‖x‖·g(θ)", "s-softmax": 
 
 
 def _cannot_convert(site: Site) -> str | None:
-    """What stands in the way of an angular twin of this module, whatever the user asks for."""
+    """What stands in the way of an angular twin of this site, whatever the user asks for."""
     module = site.module
-    if _is_angular(site):
+    if site.angular:
         return "already angular"
-    if site.read_by is not None:
-        return f"{site.read_by} reads its weight and never calls it"
+    if site.fused_in is not None:
+        return f"{site.fused_in} uses its weight in a fused kernel and never calls it"
+    if site.fixed:
+        return "its filter is not learned: a buffer, or computed from activations"
     if site.called is False:
         return "never called by the model's forward"
-    if site.kind not in CONVERTIBLE.values():
+    if site.kind not in SWAPPED.values():
         return "transposed convolution: not one patch for each output"
-    if hasattr(module, "parametrizations"):
-        return f"parametrized: {', '.join(module.parametrizations)} is computed from other tensors"  # type: ignore[arg-type]
-    if type(module) not in CONVERTIBLE and _class_name(module) not in EQUIVALENTS:
-        return f"{_class_name(module)} is a subclass that may compute something else"
+    if site.call is not None or (module is not None and is_swapped(module)):
+        return None
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    return None
+    return f"{class_name(module)} is a subclass, and no single convolution or linear map was seen in its forward"
+
+
+def _call(plain: dict[str, Any] | None) -> Call | None:
+    return None if plain is None else Call(**{**plain, "shape": tuple(plain["shape"])})
 
 
 def _as_number(k: float | torch.Tensor | None) -> float | None:
     return float(k.detach().mean()) if isinstance(k, torch.Tensor) else k
-
-
-def _is_angular(site: Site) -> bool:
-    return isinstance(site.module, (AngularLayer, AngularHead))
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
@@ -493,11 +488,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:  # a functional norm has a node's name, not a module's
         return None
-
-
-def _class_name(thing: Any) -> str:
-    cls = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.graph import is_site, kind_of
+from sphereify.convert.graph import is_site, kind_of, relative_parameter
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
+from sphereify.nn.calls import AngularCall, answer_call
+from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
 
@@ -46,17 +48,22 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     if not inplace:
         model = _copy(model)
     operators = _Operators(plan)
-    twins = {d.name: _make_twin(model.get_submodule(d.name), d, operators) for d in plan.converted}
-    norms = {d.norm: _without_norm(model.get_submodule(d.norm)) for d in plan.converted if d.drops_norm and d.norm}
-    for decision in plan.converted:
+    calls = {d.name: _make_call(model, d, operators) for d in plan.converted if d.call}
+    swaps = [d for d in plan.converted if not d.call]
+    twins = {d.name: _make_twin(model.get_submodule(d.name), d, operators) for d in swaps}
+    norms = {d.norm: _without_norm(model.get_submodule(d.norm)) for d in swaps if d.drops_norm and d.norm}
+    for decision in swaps:
         if decision.drops_norm and decision.norm:
             _take_over_norm(twins[decision.name], model.get_submodule(decision.norm))
     # All is made; from here on nothing can fail half-way.
-    for decision in plan.converted:
+    for decision in swaps:
         for name in (decision.name, *decision.aliases):
             model = _put(model, name, twins[decision.name])
     for name, rest in norms.items():
         model = _put(model, name, rest)
+    for decision in (d for d in plan.converted if d.call):
+        owner, parameter = decision.call.owner, decision.call.parameter  # type: ignore[union-attr]
+        answer_call(model.get_submodule(owner), relative_parameter(owner, parameter), calls[decision.name])
     setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
     return model
 
@@ -66,6 +73,9 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
     found = {name: module for name, module in model.named_modules() if is_site(module)}
     planned = {decision.name: decision for decision in plan.decisions}
     for name, decision in planned.items():
+        if not decision.type:  # a functional call: its weight is what there is to find
+            _check_parameter(model, decision, plan)
+            continue
         if name not in found:
             raise PlanMismatchError(f"{name}: the plan for {plan.model} has this layer, {type(model).__name__} has not")
         module = found[name]
@@ -80,6 +90,18 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
     for name in found:
         if name not in planned:
             raise PlanMismatchError(f"{name}: {type(model).__name__} has this layer, the plan for {plan.model} has not")
+
+
+def _check_parameter(model: nn.Module, decision: Decision, plan: ConversionPlan) -> None:
+    try:
+        assert decision.call is not None  # a decision without a module's type is about a call
+        model.get_submodule(decision.call.owner)
+        if decision.call.parameter:
+            model.get_parameter(decision.call.parameter)
+    except AttributeError as error:
+        raise PlanMismatchError(
+            f"{decision.name}: the plan for {plan.model} has this call, {type(model).__name__} has not ({error})"
+        ) from None
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -125,11 +147,31 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **scale)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
     if twin.beta is not None:
-        # ‖w‖·√fan_in: for inputs of unit RMS, ‖x‖ = √fan_in, β·cos θ is then the inner product that was there before.
-        with torch.no_grad():
-            norm = weight.detach().float().flatten(1).norm(dim=1)
-            twin.beta.copy_(norm * math.sqrt(weight[0].numel()))
+        _start_beta(twin.beta, weight)
     return twin
+
+
+def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> AngularCall:
+    """What answers a functional call, with a β that starts as a layer's does."""
+    assert decision.call is not None
+    operator = operators.of(decision)
+    owner = model.get_submodule(decision.call.owner)
+    weight = model.get_parameter(decision.call.parameter) if decision.call.parameter else next(owner.parameters())
+    if isinstance(operator, nn.Module):
+        operator.to(device=weight.device, dtype=weight.dtype)
+    call = AngularCall(decision.kind, decision.shape[0], operator, rescale=decision.rescale,
+                       has_bias=decision.call.has_bias, eps=decision.eps or DEFAULT_EPS,
+                       device=weight.device, dtype=weight.dtype)  # fmt: skip
+    call.train(owner.training)
+    if call.beta is not None and tuple(weight.shape) == decision.shape:
+        _start_beta(call.beta, weight)
+    return call
+
+
+@torch.no_grad()
+def _start_beta(beta: torch.Tensor, weight: torch.Tensor) -> None:
+    """‖w‖·√fan_in: for inputs of unit RMS, ‖x‖ = √fan_in, and β·cos θ is the inner product that was there before."""
+    beta.copy_(weight.detach().float().flatten(1).norm(dim=1) * math.sqrt(weight[0].numel()))
 
 
 def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
@@ -165,6 +207,6 @@ def _merged(earlier: ConversionPlan | None, plan: ConversionPlan) -> ConversionP
     """After a second conversion, the plan that leads from the plain model to the present one."""
     if earlier is None:
         return plan
-    before = {decision.name: decision for decision in earlier.converted}
-    decisions = [d if d.action == "convert" else before.get(d.name, d) for d in plan.decisions]
-    return replace(plan, decisions=decisions, objects={**earlier.objects, **plan.objects})
+    now = {decision.name: decision for decision in plan.converted}
+    decisions = [now.get(decision.name, decision) for decision in earlier.decisions]
+    return replace(earlier, decisions=decisions, objects={**earlier.objects, **plan.objects})

@@ -1,0 +1,167 @@
+"""What a forward pass calls, seen by running it on the meta device: shapes without values, at hardly any cost.
+
+A trace shows how modules are wired. A run shows what is called in modules that cannot be traced, and which weights are
+passed to functions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sphereify.nn.calls import FUNCTIONS
+
+Inputs = Tensor | tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A convolution or linear map that a forward calls as a function."""
+
+    owner: str
+    """The innermost module whose forward makes the call; "" is the model."""
+    kind: str
+    parameter: str | None
+    """Qualified name of the weight; None where it is computed from parameters."""
+    shape: tuple[int, ...]
+    """Of the weight, filters first."""
+    has_bias: bool
+
+
+@dataclass
+class Run:
+    """What was seen in a training and an evaluation pass."""
+
+    order: list[str] = field(default_factory=list)
+    """Modules in the order in which they were first called."""
+    calls: list[Call] = field(default_factory=list)
+    fixed: list[Call] = field(default_factory=list)
+    """Calls with a weight that is no parameter's: buffers, or computed from activations."""
+    error: str = ""
+    """Why no pass succeeded; empty if one did."""
+
+
+def run(model: nn.Module, example_inputs: Inputs = None) -> Run:
+    """Run a copy of a model on shapes alone, in training and in evaluation. Its mode changes, nothing else.
+
+    Without `example_inputs`, two images of the size in `pretrained_cfg` are assumed, else of 224×224 pixels.
+    """
+    seen = Run(error="no pass was tried")
+    errors = []
+    for training in (False, True):
+        model.train(training)
+        attempt = Run()
+        try:
+            inputs = _on_meta(example_inputs) if example_inputs is not None else assumed_inputs(model)
+            _run_once(model, inputs, attempt)
+        except Exception as error:  # a forward may raise anything; it may need values, or other inputs
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        seen.error = ""
+        for name in ("order", "calls", "fixed"):
+            known = getattr(seen, name)
+            known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
+    if seen.error:
+        seen.error = errors[0]
+    return seen
+
+
+def assumed_inputs(model: nn.Module) -> tuple[Any, ...]:
+    """Two images, or sequences, or rows, for the first layer of a model that says no more."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    first: Any = next((m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        return (torch.empty(2, first.in_features, device="meta"),)
+    channels = first.in_channels if first is not None else size[0]
+    dims = {nn.Conv1d: (size[-1],), nn.Conv3d: (16, 112, 112)}
+    spatial = next((s for cls, s in dims.items() if isinstance(first, cls)), tuple(size[1:]))
+    return (torch.empty(2, channels, *spatial, device="meta"),)
+
+
+def _on_meta(inputs: Any) -> tuple[Any, ...]:
+    values = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), value) for value in values)
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run) -> None:
+    parameters = {name: p.detach().to("meta") for name, p in model.named_parameters()}
+    buffers = {name: b.to("meta") for name, b in model.named_buffers()}
+    stack: list[str] = []
+    with torch.random.fork_rng(devices=[]), _stacked(model, stack, seen), _Watch(parameters, buffers, stack, seen):
+        torch.func.functional_call(model, {**parameters, **buffers}, inputs)
+
+
+@contextmanager
+def _stacked(model: nn.Module, stack: list[str], seen: Run) -> Iterator[None]:
+    """Keeps `stack` at the names of the modules whose forward is running."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            stack.append(name)
+            seen.order.append(name)
+
+        def leave(*_: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch(TorchFunctionMode):
+    """Notes each functional convolution and linear map, and follows what is computed from parameters alone."""
+
+    def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], stack: list[str], seen: Run):
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in parameters.items()}
+        self.constant = {id(tensor) for tensor in buffers.values()}
+        self.computed: set[int] = set()
+        self.alive: list[Any] = []  # an id is only good while its tensor lives
+        self.stack = stack
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FUNCTIONS:
+            self._note(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._follow((args, kwargs), result)
+        return result
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        function = FUNCTIONS[func]
+        call = function.arguments(*args, **kwargs)
+        base = call.source if id(call.source) in self.names else call.source._base
+        name = self.names.get(id(base)) if base is not None else None
+        noted = Call(self.stack[-1] if self.stack else "", function.kind, name, tuple(call.weight.shape),
+                     call.bias is not None)  # fmt: skip
+        learned = name is not None or id(call.source) in self.computed
+        (self.seen.calls if learned else self.seen.fixed).append(noted)
+
+    def _follow(self, arguments: Any, result: Any) -> None:
+        """A result is computed from parameters if all its tensors are parameters, constants, or so computed."""
+        if not isinstance(result, Tensor):
+            return
+        leaves = [t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+        learned = [id(t) in self.names or id(t) in self.computed for t in leaves]
+        if (
+            leaves
+            and any(learned)
+            and all(yes or id(t) in self.constant for yes, t in zip(learned, leaves, strict=True))
+        ):
+            if id(result) not in self.names:
+                self.computed.add(id(result))
+                self.alive.append(result)
+        elif all(id(t) in self.constant for t in leaves):
+            self.constant.add(id(result))
+            self.alive.append(result)

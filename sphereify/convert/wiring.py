@@ -1,0 +1,176 @@
+"""Questions about one traced graph: what follows a site, what ends in the output, which branch is a shortcut."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sphereify.nn.calls import FUNCTIONS
+
+SAME_VALUES = {
+    "contiguous", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "to",
+    "float", "type", "type_as", "getitem", "clone", "chunk", "unbind", "movedim", "getattr", "dropout", "identity",
+    "t", "_assert", "sym_size", "drop_path", "dropout1d", "dropout2d", "dropout3d", "droppath", "rearrange",
+    "alphadropout",
+}  # fmt: skip
+"""Operations that move values without mixing channels, by name: function, method, or module class."""
+KEEPS_CLASSES = {
+    "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
+    "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
+    "selectadaptivepool2d",
+}  # fmt: skip
+"""Operations between the classifier and the output of a model that leave each channel its class."""
+ADD = {"add", "iadd", "add_"}
+SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
+UPSAMPLE = {"interpolate", "upsample", "pixel_shuffle", "pixelshuffle"}
+SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
+TRANSPOSE = {"t", "transpose", "permute", "to", "getattr"}
+
+
+class Wiring:
+    """One graph of a model or a part of it; sites are named relative to that part."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, is_site: Any, is_affine_norm: Any):
+        self.graph = graph
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.parameters = dict(root.named_parameters(remove_duplicate=False))
+        self.is_site = is_site
+        self.is_affine_norm = is_affine_norm
+        self.sites: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            if (name := self._site_name(node)) is not None:
+                self.sites[node] = name
+
+    def _site_name(self, node: fx.Node) -> str | None:
+        if node.op == "call_module" and self.is_site(self.modules[str(node.target)]):
+            return str(node.target)
+        if node.op != "call_function" or node.target not in FUNCTIONS:
+            return None
+        weight = self._weight(node)
+        if weight is None:
+            return None
+        owner = str(weight.target).rpartition(".")[0]
+        return owner if owner in self.modules and self.is_site(self.modules[owner]) else str(weight.target)
+
+    def _weight(self, node: fx.Node) -> fx.Node | None:
+        """The parameter that a functional convolution or linear map uses, if it is one."""
+        place = 2 if getattr(node.target, "__name__", "") == "addmm" else 1
+        weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
+        while isinstance(weight, fx.Node) and self.name(weight) in TRANSPOSE and weight.op.startswith("call_"):
+            weight = weight.args[0]
+        return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+    def name(self, node: fx.Node) -> str:
+        """What a node does, in one lower-case word."""
+        if node.op == "call_module":
+            return type(self.modules[str(node.target)]).__name__.lower()
+        if node.op == "call_function":
+            return getattr(node.target, "__name__", str(node.target)).lower()
+        return str(node.target)
+
+    def moves(self, node: fx.Node) -> bool:
+        return node.op.startswith("call_") and self.name(node) in SAME_VALUES
+
+    def is_shape(self, node: fx.Node) -> bool:
+        """`x.shape`, `x.size(0)`: reads no values"""
+        if node.op == "call_function" and node.target is getattr:
+            return node.args[1] in SHAPE
+        return node.op == "call_method" and self.name(node) in SHAPE
+
+    def norm_after(self, site: fx.Node) -> str | None:
+        """The affine normalization that is the only reader of this site's output."""
+        node = site
+        while True:
+            readers = [user for user in node.users if not self.is_shape(user)]
+            if len(readers) != 1:
+                return None
+            node = readers[0]
+            if node.op == "call_module" and self.is_affine_norm(self.modules[str(node.target)]):
+                return str(node.target)
+            if node.op == "call_function" and node.target in (F.batch_norm, F.layer_norm, F.group_norm):
+                return str(node)
+            if not self.moves(node):
+                return None
+
+    def reads_input(self, site: fx.Node) -> bool:
+        """Whether nothing but moves lies between an input of the model and this site."""
+        node = site.all_input_nodes[0] if site.all_input_nodes else site
+        while self.moves(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder"
+
+    def outputs(self) -> list[list[fx.Node]]:
+        """For each output of the model that ends in sites: those sites."""
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        leaves = output.all_input_nodes
+        if len(leaves) == 1 and isinstance(leaves[0].target, type):  # a named tuple, made by its class
+            leaves = leaves[0].all_input_nodes
+        ends = [list(self._last_sites(leaf, set())) for leaf in leaves]
+        return [end for end in ends if end]
+
+    def _last_sites(self, node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
+        if node in seen:
+            return
+        seen.add(node)
+        if node in self.sites:
+            yield node
+            return
+        name = self.name(node)
+        inputs = [n for n in node.all_input_nodes if not self.is_shape(n)]
+        averaged = name in ADD or (name in SCALE and len(inputs) == 1)
+        if node.op.startswith("call_") and (self.moves(node) or name in KEEPS_CLASSES or averaged):
+            for source in inputs:
+                yield from self._last_sites(source, seen)
+
+    def shortcuts(self) -> list[fx.Node]:
+        """1×1 convolutions that lie alone on the branch of a residual addition which skips the main path.
+
+        For an addition a + b, a branch is what feeds one operand and not the other. The branch whose only site is a
+        1×1 convolution is the shortcut if the other one does more: several sites, or a larger window. Lateral
+        connections of a feature pyramid have the same shape but add an upsampled map; they are not residual.
+        """
+        nodes = list(self.graph.nodes)
+        index = {node: i for i, node in enumerate(nodes)}
+        ancestors: list[int] = []  # a bit for each node
+        for node in nodes:
+            reached = 1 << index[node]
+            for source in node.all_input_nodes:
+                reached |= ancestors[index[source]]
+            ancestors.append(reached)
+        sites = sum(1 << index[node] for node in self.sites)
+        upsampled = sum(1 << index[node] for node in nodes if self.name(node) in UPSAMPLE)
+        found: list[fx.Node] = []
+        for node in nodes:
+            operands = node.all_input_nodes
+            if not (node.op.startswith("call_") and self.name(node) in ADD and len(operands) == 2):
+                continue
+            first, second = (ancestors[index[operand]] for operand in operands)
+            for branch, other in ((first & ~second, second & ~first), (second & ~first, first & ~second)):
+                short, long = (_members(side & sites, nodes) for side in (branch, other))
+                lateral = (branch | other) & upsampled
+                if not lateral and len(short) == 1 and self._is_pointwise(short[0]) and self._does_more(long):
+                    found.append(short[0])
+        return found
+
+    def _is_pointwise(self, node: fx.Node) -> bool:
+        """A convolution with a window of one position; a linear map is none."""
+        if node.op == "call_module":
+            kernel = getattr(self.modules[str(node.target)], "kernel_size", ())
+        else:
+            weight = self._weight(node)
+            parameter = self.parameters.get(str(weight.target)) if weight is not None else None
+            kernel = tuple(parameter.shape[2:]) if parameter is not None else ()
+        return len(kernel) > 0 and all(k == 1 for k in kernel)
+
+    def _does_more(self, branch: list[fx.Node]) -> bool:
+        return len(branch) > 1 or (len(branch) == 1 and not self._is_pointwise(branch[0]))
+
+
+def _members(bits: int, nodes: list[fx.Node]) -> list[fx.Node]:
+    members = []
+    while bits:
+        lowest = bits & -bits
+        members.append(nodes[lowest.bit_length() - 1])
+        bits ^= lowest
+    return members
