@@ -9,6 +9,7 @@ old JSON that `load` then sees through.
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.convert import ConversionPlan, apply_plan
+from sphereify.convert.graph import class_name
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
-from sphereify.errors import ArtifactError, PlanMismatchError, UsageError
+from sphereify.errors import ArtifactError, UsageError
 from sphereify.sources import Source, build_model, recognise, versions
 
 FORMAT_VERSION = 1
@@ -57,6 +59,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         "tied": tied,
         "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in _unsaved_buffers(model).items()},
         "training": training,
     }
     try:
@@ -100,21 +103,35 @@ def read_document(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     for name in (DOCUMENT, TENSORS):
         if not (folder / name).is_file():
-            what = "there is no such folder" if not folder.is_dir() else f"there is no {name} in it"
+            what = f"there is no {name} in it" if folder.is_dir() else "there is no such folder"
             raise ArtifactError(f"{path}: {what}; an artifact is a folder with {DOCUMENT} and {TENSORS}")
     try:
         document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-        version = document["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ArtifactError(f"{folder / DOCUMENT}: damaged, not the JSON of a conversion ({error})") from error
+    document = _checked(document, folder / DOCUMENT)
+    embedded = _read_header(folder / TENSORS)
+    return document if embedded["id"] == document["id"] else embedded
+
+
+_MAYBE = (dict, type(None))
+_PARTS: dict[str, Any] = {"id": str, "source": _MAYBE, "plan": dict, "tied": dict, "channels_last": list,
+                          "frozen": list, "buffers": dict, "training": _MAYBE}  # fmt: skip
+
+
+def _checked(document: Any, place: Path) -> dict[str, Any]:
+    """The document if it has all its parts and is not from the future."""
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"{place}: damaged, there is no format_version in it")
     if version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{folder / DOCUMENT}: format version {version} is newer than {FORMAT_VERSION}, which this sphereify "
-            f"reads. Upgrade with: pip install --upgrade sphereify"
+            f"{place}: format version {version} is newer than {FORMAT_VERSION}, which this sphereify reads. "
+            f"Upgrade with: pip install --upgrade sphereify"
         )
-    embedded = _read_header(folder / TENSORS)
-    if embedded.get("id") != document.get("id"):
-        return embedded
+    for part, kind in _PARTS.items():
+        if part not in document or not isinstance(document[part], kind):
+            raise ArtifactError(f"{place}: damaged, its part {part!r} is missing or of another type")
     return document  # type: ignore[no-any-return]
 
 
@@ -131,6 +148,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[int, str] = {}
+    storages: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{name}: state of type {type(tensor).__name__} cannot be saved, only tensors can")
@@ -138,8 +156,17 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
             tied[name] = names[id(tensor)]
             continue
         names[id(tensor)] = name
-        tensors[name] = tensor.detach()
+        # Memory that two tensors share without being one is stored twice.
+        own = tensor.untyped_storage().data_ptr() not in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor.detach() if own else tensor.detach().clone()
     return tensors, tied
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Floating-point buffers that are made by the constructor and not part of the state."""
+    saved = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -151,22 +178,42 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _verified_source(model: nn.Module, plan: ConversionPlan) -> Source | None:
-    """The source that, built again and converted by the plan, has the tensors of `model`; None if there is none."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for source in recognise(model):
+    """The source that, built again and converted by the plan, gives the same network; None if there is none."""
+    wanted = _fingerprint(model)
+    return next((s for s in recognise(model) if _rebuilds(s, plan, wanted)), None)
+
+
+def _rebuilds(source: Source, plan: ConversionPlan, wanted: list[Any]) -> bool:
+    for device in ("meta", "cpu"):  # some builders cannot work without real tensors
         try:
-            with torch.device("meta"):
-                rebuilt = apply_plan(build_model(source), plan, inplace=True)
-        except PlanMismatchError:
+            with torch.device(device), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                return _fingerprint(apply_plan(build_model(source), plan, inplace=True)) == wanted
+        except Exception:  # a builder may refuse these arguments in its own way
             continue
-        except Exception:  # some builders cannot work without real tensors, or refuse these arguments
-            try:
-                rebuilt = apply_plan(build_model(source), plan, inplace=True)
-            except Exception:
-                continue
-        if {name: t.shape for name, t in rebuilt.state_dict().items()} == shapes:
-            return source
-    return None
+    return False
+
+
+def _fingerprint(model: nn.Module) -> list[Any]:
+    """What tells two networks apart besides their values: each module's class and settings, each tensor's shape."""
+    described: list[Any] = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    for name, module in model.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and key not in _NO_SETTING and _is_plain(value)
+        }
+        described.append((name, class_name(module), module.extra_repr(), settings))
+    return described
+
+
+_NO_SETTING = {"training", "grad_checkpointing", "only_read"}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -177,7 +224,10 @@ def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tens
         save_file({name: t.contiguous() for name, t in tensors.items()}, aside[TENSORS], {"conversion": text})
         aside[DOCUMENT].write_text(text + "\n", encoding="utf-8")
         aside[TENSORS].chmod(aside[DOCUMENT].stat().st_mode)  # safetensors writes for the owner only
-        for name in (TENSORS, DOCUMENT):
+        # The move of the tensors is what makes the new artifact: a new folder gets its description before it, an old
+        # one after it, when the header of the tensors already speaks for them.
+        anew = not (folder / TENSORS).exists()
+        for name in (DOCUMENT, TENSORS) if anew else (TENSORS, DOCUMENT):
             _to_disk(aside[name])
             os.replace(aside[name], folder / name)
         _to_disk(folder)
@@ -186,6 +236,8 @@ def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tens
     finally:
         for leftover in aside.values():
             leftover.unlink(missing_ok=True)
+        if not (folder / TENSORS).exists():
+            (folder / DOCUMENT).unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -203,7 +255,7 @@ def _to_disk(path: Path) -> None:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["conversion"])  # type: ignore[no-any-return]
+            return _checked(json.loads((file.metadata() or {})["conversion"]), path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path}: truncated or damaged, or not written by sphereify ({error})") from error
 
@@ -225,6 +277,7 @@ def _fill(model: nn.Module, path: Path, document: dict[str, Any]) -> None:
     """Copy the tensors in, in their own dtype and memory format, and tie what was tied."""
     tied, channels_last = document["tied"], set(document["channels_last"])
     state = model.state_dict(keep_vars=True)
+    filled: set[int] = set()
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys()) | set(tied)
         _check_names(path, set(state), stored)
@@ -236,9 +289,15 @@ def _fill(model: nn.Module, path: Path, document: dict[str, Any]) -> None:
                 )
             if name in channels_last:
                 value = value.contiguous(memory_format=torch.channels_last)
+            if id(tensor) in filled and name not in tied:
+                _set_parameter(model, name, nn.Parameter(value))  # tied by the builder, and no longer when it was saved
+                continue
+            filled.add(id(tensor))
             tensor.data = value
     for name, first in tied.items():
-        _tie(model, name, first)
+        _set_parameter(model, name, _attribute(model, first))
+    for name, buffer in _unsaved_buffers(model).items():
+        buffer.data = buffer.to(getattr(torch, document["buffers"].get(name, "float32")))
     frozen = set(document["frozen"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -250,9 +309,12 @@ def _check_names(path: Path, expected: set[str], stored: set[str]) -> None:
             raise ArtifactError(f"{path}: {what} {len(names)} tensors, such as {sorted(names)[0]}")
 
 
-def _tie(model: nn.Module, name: str, first: str) -> None:
+def _attribute(model: nn.Module, name: str) -> Any:
     owner, _, own = name.rpartition(".")
-    first_owner, _, first_own = first.rpartition(".")
-    parameter = getattr(model.get_submodule(first_owner), first_own)
-    if getattr(model.get_submodule(owner), own) is not parameter:
-        setattr(model.get_submodule(owner), own, parameter)
+    return getattr(model.get_submodule(owner), own)
+
+
+def _set_parameter(model: nn.Module, name: str, value: Any) -> None:
+    owner, _, own = name.rpartition(".")
+    if _attribute(model, name) is not value:
+        setattr(model.get_submodule(owner), own, value)

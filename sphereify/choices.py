@@ -7,6 +7,7 @@ OPERATORS = ("linear", "cosine", "sigmoid", "learnable-sigmoid")
 SHARE_K = ("filter", "layer", "network")
 RESCALE = ("auto", "always", "never")
 NORM = ("keep", "replace")
+ATTENTION = ("keep", "convert")
 HEADS = ("auto", "keep", "w-softmax", "s-softmax")
 """What `head=` takes. "auto" and "keep" are policies, the rest are kinds of `AngularHead`."""
 

@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the commands, so that `--help` answers a
 import functools
 import inspect as python_inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,8 +37,9 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
-            raise
-        known = isinstance(error, (SphereifyError, ArithmeticError))
+            traceback.print_exception(error)
+            sys.exit(getattr(error, "exit_code", 1))
+        known = isinstance(error, SphereifyError)
         prefix = "error" if known else f"error: {type(error).__name__}"
         hint = "" if known else "\nThis was not foreseen; --debug shows the traceback."
         print(f"{prefix}: {error}{hint}", file=sys.stderr)
@@ -93,6 +95,7 @@ def _conversion(
     norm: Annotated[
         str, _angles(f"BatchNorm after a converted convolution: {_listed(choices.NORM)} (by SphereNorm).")
     ] = "keep",
+    attention: Annotated[str, _angles(f"Projections of nn.MultiheadAttention: {_listed(choices.ATTENTION)}.")] = "keep",
     eps: Annotated[float, _angles("Added to both squared norms.")] = 1e-4,
     skip_shortcuts: Annotated[bool, _where("Keep 1×1 convolutions on residual shortcuts.", "--skip-shortcuts")] = False,
     include: Annotated[
@@ -209,11 +212,22 @@ def convert(
 
 @app.command()
 @_sharing(options=_conversion, source=_source)
-def inspect(model: Model, options: Any, source: Any, json: Json = False) -> None:
+def inspect(
+    model: Model,
+    options: Any,
+    source: Any,
+    json: Json = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the model to see that each layer is called.", rich_help_panel=OUTPUT),
+    ] = False,
+) -> None:
     """Show what convert would do, layer by layer and why, without writing anything."""
     from sphereify.convert import plan_conversion
 
-    _show_plan(plan_conversion(_open_model(model, **source), **options), json)
+    network = _open_model(model, **source)
+    plan = plan_conversion(network, **options)
+    _show_plan(plan.verify(network) if verify else plan, json)
 
 
 @app.command()
@@ -277,15 +291,16 @@ def _network_and_data(spec: str, data: str, img_size: int | None, seed: int) -> 
     """An artifact as it is; a plain model is built for the classes of the data and converted."""
     from sphereify.artifact import is_artifact
     from sphereify.convert import sphereify
-    from sphereify.sources import find_model, input_channels, load_data
+    from sphereify.sources import input_channels, load_data
 
     if Path(spec).is_dir() or is_artifact(spec):
         model = _open_model(spec)
         config = getattr(model, "pretrained_cfg", None)
         return model, load_data(data, channels=input_channels(model), img_size=img_size, config=config)
-    find_model(spec)
-    images = load_data(data, img_size=img_size)
-    return sphereify(_open_model(spec, num_classes=len(images.classes), seed=seed), inplace=True), images
+    plain = _open_model(spec, num_classes=len(load_data(data).classes), seed=seed)
+    config = getattr(plain, "pretrained_cfg", None)
+    images = load_data(data, channels=input_channels(plain), img_size=img_size, config=config)
+    return sphereify(plain, inplace=True), images
 
 
 def _default_output(model: str, operator: str) -> Path:

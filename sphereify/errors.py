@@ -37,6 +37,16 @@ class DataError(SphereifyError):
     """A data set cannot be read or does not fit the model."""
 
 
+class TrainingError(SphereifyError, ArithmeticError):
+    """Training cannot go on: a loss that is not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def choose(what: str, given: object, choices: Iterable[str]) -> UsageError:
     """The error for a word that is not among `choices`, with the nearest one suggested."""
     choices = list(choices)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from sphereify.convert.graph import is_site
-from sphereify.errors import ArtifactError, DataError, UsageError
+from sphereify.errors import ArtifactError, DataError, SphereifyError, UsageError, first_line
 
 SOURCE_ATTRIBUTE = "conversion_source"
 """Where a model that was built by name carries its `Source`."""
@@ -106,7 +107,7 @@ def _find_torchvision(name: str, arguments: dict[str, Any]) -> Source:
 
 def _unknown_model(spec: str, names: list[str]) -> UsageError:
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names."
     return UsageError(
         f"model {spec!r}: not found; {hint} Accepted are a timm name, torchvision:NAME, package.module:factory, "
         f"path/to/file.py:factory, or the folder of a saved artifact."
@@ -144,7 +145,13 @@ def _build_own(source: Source, pretrained: bool) -> nn.Module:
     arguments = dict(source.arguments)
     if pretrained:
         arguments["pretrained"] = True
-    return _import_factory(source.name)(**arguments)
+    factory = _import_factory(source.name)
+    try:
+        return factory(**arguments)
+    except TypeError:
+        raise
+    except Exception as error:  # the user's own code
+        raise SphereifyError(f"{source}: failed with {first_line(error)}") from error
 
 
 def _import_factory(spec: str) -> Callable[..., nn.Module]:
@@ -154,11 +161,12 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
             file = Path(place)
             if not file.is_file():
                 raise UsageError(f"model {spec!r}: there is no file {place}")
-            loader = importlib.util.spec_from_file_location(file.stem, file)
+            module_name = _module_name(file)
+            loader = importlib.util.spec_from_file_location(module_name, file)
             assert loader is not None  # a .py file always has a loader
             assert loader.loader is not None
             module = importlib.util.module_from_spec(loader)
-            sys.modules.setdefault(file.stem, module)
+            sys.modules[module_name] = module  # where pickle looks for the classes of the file
             loader.loader.exec_module(module)
         else:
             if "" not in sys.path:
@@ -167,13 +175,21 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
     except UsageError:
         raise
     except Exception as error:  # importing runs the user's code
-        raise UsageError(f"model {spec!r}: importing {place} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"model {spec!r}: importing {place} failed: {first_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         near = difflib.get_close_matches(name, dir(module), n=1)
         hint = f"; did you mean {place}:{near[0]}?" if near else ""
         raise UsageError(f"model {spec!r}: {place} has no function {name!r}{hint}")
     return factory  # type: ignore[no-any-return]
+
+
+def _module_name(file: Path) -> str:
+    """The name of a file's module; another file, or a package, of the same name keeps it."""
+    taken = sys.modules.get(file.stem)
+    same = taken is not None and Path(getattr(taken, "__file__", None) or "").resolve() == file.resolve()
+    free = taken is None and importlib.util.find_spec(file.stem) is None
+    return file.stem if same or free else f"{file.stem}_{zlib.crc32(str(file.resolve()).encode()):08x}"
 
 
 def recognise(model: nn.Module) -> list[Source]:
@@ -203,8 +219,10 @@ def _recognise_timm(model: nn.Module) -> list[Source]:
         arguments["in_chans"] = channels
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     sized = {**arguments, "img_size": list(size)} if size else arguments
-    pooled = {**arguments, "global_pool": pool} if isinstance(pool := getattr(model, "global_pool", None), str) else {}
-    return [Source("timm", name, a) for a in (arguments, sized, pooled) if a is not None]
+    pool = getattr(model, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
+    pooled = [{**a, "global_pool": pool} for a in (arguments, sized)] if isinstance(pool, str) else []
+    return [Source("timm", name, a) for a in (arguments, sized, *pooled)]
 
 
 def _recognise_torchvision(model: nn.Module) -> list[Source]:
@@ -226,8 +244,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ArtifactError: no such file, not readable, or tensors that do not fit, with names and shapes.
     """
-    tensors = _read_tensors(Path(path))
     model_tensors = model.state_dict()
+    tensors = _without_prefix(_read_tensors(Path(path)), set(model_tensors))
     wrong = [
         f"{name}: {tuple(tensor.shape)} in the file, {tuple(model_tensors[name].shape)} in the model"
         for name, tensor in tensors.items()
@@ -256,19 +274,21 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"{path}: cannot be read as a checkpoint of tensors ({type(error).__name__}: {reason})"
-        ) from error
+        raise ArtifactError(f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)})") from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ArtifactError(f"{path}: holds {type(content).__name__}, expected a dictionary of tensors")
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if content and all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
+    """Names as they were before DataParallel or torch.compile wrapped the model; a model's own such names stay."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if not wanted & set(tensors) and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -28,6 +28,7 @@ def sphereify(
     scale: float = 30.0,
     rescale: str = "auto",
     norm: str = "keep",
+    attention: str = "keep",
     include: Patterns = None,
     exclude: Patterns = None,
     overrides: Overrides = None,
@@ -49,6 +50,7 @@ def sphereify(
         margin, scale: of the head kinds that take them.
         rescale: SphereNorm's β and γ: "auto" (where no affine normalization follows), "always", "never".
         norm: "keep", or "replace": drop the BatchNorm after a converted convolution, SphereNorm in its place.
+        attention: of nn.MultiheadAttention's projections: "keep" or "convert".
         include, exclude: globs over qualified names, or "re:…"; a string or a list.
         overrides: {pattern: {"operator": …, "k": …, "rescale": …} or "keep"}; the first match wins, and wins over
             `include`, `exclude` and `skip_shortcuts`.
@@ -82,6 +84,7 @@ def sphereify(
         scale=scale,
         rescale=rescale,
         norm=norm,
+        attention=attention,
         include=include,
         exclude=exclude,
         overrides=overrides,

@@ -66,8 +66,8 @@ def calibrate(
     original.eval()
     explained: dict[str, float] = {}
     try:
-        for decision in plan.converted:
-            pairs = _Pairs(model, original, decision.name, inputs)
+        for decision in _in_order(original, inputs[0], [d for d in plan.converted if d.call is None]):
+            pairs = _Pairs(model, original, decision.name, inputs, _replaced_norm(original, decision))
             fitted = _fit(model, decision, pairs)
             if fitted is not None:
                 explained[decision.name] = fitted
@@ -86,12 +86,39 @@ class _Pairs:
     original: nn.Module
     name: str
     inputs: list[tuple[Tensor, ...]]
+    norm: Any = None
+    """A BatchNorm that the converted layer replaces: what it made of the output is then the target."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.inputs:
             received = _capture(self.model, self.name, batch, lambda args, out: args[0])
             returned = _capture(self.original, self.name, batch, lambda args, out: out)
-            yield from zip(received, returned, strict=True)
+            yield from zip(received, map(self._normalized, returned), strict=True)
+
+    def _normalized(self, output: Tensor) -> Tensor:
+        if self.norm is None:
+            return output
+        return F.batch_norm(output, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias,
+                            eps=self.norm.eps)  # fmt: skip
+
+
+def _in_order(original: nn.Module, batch: tuple[Any, ...], decisions: list[Decision]) -> list[Decision]:
+    """The decisions in the order in which their layers run."""
+    order: list[str] = []
+    handles = [
+        original.get_submodule(d.name).register_forward_hook(lambda *_, name=d.name: order.append(name))  # type: ignore[misc]
+        for d in decisions
+    ]
+    try:
+        original(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(decisions, key=lambda d: order.index(d.name) if d.name in order else len(order))
+
+
+def _replaced_norm(original: nn.Module, decision: Decision) -> Any:
+    return original.get_submodule(decision.norm) if decision.drops_norm and decision.norm else None
 
 
 def _capture(

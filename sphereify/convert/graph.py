@@ -6,6 +6,7 @@ itself. A run on the meta device says what is called, and which weights are pass
 nor run reaches, roles come from names and shapes.
 """
 
+import contextlib
 import copy
 import inspect
 import re
@@ -19,6 +20,7 @@ from torch import fx, nn
 
 from sphereify.convert.running import Call, Inputs, Run, run
 from sphereify.convert.wiring import Wiring
+from sphereify.errors import first_line
 from sphereify.nn import AngularHead
 from sphereify.nn.calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
 from sphereify.nn.layers import AngularLayer
@@ -33,9 +35,14 @@ KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose1d: "conv-transpose1d",
     nn.ConvTranspose2d: "conv-transpose2d",
     nn.ConvTranspose3d: "conv-transpose3d",
+    nn.Bilinear: "bilinear",
+    nn.RNNBase: "recurrent",
+    nn.RNNCellBase: "recurrent",
+    nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
     AngularHead: "linear",
 }
-"""What counts as a site, subclasses included."""
+"""What counts as a site, subclasses included. Those that are no convolution or linear map are kept, and said so."""
 
 SWAPPED: dict[type[nn.Module], str] = {t: KINDS[t] for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 """Exact types whose twin takes their place. A subclass may compute something else: its inner call is what counts."""
@@ -48,8 +55,8 @@ EQUIVALENTS = {
 }
 """Subclasses, by qualified name, that compute exactly what their base does."""
 
-# Modules that read the weights of their children without calling them, in fused kernels.
-FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+ATTENTION = nn.MultiheadAttention
+"""Hands its weights to one function, and never calls the layer that holds the last of them."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,14 @@ class Site:
     role: Role = "hidden"
     norm: str | None = None
     """The normalization with an affine part that directly follows, by name."""
+    owns_norm: bool = False
+    """Whether that normalization follows nothing else, and this site in one place only."""
     called: bool | None = None
     """Whether the forward calls it; None where neither trace nor run can tell."""
     call: Call | None = None
     """The functional call, where there is one to make angular."""
-    fused_in: str | None = None
-    """The module whose fused kernel uses this site's weight."""
+    attention: str | None = None
+    """The nn.MultiheadAttention that this projection belongs to."""
     fixed: bool = False
     """A functional call whose weight is not learned."""
     angular: bool = False
@@ -94,21 +103,24 @@ class ModelGraph:
     """Modules whose forward could not be followed, with the reason; "" is the model itself."""
     ran: bool
     """Whether a run on the meta device succeeded."""
+    output: tuple[int, ...] | None = None
+    """Shape of the model's output in that run, if it is one tensor."""
 
 
 def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     """The sites of `model` with their roles. The model is not changed; it may itself be on the meta device."""
-    skeleton = _skeleton(model)
-    if skeleton is None:
-        facts, seen = _Facts(untraced={"": "it cannot be copied"}), Run(error="it cannot be copied")
-    else:
-        facts, seen = _facts(skeleton), run(skeleton, example_inputs)
+    bones: nn.Module | None = None
+    facts, seen = _Facts(untraced={"": "it cannot be copied"}), Run(error="it cannot be copied")
+    with contextlib.suppress(Exception):  # whatever a user's __deepcopy__ raises: names alone then describe the model
+        bones = skeleton(model)
+    if bones is not None:
+        facts, seen = _facts(bones), run(bones, example_inputs)
     ran = not seen.error
     sites = [_module_site(name, aliases, module, model, facts, seen)
              for name, (module, aliases) in site_modules(model).items()]  # fmt: skip
-    sites = _with_calls(sites, model, facts, seen, skeleton)
+    sites = _with_calls(sites, model, facts, seen, bones)
     if "" in facts.untraced:
-        sites = _guess_classifier(model, sites)
+        sites = _guess_classifier(model, sites, seen.output)
     order = {name: i for i, name in enumerate(seen.order if ran else facts.order)}
     last = len(order)
 
@@ -116,7 +128,7 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         where = (*site.names, site.call.owner) if site.call else site.names
         return min(order.get(name, last) for name in where)
 
-    return ModelGraph(tuple(sorted(sites, key=place)), facts.untraced, ran)
+    return ModelGraph(tuple(sorted(sites, key=place)), facts.untraced, ran, seen.output)
 
 
 def is_site(module: nn.Module) -> bool:
@@ -135,7 +147,8 @@ def is_swapped(module: nn.Module) -> bool:
 
 def is_affine_norm(module: nn.Module) -> bool:
     """A normalization, of torch, torchvision, timm or the user, with a scale of its own."""
-    return "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+    named = "norm" in type(module).__name__.lower() and not is_site(module)
+    return named and getattr(module, "weight", None) is not None
 
 
 def class_name(thing: Any) -> str:
@@ -154,16 +167,22 @@ def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]
     return {all_names[0]: (modules[key], tuple(all_names[1:])) for key, all_names in names.items()}
 
 
-def _skeleton(model: nn.Module) -> nn.Module | None:
-    """A copy that shares the parameters but nothing that a traced forward could change."""
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters but nothing that a forward pass could change, and makes its calls plainly."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    try:
-        skeleton = copy.deepcopy(model, shared)
-    except Exception:  # whatever a user's __deepcopy__ raises: the model is then described by its names alone
-        return None
-    for module in skeleton.modules():
+    copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
         make_plain(module)
-    return skeleton
+        _drop_hooks(module)
+    return copied
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    """A user's hooks do not run while we look; those by which torch computes a weight do."""
+    for name, hooks in vars(module).items():
+        if name.endswith("_hooks") and isinstance(hooks, dict):
+            for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                del hooks[key]
 
 
 # ---------------------------------------------------------------------------------------------------- what traces say
@@ -176,8 +195,20 @@ class _Facts:
     order: list[str] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
+    """The norm after each site whose every call is followed by one."""
+    unnormalized: set[str] = field(default_factory=set)
+    """Sites of which some call is not."""
+    fed: dict[str, list[str]] = field(default_factory=dict)
+    """For each norm the calls that feed it, by the site's name."""
     outputs: int = 0
     untraced: dict[str, str] = field(default_factory=dict)
+    shared_norms: set[str] = field(default_factory=set)
+    """Norms that are called more than once."""
+
+    def calls_once(self, norm: str, names: tuple[str, ...]) -> bool:
+        """Whether a norm runs once, and on the only call of the site of these names."""
+        calls = [feeder for feeders in self.fed.values() for feeder in feeders if feeder in names]
+        return len(calls) == 1 and len(self.fed.get(norm, [])) == 1 and norm not in self.shared_norms
 
     def add_training(self, training: "_Facts") -> None:
         """Sites that only the training graph calls; an output among them is an auxiliary classifier."""
@@ -191,13 +222,13 @@ class _Facts:
                     self.norms[name] = training.norms[name]
 
 
-def _facts(skeleton: nn.Module) -> _Facts:
+def _facts(bones: nn.Module) -> _Facts:
     facts = _Facts()
-    _collect(skeleton.eval(), "", facts, is_root=True)
-    unseen = [name for name in site_modules(skeleton) if name not in facts.order and not _inside(name, facts.untraced)]
+    _collect(bones.eval(), "", facts, is_root=True)
+    unseen = [name for name in site_modules(bones) if name not in facts.order and not _inside(name, facts.untraced)]
     if unseen:  # auxiliary classifiers run in training only
         training = _Facts()
-        _collect(skeleton.train(), "", training, is_root=True)
+        _collect(bones.train(), "", training, is_root=True)
         facts.add_training(training)
     return facts
 
@@ -208,12 +239,13 @@ def _inside(name: str, untraced: dict[str, str]) -> bool:
 
 def _collect(module: nn.Module, prefix: str, facts: _Facts, is_root: bool = False) -> None:
     """Trace `module` and, one by one, the parts of it that a whole trace leaves out."""
-    if isinstance(module, FUSED):
-        facts.untraced[prefix] = f"{type(module).__name__} runs fused kernels on its weights"
-        return
-    graph, reason = _trace(module)
+    if isinstance(module, ATTENTION):
+        return  # its projections are known without a trace
+    is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    graph, reason = (None, "") if is_container else _trace(module)
     if graph is None:
-        facts.untraced[prefix] = reason
+        if not is_container:
+            facts.untraced[prefix] = reason
         for name, child in module.named_children():
             if not is_site(child) and any(map(is_site, child.modules())):
                 _collect(child, _join(prefix, name), facts)
@@ -235,7 +267,7 @@ def _trace(root: nn.Module) -> tuple[fx.Graph | None, str]:
         except Exception as error:  # a traced forward may raise anything
             culprit = next((m for m in reversed(tracer.entered) if type(m) not in opaque), None)
             if culprit is None or culprit is root or isinstance(culprit, type(root)):
-                return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                return None, first_line(error)
             opaque.add(type(culprit))
 
 
@@ -295,10 +327,15 @@ def _read(graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, is_root:
         if name not in facts.order:
             facts.order.append(name)
         norm = wiring.norm_after(node)
-        if norm is not None:
-            facts.norms[name] = _join(prefix, norm)
+        if norm is None:
+            facts.unnormalized.add(name)
+        else:
+            facts.norms.setdefault(name, _join(prefix, norm))
+            facts.fed.setdefault(_join(prefix, norm), []).append(name)
         if is_root and wiring.reads_input(node):
             facts.roles[name] = "input"
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    facts.shared_norms |= {_join(prefix, name) for name in called if called.count(name) > 1}
     for node in wiring.shortcuts():
         facts.roles[_join(prefix, wiring.sites[node])] = "shortcut"
     if is_root:
@@ -318,7 +355,8 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
     def first(known: dict[str, Any]) -> Any:
         return next((known[n] for n in names if n in known), None)
 
-    weight: Any = module.weight
+    norm = None if any(n in facts.unnormalized for n in names) else first(facts.norms)
+    weight: Any = weight_of(module)
     traced = any(n in facts.order for n in names)
     called: bool | None = traced or (None if _inside(name, facts.untraced) else False)
     if not seen.error:
@@ -330,9 +368,9 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
         module,
         aliases,
         role=first(facts.roles) or "hidden",
-        norm=first(facts.norms),
+        norm=norm,
+        owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
-        fused_in=None if called else _fused_in(name, model),
         angular=isinstance(module, (AngularLayer, AngularHead)),
         heads=facts.outputs,
     )
@@ -343,19 +381,16 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
     return site
 
 
-def _with_calls(
-    sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, skeleton: nn.Module | None
-) -> list[Site]:
+def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, bones: nn.Module | None) -> list[Site]:
     """Give each functional call to the site whose weight it uses, or make a site of it."""
     by_name = {name: site for site in sites for name in site.names}
     extra: dict[str, Site] = {}
     for call in seen.calls:
-        owner = model.get_submodule(call.owner)
+        if call.owner in by_name and is_swapped(model.get_submodule(call.owner)):
+            continue  # the layer's own call, perhaps with a weight that another one is tied to
         home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
         site = by_name.get(home)
         if site is not None and site.module is not None:
-            if home == call.owner and is_swapped(owner):
-                continue
             _replace(sites, by_name, replace(site, call=call, called=True))
         else:
             name = call.parameter or _join(call.owner, "computed")
@@ -366,6 +401,7 @@ def _with_calls(
         name = _join(call.owner, "fixed")
         if call.owner not in by_name:
             extra.setdefault(name, Site(name, call.kind, call.shape, called=True, call=call, fixed=True))
+    extra.update({site.name: site for site in _attention_sites(model, by_name, sites)})
     for name, parameter, kind in _answered(model):
         home = name.rpartition(".")[0]
         if home in by_name:
@@ -374,10 +410,32 @@ def _with_calls(
             extra[name] = Site(
                 name, kind, () if parameter is None else tuple(parameter.shape), called=True, angular=True
             )
-    if seen.error and skeleton is not None:
+    if seen.error and bones is not None:
         for site in [s for s in sites if s.module is not None and not is_swapped(s.module)]:
-            _replace(sites, by_name, _with_own_call(site, skeleton))
+            _replace(sites, by_name, _with_own_call(site, bones))
     return [*sites, *extra.values()]
+
+
+def weight_of(module: nn.Module) -> Any:
+    """The weight whose shape describes a site; recurrent layers have several, of which this is the first."""
+    if isinstance(module, nn.RNNBase):
+        return module.weight_ih_l0
+    return getattr(module, "weight_ih", None) if isinstance(module, nn.RNNCellBase) else module.weight
+
+
+def _attention_sites(model: nn.Module, by_name: dict[str, Site], sites: list[Site]) -> Iterator[Site]:
+    """The projections of each nn.MultiheadAttention: in_proj (q, k and v) and out_proj, each one functional call."""
+    for owner, module in model.named_modules():
+        if not isinstance(module, ATTENTION):
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if own.endswith("proj_weight"):
+                call = Call(owner, "linear", _join(owner, own), tuple(weight.shape), module.in_proj_bias is not None)
+                yield Site(call.parameter or "", "linear", call.shape, called=True, call=call, attention=owner)
+        out = by_name.get(_join(owner, "out_proj"))
+        if out is not None:
+            call = Call(owner, "linear", _join(out.name, "weight"), out.shape, module.out_proj.bias is not None)
+            _replace(sites, by_name, replace(out, called=True, call=call, attention=owner))
 
 
 def _replace(sites: list[Site], by_name: dict[str, Site], site: Site) -> None:
@@ -399,24 +457,14 @@ def relative_parameter(owner: str, parameter: str | None) -> str | None:
     return parameter.removeprefix(owner + ".") if parameter is not None and owner else parameter
 
 
-def _with_own_call(site: Site, skeleton: nn.Module) -> Site:
+def _with_own_call(site: Site, bones: nn.Module) -> Site:
     """Without a run of the whole model, a subclass is run by itself, with an input of the size that it declares."""
-    alone = run(skeleton.get_submodule(site.name))
+    alone = run(bones.get_submodule(site.name))
     inner = [call for call in alone.calls if not call.owner]
     if len(inner) != 1:
         return site
     parameter = _join(site.name, inner[0].parameter) if inner[0].parameter else None
     return replace(site, call=replace(inner[0], owner=site.name, parameter=parameter))
-
-
-def _fused_in(name: str, model: nn.Module) -> str | None:
-    """The nearest module around a site that is known to use its weight without calling it."""
-    outer = name
-    while outer:
-        outer = outer.rpartition(".")[0]
-        if isinstance(model.get_submodule(outer), FUSED):
-            return outer or type(model).__name__
-    return None
 
 
 def _role_by_name(site: Site) -> Role:
@@ -427,7 +475,9 @@ def _role_by_name(site: Site) -> Role:
 
 
 def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """The module registered right after this one, if it is a normalization of as many channels."""
+    """The module registered right after a convolution, if it is a normalization of as many channels."""
+    if "conv" not in kind_of(module):
+        return None
     parent, _, own = name.rpartition(".")
     siblings = list(model.get_submodule(parent).named_children())
     place = next((i for i, (sibling, _) in enumerate(siblings) if sibling == own), len(siblings))
@@ -438,13 +488,14 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
     return None
 
 
-def _guess_classifier(model: nn.Module, sites: list[Site]) -> list[Site]:
+def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:
     """Without a trace of the whole model: what the model itself calls its classifier, or the last linear map."""
     named = _own_classifier(model)
     if not named:
         linear = [site for site in sites if site.kind == "linear" and site.module is not None]
-        usual = re.compile(r"(^|\.)(fc|classifier|head|heads|logits|last_linear|output|out|linear)(\.|\d|$)")
-        named = {id(linear[-1].module)} if linear and usual.search(linear[-1].name) else set()
+        usual = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|output|out)(\.|$)")
+        fits = linear and (output is None or (len(output) == 2 and output[1] == linear[-1].shape[0]))
+        named = {id(linear[-1].module)} if fits and usual.search(linear[-1].name) else set()
     return [replace(s, role="classifier", heads=1) if id(s.module) in named else s for s in sites]
 
 

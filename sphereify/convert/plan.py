@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,12 +16,22 @@ import torch
 from torch import nn
 
 from sphereify import choices
-from sphereify.convert.graph import SWAPPED, ModelGraph, Site, class_name, is_site, is_swapped, trace
-from sphereify.convert.running import Call, Inputs
+from sphereify.convert.graph import (
+    ATTENTION,
+    SWAPPED,
+    ModelGraph,
+    Site,
+    class_name,
+    is_site,
+    is_swapped,
+    skeleton,
+    trace,
+)
+from sphereify.convert.running import Call, Inputs, run
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
-from sphereify.nn import AngularHead, AngularOperator, LearnableSigmoidOperator
+from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.functional import DEFAULT_EPS
-from sphereify.nn.operators import make_operator
+from sphereify.nn.operators import is_built_in, make_operator
 
 PLAN_VERSION = 1
 Operator = str | Callable[[torch.Tensor], torch.Tensor]
@@ -43,6 +53,7 @@ class Options:
     scale: float = 30.0
     rescale: str = "auto"
     norm: str = "keep"
+    attention: str = "keep"
     include: Patterns = None
     exclude: Patterns = None
     overrides: Overrides = None
@@ -50,7 +61,8 @@ class Options:
 
     def validated(self) -> "Options":
         """The same in canonical spelling, or the error that names the first wrong one."""
-        words = {"share_k": choices.SHARE_K, "head": choices.HEADS, "rescale": choices.RESCALE, "norm": choices.NORM}
+        words = {"share_k": choices.SHARE_K, "head": choices.HEADS, "rescale": choices.RESCALE, "norm": choices.NORM,
+                 "attention": choices.ATTENTION}  # fmt: skip
         canonical: dict[str, Any] = {}
         for name, allowed in words.items():
             canonical[name] = choices.canonical(str(getattr(self, name)))
@@ -65,7 +77,7 @@ class Options:
         made = make_operator(self.operator, k=self.k)
         if self.head_operator is not None:
             make_operator(self.head_operator, k=_k_for(self.head_operator, self.operator, self.k))
-        k = made.k if self.k is None and isinstance(made, AngularOperator) else self.k
+        k = made.k if self.k is None and is_built_in(made) else self.k
         return replace(self, **canonical, k=_as_number(k))
 
 
@@ -99,6 +111,8 @@ class Decision:
     """Class of the module that was found."""
     shape: tuple[int, ...] = ()
     """Shape of its weight, filters first."""
+    called: bool | None = None
+    """Whether a pass through the model calls it; None where no pass was possible."""
     call: Call | None = None
     """Where the site is a functional call: who makes it, with which parameter. It is answered; no layer is swapped."""
 
@@ -123,6 +137,35 @@ class ConversionPlan:
     def kept(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.action == "keep"]
 
+    def verify(self, model: nn.Module, inputs: Inputs = None) -> "ConversionPlan":
+        """The plan with each site marked as called or never called, by real passes in training and in evaluation.
+
+        Args:
+            model: the plain or the converted model; a copy of it runs.
+            inputs: a tensor or a tuple of arguments; default: two images of the size in the model's `pretrained_cfg`.
+
+        Returns:
+            A plan in which a site that is never called is kept, with that reason.
+
+        Raises:
+            UsageError: the model does not run with these inputs.
+        """
+        seen = run(skeleton(model), inputs, on_shapes=False)
+        if seen.error:
+            raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
+        made = {(call.owner, call.parameter) for call in seen.calls}
+        decisions = []
+        for decision in self.decisions:
+            called = any(name in seen.order for name in (decision.name, *decision.aliases))
+            if decision.call is not None:
+                owner = decision.call.owner
+                attention = isinstance(model.get_submodule(owner), ATTENTION) and owner in seen.order
+                called = attention or (owner, decision.call.parameter) in made
+            if decision.action == "convert" and not called:
+                decision = replace(decision, action="keep", reason="never called in training or evaluation")
+            decisions.append(replace(decision, called=called))
+        return replace(self, decisions=decisions)
+
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
         lines = [f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {d.reason}".rstrip()
@@ -135,8 +178,9 @@ class ConversionPlan:
         convolutions = sum(d.kind.startswith("conv") for d in converted)
         shortcuts = sum(d.role == "shortcut" for d in self.kept)
         heads = [d for d in self.converted if d.head]
-        parts = [_count(convolutions, "convolution") + " converted"]
-        if linear := len(converted) - convolutions:
+        linear = len(converted) - convolutions
+        parts = [_count(convolutions, "convolution") + " converted"] if convolutions or not linear else []
+        if linear:
             parts.append(_count(linear, "linear map") + " converted")
         if shortcuts:
             parts.append(_count(shortcuts, "shortcut") + " kept")
@@ -238,7 +282,7 @@ class _Planner:
         self.settings = {pattern: _check_override(pattern, v) for pattern, v in (options.overrides or {}).items()}
 
     def plan(self) -> ConversionPlan:
-        quantized = list(self._quantized())
+        quantized = self._quantized()
         if not self.graph.sites and not quantized:
             raise UsageError(
                 f"{type(self.model).__name__} has no convolution or linear layer (nn.Conv1d/2d/3d, nn.Linear): "
@@ -264,14 +308,17 @@ class _Planner:
                  for name, why in self.graph.untraced.items()]  # fmt: skip
         return ConversionPlan(class_name(self.model), decisions, notes, self.objects)
 
-    def _quantized(self) -> Iterator[str]:
+    def _quantized(self) -> list[str]:
+        found: list[str] = []
         for name, module in self.model.named_modules():
+            if any(name.startswith(outer + ".") for outer in found):
+                continue  # a part of what was found
             cls = type(module)
             of_torch = cls.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized"))
-            if (of_torch and re.search("Conv|Linear", cls.__name__)) or (
-                is_site(module) and not _weight(module).is_floating_point()
-            ):
-                yield name
+            integer = is_site(module) and not _weight(module).is_floating_point()
+            if integer or (of_torch and re.search("Conv|Linear", cls.__name__)):
+                found.append(name)
+        return found
 
     def _decide(self, site: Site) -> Decision:
         setting = self._setting(site)
@@ -285,12 +332,15 @@ class _Planner:
             norm=site.norm,
             type="" if site.module is None else class_name(site.module),
             shape=site.shape,
+            called=site.called,
             call=site.call,
         )
         if found.reason:
             return found
         operator, k = self._operator(site, setting)
         share_k = self.options.share_k if operator == LearnableSigmoidOperator.name else None
+        if site.attention is not None and share_k == "filter":
+            share_k = "layer"  # queries, keys and values are slices of one weight
         angular = replace(found, action="convert", operator=operator, k=k, share_k=share_k)
         if site.role == "classifier":
             kind = "w-softmax" if self.options.head == "auto" else self.options.head
@@ -321,6 +371,8 @@ class _Planner:
                 "exclude": "excluded by pattern",
                 "not included": "no include pattern matches",
             }[setting]
+        if site.attention is not None and self.options.attention == "keep":
+            return f"projection of {site.attention} (nn.MultiheadAttention): attention='convert' makes it angular"
         if site.role == "auxiliary":
             return "auxiliary classifier: it runs in training only and keeps its loss"
         if site.role == "classifier":
@@ -338,6 +390,10 @@ class _Planner:
             return "classifier in a functional call: an angular head takes the place of an nn.Linear only"
         if self.options.head != "auto":
             return None
+        if self.graph.output is not None and len(self.graph.output) != 2:
+            return (
+                f"the output has shape {self.graph.output}, not one score a class and image: ask with head='w-softmax'"
+            )
         if site.heads > 1:
             return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
         if site.shape[0] < 2:
@@ -356,8 +412,10 @@ class _Planner:
         operator = setting.get("operator", default)
         k = setting.get("k", _k_for(operator, self.options.operator, self.options.k))
         made = make_operator(operator, k=k)
-        if not isinstance(made, AngularOperator):
+        if not is_built_in(made):
             name = class_name(made)
+            while self.objects.get(name, made) is not made:
+                name += "'"  # another object of the same class
             self.objects[name] = made
             return name, None
         return made.name, _as_number(made.k)
@@ -365,7 +423,7 @@ class _Planner:
     def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
         """Whether the layer gets β and γ, whether the following norm goes, and the reason to print."""
         wish = setting.get("rescale", self.options.rescale)
-        if self.options.norm == "replace" and site.norm and wish != "never":
+        if self.options.norm == "replace" and site.norm and site.owns_norm and wish != "never":
             norm = _submodule(self.model, site.norm)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and "conv" in site.kind:
                 return True, True, f"SphereNorm in place of {site.norm}"
@@ -381,19 +439,25 @@ class _Planner:
 _HEAD_REASONS = {"w-softmax": "classifier: logits ‖x‖·g(θ)", "s-softmax": "classifier: logits s·g(θ)"}
 
 
+_OTHER_KINDS = {
+    "conv-transpose": "transposed convolution: an output has no single patch that an angle could be taken to",
+    "bilinear": "bilinear form of two inputs, not the angle to one",
+    "recurrent": "recurrent layer: its kernels take plain weights",
+    "embe": "table that is looked up, not multiplied",
+}
+
+
 def _cannot_convert(site: Site) -> str | None:
     """What stands in the way of an angular twin of this site, whatever the user asks for."""
     module = site.module
     if site.angular:
         return "already angular"
-    if site.fused_in is not None:
-        return f"{site.fused_in} uses its weight in a fused kernel and never calls it"
     if site.fixed:
         return "its filter is not learned: a buffer, or computed from activations"
     if site.called is False:
         return "never called by the model's forward"
     if site.kind not in SWAPPED.values():
-        return "transposed convolution: not one patch for each output"
+        return _OTHER_KINDS[site.kind.rstrip("123d")]
     if site.call is not None or (module is not None and is_swapped(module)):
         return None
     if "forward" in vars(module):
@@ -410,7 +474,7 @@ def _as_number(k: float | torch.Tensor | None) -> float | None:
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
-    weight: Any = module.weight  # quantized modules have a method of that name
+    weight: Any = getattr(module, "weight", torch.empty(0))  # quantized modules have a method of that name
     return weight() if callable(weight) and not isinstance(weight, torch.Tensor) else weight
 
 

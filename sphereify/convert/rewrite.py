@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.graph import is_site, kind_of, relative_parameter
+from sphereify.convert.graph import is_site, kind_of, relative_parameter, weight_of
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
@@ -50,7 +50,8 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     operators = _Operators(plan)
     calls = {d.name: _make_call(model, d, operators) for d in plan.converted if d.call}
     swaps = [d for d in plan.converted if not d.call]
-    twins = {d.name: _make_twin(model.get_submodule(d.name), d, operators) for d in swaps}
+    plain = {d.name: model.get_submodule(d.name) for d in swaps}
+    twins = {d.name: _share_hooks(_make_twin(plain[d.name], d, operators), plain[d.name]) for d in swaps}
     norms = {d.norm: _without_norm(model.get_submodule(d.norm)) for d in swaps if d.drops_norm and d.norm}
     for decision in swaps:
         if decision.drops_norm and decision.norm:
@@ -64,6 +65,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     for decision in (d for d in plan.converted if d.call):
         owner, parameter = decision.call.owner, decision.call.parameter  # type: ignore[union-attr]
         answer_call(model.get_submodule(owner), relative_parameter(owner, parameter), calls[decision.name])
+    _leave_fast_paths(model)
     setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
     return model
 
@@ -79,7 +81,7 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
         if name not in found:
             raise PlanMismatchError(f"{name}: the plan for {plan.model} has this layer, {type(model).__name__} has not")
         module = found[name]
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(weight_of(module).shape)
         if kind_of(module) != decision.kind or shape != decision.shape:
             raise PlanMismatchError(
                 f"{name}: the plan expects a {decision.kind} with weight {decision.shape}, {type(model).__name__} has "
@@ -130,10 +132,10 @@ class _Operators:
             )
         if decision.operator != LearnableSigmoidOperator.name:
             return make_operator(decision.operator, k=decision.k)
-        if decision.share_k != "network":
+        if not (decision.share_k or "").startswith("network"):
             filters = decision.shape[0] if decision.share_k == "filter" else 1
             return make_operator(decision.operator, k=decision.k, filters=filters)
-        key = (decision.operator, decision.k)
+        key = (decision.operator, decision.k, decision.share_k)
         return self.network_wide.setdefault(key, make_operator(decision.operator, k=decision.k))
 
 
@@ -146,6 +148,7 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         scale = {} if decision.scale is None else {"scale": decision.scale}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **scale)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
+    twin.only_read = decision.norm is not None and not decision.rescale
     if twin.beta is not None:
         _start_beta(twin.beta, weight)
     return twin
@@ -172,6 +175,12 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
 def _start_beta(beta: torch.Tensor, weight: torch.Tensor) -> None:
     """‖w‖·√fan_in: for inputs of unit RMS, ‖x‖ = √fan_in, and β·cos θ is the inner product that was there before."""
     beta.copy_(weight.detach().float().flatten(1).norm(dim=1) * math.sqrt(weight[0].numel()))
+
+
+def _share_hooks(twin: nn.Module, plain: nn.Module) -> nn.Module:
+    """The plain layer goes; a handle that it gave out before must still remove its hook."""
+    vars(twin).update({name: table for name, table in vars(plain).items() if name.endswith("_hooks")})
+    return twin
 
 
 def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
@@ -203,10 +212,20 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return model
 
 
+def _leave_fast_paths(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's inference path hands all weights to one kernel; angular layers it must call."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            angular = any(isinstance(part, (AngularLayer, AngularCall)) for part in module.modules())
+            module.activation_relu_or_gelu = 0 if angular else module.activation_relu_or_gelu
+
+
 def _merged(earlier: ConversionPlan | None, plan: ConversionPlan) -> ConversionPlan:
     """After a second conversion, the plan that leads from the plain model to the present one."""
     if earlier is None:
         return plan
-    now = {decision.name: decision for decision in plan.converted}
+    rounds = {d.share_k for d in earlier.converted if (d.share_k or "").startswith("network")}
+    own_k = f"network-{len(rounds) + 1}" if rounds else "network"  # an operator of each conversion's own
+    now = {d.name: replace(d, share_k=own_k) if d.share_k == "network" else d for d in plan.converted}
     decisions = [now.get(decision.name, decision) for decision in earlier.decisions]
     return replace(earlier, decisions=decisions, objects={**earlier.objects, **plan.objects})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sphereify.errors import first_line
 from sphereify.nn.calls import FUNCTIONS
 
 Inputs = Tensor | tuple[Any, ...] | None
@@ -41,14 +42,17 @@ class Run:
     calls: list[Call] = field(default_factory=list)
     fixed: list[Call] = field(default_factory=list)
     """Calls with a weight that is no parameter's: buffers, or computed from activations."""
+    output: tuple[int, ...] | None = None
+    """Shape of what the model returns in evaluation, if that is one tensor."""
     error: str = ""
     """Why no pass succeeded; empty if one did."""
 
 
-def run(model: nn.Module, example_inputs: Inputs = None) -> Run:
-    """Run a copy of a model on shapes alone, in training and in evaluation. Its mode changes, nothing else.
+def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = True) -> Run:
+    """Run a copy of a model, in training and in evaluation. Its mode changes, nothing else.
 
-    Without `example_inputs`, two images of the size in `pretrained_cfg` are assumed, else of 224×224 pixels.
+    Without `example_inputs`, two images of the size in `pretrained_cfg` are assumed, else of 224×224 pixels. With
+    `on_shapes` it runs on the meta device, else for real, on the device of its parameters.
     """
     seen = Run(error="no pass was tried")
     errors = []
@@ -56,12 +60,13 @@ def run(model: nn.Module, example_inputs: Inputs = None) -> Run:
         model.train(training)
         attempt = Run()
         try:
-            inputs = _on_meta(example_inputs) if example_inputs is not None else assumed_inputs(model)
-            _run_once(model, inputs, attempt)
+            inputs = _as_tuple(example_inputs) if example_inputs is not None else assumed_inputs(model)
+            _run_once(model, inputs, attempt, on_shapes)
         except Exception as error:  # a forward may raise anything; it may need values, or other inputs
-            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            errors.append(first_line(error))
             continue
         seen.error = ""
+        seen.output = attempt.output if not training else seen.output
         for name in ("order", "calls", "fixed"):
             known = getattr(seen, name)
             known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
@@ -82,18 +87,27 @@ def assumed_inputs(model: nn.Module) -> tuple[Any, ...]:
     return (torch.empty(2, channels, *spatial, device="meta"),)
 
 
-def _on_meta(inputs: Any) -> tuple[Any, ...]:
-    values = inputs if isinstance(inputs, tuple) else (inputs,)
-    return tuple(torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), value) for value in values)
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 @torch.no_grad()
-def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run) -> None:
-    parameters = {name: p.detach().to("meta") for name, p in model.named_parameters()}
-    buffers = {name: b.to("meta") for name, b in model.named_buffers()}
+def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: bool) -> None:
+    first = next(model.parameters(), None)
+    device = torch.device("meta") if on_shapes or first is None else first.device
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta" and device.type != "meta":
+            return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
+        return tensor.to(device)
+
+    inputs = torch.utils._pytree.tree_map_only(Tensor, place, inputs)
+    parameters = {name: p.detach().to(device) for name, p in model.named_parameters()}
+    buffers = {name: b.clone() if b.device == device else b.to(device) for name, b in model.named_buffers()}
     stack: list[str] = []
     with torch.random.fork_rng(devices=[]), _stacked(model, stack, seen), _Watch(parameters, buffers, stack, seen):
-        torch.func.functional_call(model, {**parameters, **buffers}, inputs)
+        output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
+    seen.output = tuple(output.shape) if isinstance(output, Tensor) else None
 
 
 @contextmanager

@@ -23,8 +23,13 @@ KEEPS_CLASSES = {
 """Operations between the classifier and the output of a model that leave each channel its class."""
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
-UPSAMPLE = {"interpolate", "upsample", "pixel_shuffle", "pixelshuffle"}
+UPSAMPLE = {
+    "interpolate", "upsample", "pixel_shuffle", "pixelshuffle", "convtranspose1d", "convtranspose2d", "convtranspose3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
 SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
+FUNCTIONAL_NORMS = {F.batch_norm: 3, F.layer_norm: 2, F.group_norm: 2}
+"""And the place of the weight among their arguments."""
 TRANSPOSE = {"t", "transpose", "permute", "to", "getattr"}
 
 
@@ -88,8 +93,10 @@ class Wiring:
             node = readers[0]
             if node.op == "call_module" and self.is_affine_norm(self.modules[str(node.target)]):
                 return str(node.target)
-            if node.op == "call_function" and node.target in (F.batch_norm, F.layer_norm, F.group_norm):
-                return str(node)
+            if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
+                place = FUNCTIONAL_NORMS[node.target]
+                weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
+                return str(node) if weight is not None else None
             if not self.moves(node):
                 return None
 

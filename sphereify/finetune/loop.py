@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sphereify.errors import DataError, UsageError
+from sphereify.errors import DataError, TrainingError, UsageError
 from sphereify.nn import param_groups
 from sphereify.sources import Data
 
@@ -78,13 +78,20 @@ def finetune(
 
     Raises:
         DataError: the model has another number of classes than the data.
-        ArithmeticError: the loss is not finite; the model is then not usable.
+        TrainingError: the loss is not finite; the model is then not usable.
     """
     settings = settings or Settings()
     torch.manual_seed(settings.seed)
     device = settings.chosen_device
     model.to(device)
-    train = DataLoader(data.train, settings.batch_size, shuffle=True, num_workers=settings.workers)  # type: ignore[var-annotated]
+    alone = len(data.train) % settings.batch_size == 1 < len(data.train)  # type: ignore[arg-type]
+    train = DataLoader(  # type: ignore[var-annotated]
+        data.train,
+        settings.batch_size,
+        shuffle=True,
+        num_workers=settings.workers,
+        drop_last=alone and settings.batch_size > 1,  # BatchNorm cannot train on a single image
+    )
     test = DataLoader(data.test, settings.batch_size, num_workers=settings.workers)  # type: ignore[var-annotated]
     _check_classes(model, data, device)
 
@@ -151,5 +158,5 @@ def _loss(output: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
 def _finite(loss: Tensor, step: int) -> float:
     value = loss.item()
     if not math.isfinite(value):
-        raise ArithmeticError(f"the loss is {value} at step {step}. Try a smaller --lr.")
+        raise TrainingError(f"the loss is {value} at step {step}. Try a smaller --lr.")
     return value

@@ -98,16 +98,18 @@ class AngularCall(nn.Module):
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         self.register_parameter("gamma", nn.Parameter(torch.zeros_like(ones)) if rescale and not has_bias else None)
 
-    def forward(self, function: Function, call: Arguments) -> Tensor:
+    def forward(self, function: Function, call: Arguments, rows: slice = slice(None)) -> Tensor:
+        """The angular answer to a call; `rows` are the filters that take part, where it is one of several."""
         x, weight, bias, geometry, _ = call
         g = function.angular(x, weight, self.operator, None, *geometry, eps=self.eps)
         channels = (-1, *[1] * (weight.dim() - 2))
         if self.beta is not None:
-            g = g * self.beta.to(g.dtype).view(channels)
-        for shift in (self.gamma, bias):
+            g = g * self.beta[rows].to(g.dtype).view(channels)
+        for shift in (self.gamma[rows] if self.gamma is not None else None, bias):
             if shift is not None:
                 g = g + shift.to(g.dtype).view(channels)
-        return g
+        unchanged = self.beta is None and self.gamma is None and bias is None
+        return g.clone() if unchanged and g.requires_grad else g  # backward needs g as it is; see AngularLayer
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
@@ -122,15 +124,58 @@ class _Answer(TorchFunctionMode):
         self.weights = [(key, _resolve(owner, key)) for key in self.calls]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.multi_head_attention_forward:
+            return _attend(self, *args, **(kwargs or {}))
         function = FUNCTIONS.get(func)
         if function is not None:
             call = function.arguments(*args, **(kwargs or {}))
-            for key, weight in self.weights:
-                if call.source is weight or (weight is None and not isinstance(call.source, nn.Parameter)):
-                    return self.calls[key](function, call)
-                if weight is not None and call.source._base is weight:
-                    return self.calls[key](function, call)
+            answer = self.answer_to(call.source)
+            if answer is not None:
+                return answer(function, call)
         return func(*args, **(kwargs or {}))
+
+    def answer_to(self, weight: Tensor | None) -> "AngularCall | None":
+        """The call that stands for this weight: a parameter, a view of one, or something computed."""
+        for key, known in self.weights:
+            same = weight is known or (weight is not None and known is not None and weight._base is known)
+            computed = known is None and weight is not None and not isinstance(weight, nn.Parameter)
+            if same or computed:
+                return self.calls[key]  # type: ignore[no-any-return]
+        return None
+
+
+def _attend(answers: _Answer, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
+            in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None,
+            add_zero_attn: bool, dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None,
+            **options: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`F.multi_head_attention_forward` with angular projections.
+
+    Queries, keys and values are projected here, the attention itself is torch's, with the identity for its projections:
+    masks, added keys and weights stay what they are, at the price of four products with an identity matrix.
+    """
+    separate = [options.pop(name, None) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    options.pop("use_separate_proj_weight", None)
+    together = answers.answer_to(in_proj_weight)
+    weights: Any = in_proj_weight.chunk(3) if in_proj_weight is not None else separate
+    biases: Any = in_proj_bias.chunk(3) if in_proj_bias is not None else (None,) * 3
+    projected = []
+    for place, (x, weight, bias) in enumerate(zip((query, key, value), weights, biases, strict=True)):
+        rows = slice(place * len(weight), (place + 1) * len(weight)) if together else slice(None)
+        projected.append(_project(together or answers.answer_to(weight), x, weight, bias, rows))
+    identity = torch.eye(embed_dim_to_check, device=query.device, dtype=projected[0].dtype)
+    output, attention = cast(Any, F.multi_head_attention_forward)(
+        *projected, embed_dim_to_check, num_heads, None, None, bias_k, bias_v, add_zero_attn, dropout_p, identity, None,
+        use_separate_proj_weight=True, q_proj_weight=identity, k_proj_weight=identity, v_proj_weight=identity,
+        **options,
+    )  # fmt: skip
+    output = _project(answers.answer_to(out_proj_weight), output, out_proj_weight, out_proj_bias, slice(None))
+    return output, attention
+
+
+def _project(answer: "AngularCall | None", x: Tensor, weight: Any, bias: Tensor | None, rows: slice) -> Tensor:
+    if answer is None:
+        return F.linear(x, weight, bias)
+    return answer(FUNCTIONS[F.linear], Arguments(x, weight, bias, (), weight), rows)  # type: ignore[no-any-return]
 
 
 COMPUTED = "computed"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
-from sphereify.nn.operators import CURVES, SIN_FLOOR, AngularOperator, broadcast_k
+from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in
 
 DEFAULT_EPS = 1e-4
 
@@ -79,6 +79,7 @@ def sphere_conv2d(
 
     Returns:
         (B, O, H', W') in the dtype that `F.conv2d` returns, under autocast too; norms and angles are taken in fp32.
+        Without a bias it is the tensor that backward needs: do not change it in place.
 
     Raises:
         UsageError: a shape, dtype or eps that does not fit.
@@ -203,7 +204,7 @@ def _angular(x: Tensor, weight: Tensor, operator: Operator, eps: float, projecti
 
 def _map(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None) -> Tensor:
     """The fused map for the four operators; an operator of the user's own follows that of the cosine."""
-    if not isinstance(operator, AngularOperator):
+    if not is_built_in(operator):
         cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, projection)
         return operator(cos)
     # The filters of a linear map are its last dimension, those of a convolution dimension 1.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.nn.functional import Operator, no_autocast, sphere_linear
+from sphereify.nn.layers import adopted
 from sphereify.nn.operators import make_operator
 
 HEAD_EPS = 1e-12
@@ -84,7 +85,7 @@ class AngularHead(nn.Module):
     ) -> "AngularHead":
         """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied."""
         head = cls.__new__(cls)
-        head.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
+        head.__dict__.update(adopted(linear))
         head._configure(kind, operator, scale)
         return head
 

@@ -44,6 +44,10 @@ class AngularLayer(nn.Module):
             made.to(device=self.weight.device, dtype=self.weight.dtype)
         self.operator = made
         self.eps = eps
+        # Backward recovers what it needs from g itself, which an operation in place (ReLU, +=) would destroy. A layer
+        # that adds or multiplies returns another tensor; one that does not returns a copy, unless it is known that only
+        # a normalization reads it.
+        self.only_read = False
         ones = torch.ones(filters, device=self.weight.device, dtype=self.weight.dtype)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         # A bias is γ already; a second number added to the same channel would be trained twice as fast.
@@ -59,19 +63,20 @@ class AngularLayer(nn.Module):
     def _adopt(cls: type[Layer], plain: nn.Module, operator: str | Operator, rescale: bool, eps: float) -> Layer:
         """An angular layer with the parameters, hooks, flags and attributes of a plain one.
 
-        The state is taken over whole rather than listed, so that what a user hung on the layer comes along. The
-        containers are copied, the parameters are the same objects.
+        The state is taken over whole rather than listed, so that what a user hung on the layer comes along.
         """
         layer = cls.__new__(cls)
-        layer.__dict__.update({key: _shallow(value) for key, value in plain.__dict__.items()})
+        layer.__dict__.update(adopted(plain))
         layer._make_angular(operator, rescale, eps)
         return layer
 
     def _rescaled(self, g: Tensor, channels: tuple[int, ...]) -> Tensor:
         """β·g + γ, where the bias stands for γ if there is one; `channels` is the shape that broadcasts over g."""
-        shift = self.bias if self.bias is not None else self.gamma
+        shift: Any = self.bias if self.bias is not None else self.gamma
+        if self.beta is None and shift is None:
+            return g if self.only_read or not g.requires_grad else g.clone()
         if self.beta is None:
-            return g if shift is None else g + shift.to(g.dtype).view(channels)
+            return g + shift.to(g.dtype).view(channels)
         beta = self.beta.to(g.dtype).view(channels)
         return g * beta if shift is None else torch.addcmul(shift.to(g.dtype).view(channels), g, beta)
 
@@ -79,8 +84,9 @@ class AngularLayer(nn.Module):
         return f"{super().extra_repr()}, rescale={self.rescale}, eps={self.eps:g}"
 
 
-def _shallow(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, set, list)) else value
+def adopted(plain: nn.Module) -> dict[str, Any]:
+    """The attributes of a module for its twin: the same parameters and hooks, in containers of its own."""
+    return {key: value.copy() if isinstance(value, (dict, set, list)) else value for key, value in vars(plain).items()}
 
 
 class _ConvLayer(AngularLayer):

@@ -1,0 +1,169 @@
+"""Every architecture of timm and torchvision through the conversion: `python -m tests.zoo [--only GLOB] [--jobs N]`.
+
+Each is built on the meta device, planned and converted, operators and skip_shortcuts in turn. The number of sites must
+be that of a walk of its own: modules by their classes, plus functional calls counted in a run. Prints a table of
+outcomes and every refusal with its reason; the exit code is 1 if any architecture failed or was miscounted.
+"""
+
+import argparse
+import fnmatch
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sphereify import apply_plan, plan_conversion
+from sphereify.choices import OPERATORS
+from sphereify.convert.running import assumed_inputs
+from sphereify.errors import SphereifyError
+from sphereify.sources import Source, build_model
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    what: str
+    """converted, converted without trace, refused, failed, or miscounted"""
+    detail: str
+    seconds: float
+
+
+def architectures() -> list[Source]:
+    import timm
+    import torchvision
+
+    names = [Source("timm", name) for name in timm.list_models()]
+    return names + [Source("torchvision", name) for name in torchvision.models.list_models()]
+
+
+def convert(numbered: tuple[int, Source]) -> Outcome:
+    number, source = numbered
+    warnings.simplefilter("ignore")
+    started = 0.0
+    try:
+        model = build(source)
+        expected = walk(model)
+        started = time.perf_counter()
+        plan = plan_conversion(model, operator=OPERATORS[number % 4], skip_shortcuts=bool(number // 4 % 2))
+        seconds = time.perf_counter() - started
+        apply_plan(model, plan, inplace=True)
+    except SphereifyError as error:
+        return Outcome(str(source), "refused", str(error), time.perf_counter() - started)
+    except Exception as error:
+        return Outcome(str(source), "failed", f"{type(error).__name__}: {str(error)[:300]}", 0.0)
+    found = Counter("call" if not d.type else "module" for d in plan.decisions)
+    if expected is not None and found != expected:
+        return Outcome(str(source), "miscounted", f"plan {dict(found)}, walk {dict(expected)}", seconds)
+    never = sum(d.called is False for d in plan.decisions)
+    unknown = sum(d.called is None for d in plan.decisions)
+    detail = f"{len(plan.converted)} converted, {len(plan.kept)} kept, {never} never called, {unknown} not known"
+    traced = not any("not traced" in note and note.startswith(type(model).__name__) for note in plan.notes)
+    return Outcome(str(source), "converted" if traced else "converted without trace", detail, seconds)
+
+
+def build(source: Source) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build_model(source)
+    except Exception:  # some constructors compute with values
+        return build_model(source)
+
+
+def walk(model: nn.Module) -> Counter | None:
+    """Sites counted without the package: layers by class, and functional calls with other weights than a layer's."""
+    layers = {id(m): m for m in model.modules() if isinstance(m, LAYERS)}
+    calls = _Calls(model, layers)
+    for training in (False, True):
+        try:
+            calls.run(training)
+        except Exception:
+            continue
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    packed = sum(len([n for n, _ in m.named_parameters(recurse=False) if n.endswith("proj_weight")]) for m in attention)
+    if not calls.succeeded:
+        return None if not packed else Counter(module=len(layers), call=packed)
+    return +Counter(module=len(layers), call=len(calls.seen) + packed)
+
+
+class _Calls(TorchFunctionMode):
+    FUNCTIONS = (F.linear, torch.addmm, torch.Tensor.addmm, F.conv1d, F.conv2d, F.conv3d)
+
+    def __init__(self, model: nn.Module, layers: dict[int, nn.Module]):
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.seen: set[Any] = set()
+        self.running: list[nn.Module] = []
+        self.succeeded = False
+
+    def run(self, training: bool) -> None:
+        mode = [(m, m.training) for m in self.model.modules()]
+        handles = [h for m in self.model.modules() for h in (
+            m.register_forward_pre_hook(lambda m, _: self.running.append(m), prepend=True),
+            m.register_forward_hook(lambda *_: self.running.pop() and None),
+        )]  # fmt: skip
+        state = {n: p.to("meta") for n, p in self.model.named_parameters()}
+        self.own = {id(p): n for n, p in state.items()}
+        self.of_layers = {id(state[n]) for n in self._layer_weights()}
+        buffers = {n: b.to("meta").clone() for n, b in self.model.named_buffers()}
+        self.running.clear()
+        try:
+            with torch.no_grad(), self:
+                torch.func.functional_call(self.model.train(training), {**state, **buffers}, assumed_inputs(self.model))
+            self.succeeded = True
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, was in mode:
+                module.training = was
+
+    def _layer_weights(self) -> list[str]:
+        by_id = {id(p): n for n, p in self.model.named_parameters()}
+        return [by_id[id(p)] for m in self.layers.values() for p in m.parameters(recurse=True) if id(p) in by_id]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in self.FUNCTIONS:
+            weight = args[2 if "addmm" in func.__name__ else 1] if len(args) > 1 else kwargs["weight"]
+            weight = weight if id(weight) in self.own or weight._base is None else weight._base
+            inside = self.running[-1]
+            if id(inside) not in self.layers and id(weight) not in self.of_layers:
+                self.seen.add(self.own.get(id(weight), id(inside)))
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", help="glob over names")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [(i, s) for i, s in enumerate(architectures()) if fnmatch.fnmatchcase(str(s), options.only)]
+    started = time.perf_counter()
+    outcomes = []
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.jobs, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=100) as pool:
+        for outcome in pool.imap_unordered(convert, chosen, chunksize=4):
+            outcomes.append(outcome)
+            if outcome.what in ("failed", "miscounted", "refused"):
+                print(f"{outcome.what}: {outcome.name}: {outcome.detail}", flush=True)
+    slowest = max(outcomes, key=lambda o: o.seconds)
+    for what, count in Counter(o.what for o in outcomes).most_common():
+        print(f"{count:>5}  {what}")
+    print(f"{len(outcomes)} architectures in {time.perf_counter() - started:.0f} s; "
+          f"slowest plan: {slowest.name}, {slowest.seconds:.1f} s")  # fmt: skip
+    bad = sum(o.what in ("failed", "miscounted") for o in outcomes)
+    print(f"{len(outcomes) - bad} passed, {bad} failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
