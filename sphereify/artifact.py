@@ -265,9 +265,9 @@ def _plain_model(path: str | Path, document: dict[str, Any], factory: Callable[[
     if factory is not None:
         return factory()
     if source is None or source.library == "factory":
-        hint = f" (it was made by {source.name})" if source else ""
+        made = f"it was made by {source.name}" if source else "no builder of timm or torchvision gives it as it was"
         raise UsageError(
-            f"{path}: holds a {document['plan']['model']}, which neither timm nor torchvision builds{hint}. "
+            f"{path}: holds a {document['plan']['model']} that cannot be built by name ({made}). "
             f"Pass load(path, factory=…) with a function that returns the plain model."
         )
     return build_model(source)
@@ -282,7 +282,8 @@ def _fill(model: nn.Module, path: Path, document: dict[str, Any]) -> None:
         stored = set(file.keys()) | set(tied)
         _check_names(path, set(state), stored)
         for name, tensor in state.items():
-            value = file.get_tensor(tied.get(name, name))
+            # A copy, since the file's own addresses may be odd, and torch picks its kernels by alignment too.
+            value = file.get_tensor(tied.get(name, name)).clone()
             if value.shape != tensor.shape:
                 raise ArtifactError(
                     f"{path}: tensor {name} has shape {tuple(value.shape)}, the model expects {tuple(tensor.shape)}"

@@ -377,7 +377,7 @@ class _Planner:
             return "auxiliary classifier: it runs in training only and keeps its loss"
         if site.role == "classifier":
             return self._reason_to_keep_head(site)
-        if site.role == "shortcut" and self.options.skip_shortcuts and "operator" not in setting:
+        if site.role == "shortcut" and self.options.skip_shortcuts and not setting:
             return "1×1 convolution on a residual shortcut"
         return None
 
