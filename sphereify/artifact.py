@@ -268,7 +268,7 @@ def _plain_model(path: str | Path, document: dict[str, Any], factory: Callable[[
         made = f"it was made by {source.name}" if source else "no builder of timm or torchvision gives it as it was"
         raise UsageError(
             f"{path}: holds a {document['plan']['model']} that cannot be built by name ({made}). "
-            f"Pass load(path, factory=…) with a function that returns the plain model."
+            f"Pass load(path, factory=…), or --factory on the command line, with what returns the plain model."
         )
     return build_model(source)
 

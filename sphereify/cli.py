@@ -149,6 +149,10 @@ def _source(
     in_chans: Annotated[
         int | None, typer.Option(help="Build the model for this many input channels.", rich_help_panel=SOURCE)
     ] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="What makes the plain model of an artifact of your own: see MODEL.", rich_help_panel=SOURCE),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights drawn anew.", rich_help_panel=SOURCE)] = 0,
 ) -> dict[str, Any]:
     return locals()
@@ -227,6 +231,8 @@ def inspect(
 
     network = _open_model(model, **source)
     plan = plan_conversion(network, **options)
+    if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
+        plan = getattr(network, "conversion_plan", plan)
     _show_plan(plan.verify(network) if verify else plan, json)
 
 
@@ -246,6 +252,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of weights drawn anew, order and augmentation.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    factory: Annotated[str | None, typer.Option(help="Makes the plain model of an artifact of your own.")] = None,
 ) -> None:
     """Train a converted network on labelled images and save it with its accuracy."""
     folder = output or Path(f"{Path(model.rpartition(':')[2]).name}-finetuned")
@@ -256,7 +263,7 @@ def finetune(
     from sphereify.finetune import finetune as train
 
     settings = Settings(epochs, batch_size, lr, weight_decay, seed, workers, device)
-    network, images = _network_and_data(model, data, img_size, seed)
+    network, images = _network_and_data(model, data, img_size, seed, factory)
     with _Progress(settings.epochs) as progress:
         history = train(network, images, settings, on_step=progress.step, on_epoch=progress.epoch)
     accuracy = history[-1].accuracy
@@ -266,7 +273,7 @@ def finetune(
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
-                in_chans: int | None = None, seed: int = 0) -> Any:  # fmt: skip
+                in_chans: int | None = None, factory: str | None = None, seed: int = 0) -> Any:  # fmt: skip
     import torch
 
     from sphereify.artifact import is_artifact, load
@@ -275,9 +282,13 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
     if Path(spec).is_dir() or is_artifact(spec):
         given = {"--pretrained": pretrained, "--weights": weights, "--num-classes": num_classes, "--in-chans": in_chans}
         for option, value in given.items():
-            if value:
+            if value is not None and value is not False:
                 raise UsageError(f"{option}: does not go with the saved artifact {spec}, which has its own weights")
-        return load(spec)
+        return load(spec, factory=functools.partial(build_model, find_model(factory)) if factory else None)
+    if factory:
+        raise UsageError(
+            f"--factory: got {factory!r}, but {spec!r} is no saved artifact; give the factory as the model"
+        )
     if pretrained and weights:
         raise UsageError("--pretrained and --weights: got both, expected one source of weights")
     torch.manual_seed(seed)
@@ -287,16 +298,17 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
     return model
 
 
-def _network_and_data(spec: str, data: str, img_size: int | None, seed: int) -> tuple[Any, Any]:
+def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, factory: str | None) -> tuple[Any, Any]:
     """An artifact as it is; a plain model is built for the classes of the data and converted."""
     from sphereify.artifact import is_artifact
     from sphereify.convert import sphereify
-    from sphereify.sources import input_channels, load_data
+    from sphereify.sources import find_model, input_channels, load_data
 
     if Path(spec).is_dir() or is_artifact(spec):
-        model = _open_model(spec)
+        model = _open_model(spec, factory=factory)
         config = getattr(model, "pretrained_cfg", None)
         return model, load_data(data, channels=input_channels(model), img_size=img_size, config=config)
+    find_model(spec)  # a wrong name is told before the data is read
     plain = _open_model(spec, num_classes=len(load_data(data).classes), seed=seed)
     config = getattr(plain, "pretrained_cfg", None)
     images = load_data(data, channels=input_channels(plain), img_size=img_size, config=config)

@@ -323,6 +323,8 @@ def load_data(
     """
     if img_size is not None and img_size < 1:
         raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
+    if channels not in (1, 3):
+        raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
     if spec == "digits":
         return _digits(channels, img_size or 32)
     folder = Path(spec)
@@ -367,11 +369,20 @@ def _open_folder(folder: Path, transform: Any) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(folder), transform=transform)
+        return ImageFolder(str(folder), transform=transform, loader=_open_image)
     except FileNotFoundError as error:
         raise DataError(
             f"data {str(folder)!r}: {str(error).splitlines()[0]}. Expected one folder a class with images in it."
         ) from error
+
+
+def _open_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except OSError as error:  # what PIL raises for a file that is no image
+        raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
 
 
 def _transform(size: int, channels: int, config: dict[str, Any], training: bool) -> Any:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from sphereify.convert.calibrate import calibrate
+from sphereify.convert.calibrate import calibrate as _calibrate
 from sphereify.convert.plan import ConversionPlan, Decision, Operator, Overrides, Patterns, plan_conversion
 from sphereify.convert.rewrite import apply_plan
 from sphereify.convert.running import Inputs
 from sphereify.nn.functional import DEFAULT_EPS
 
-__all__ = ["ConversionPlan", "Decision", "apply_plan", "calibrate", "plan_conversion", "sphereify"]
+__all__ = ["ConversionPlan", "Decision", "apply_plan", "plan_conversion", "sphereify"]
 
 
 def sphereify(
@@ -56,7 +56,7 @@ def sphereify(
             `include`, `exclude` and `skip_shortcuts`.
         eps: > 0, added to both squared norms.
         calibration: batches of inputs (tensors, or tuples of arguments) for a closed-form start from what a trained
-            `model` knows; see `calibrate`.
+            `model` knows; see `sphereify.calibrate`.
         example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: from the model's
             `pretrained_cfg`, if it has one.
         inplace: change `model` itself.
@@ -94,5 +94,5 @@ def sphereify(
     original = copy.deepcopy(model) if calibration is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if calibration is not None:
-        calibrate(converted, original, calibration)
+        _calibrate(converted, original, calibration)
     return converted

@@ -48,7 +48,8 @@ def calibrate(
 
     Returns:
         For each converted layer R²: the share of the variance of the original layer's output, in [0, 1] and below 0
-        where it is worse than its mean, that the calibrated layer explains on these inputs.
+        where it is worse than its mean, that the calibrated layer explains on these inputs. Of a head it is
+        that of the regression before its class weights lose their length.
 
     Raises:
         UsageError: no batches, or a model that was not converted.
@@ -58,7 +59,7 @@ def calibrate(
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [_arguments(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
     if not inputs:
         raise UsageError("calibration: got no batches, expected tensors of inputs; a few hundred images are enough")
     modes = [(module, module.training) for network in (model, original) for module in network.modules()]
@@ -76,6 +77,17 @@ def calibrate(
         for module, training in modes:
             module.training = training
     return explained
+
+
+def _arguments(batch: object) -> tuple[Any, ...]:
+    if isinstance(batch, tuple):
+        return batch
+    if isinstance(batch, Tensor):
+        return (batch,)
+    raise UsageError(
+        f"calibration: got a batch of type {type(batch).__name__}, expected a tensor or a tuple of the model's "
+        f"arguments. From a loader of images and labels, pass the images: [images for images, _ in loader]."
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,9 @@ class _Pairs:
     def _normalized(self, output: Tensor) -> Tensor:
         if self.norm is None:
             return output
-        return F.batch_norm(output, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias,
-                            eps=self.norm.eps)  # fmt: skip
+        norm = self.norm
+        by_batch = norm.running_mean is None
+        return F.batch_norm(output, norm.running_mean, norm.running_var, norm.weight, norm.bias, by_batch, eps=norm.eps)
 
 
 def _in_order(original: nn.Module, batch: tuple[Any, ...], decisions: list[Decision]) -> list[Decision]:
@@ -287,10 +300,13 @@ def _set_scale(model: nn.Module, decision: Decision, layer: Any, beta: Tensor, g
     sign = torch.where(beta < 0, -1.0, 1.0)
     layer.weight.mul_(sign.to(layer.weight.dtype).view(-1, *[1] * (layer.weight.dim() - 1)))
     scale = (beta * sign).clamp_min(1e-6)
-    if layer.bias is not None:
-        layer.bias.zero_()  # γ takes its place, inside the norm below
     if norm is None:
+        # No place for β: the output keeps its form up to one scale, which a LayerNorm removes again.
+        if layer.bias is not None:
+            layer.bias.copy_(gamma / scale.mean())
         return
+    if layer.bias is not None:
+        layer.bias.zero_()  # γ takes its place, inside the norm
     # The norm sees (T - γ)/β instead of T: its mean and deviation move along.
     wanted = (norm.running_var.double() + norm.eps) / scale.square()
     variance = (wanted - norm.eps).clamp_min(0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sphereify.errors import DataError, TrainingError, UsageError
+from sphereify.errors import DataError, TrainingError, UsageError, first_line
 from sphereify.nn import param_groups
 from sphereify.sources import Data
 
@@ -32,7 +32,7 @@ class Settings:
         for name, lowest in {"epochs": 1, "batch_size": 1, "workers": 0, "weight_decay": 0}.items():
             if getattr(self, name) < lowest:
                 raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least {lowest}")
-        if not self.lr > 0:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UsageError(f"--lr: got {self.lr}, expected a number above 0; a usual value is 1e-3")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(
@@ -42,6 +42,8 @@ class Settings:
     @property
     def chosen_device(self) -> torch.device:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if name.startswith("meta"):
+            raise UsageError("--device: got 'meta', which holds no values; take 'cpu' or 'cuda'")
         try:
             return torch.device(name)
         except RuntimeError as error:
@@ -102,7 +104,7 @@ def finetune(
     step = 0
     for number in range(1, settings.epochs + 1):
         model.train()
-        total = 0.0
+        total, count = 0.0, 0
         for images, targets in train:
             loss = _loss(model(images.to(device)), targets.to(device))
             optimizer.zero_grad(set_to_none=True)
@@ -111,8 +113,9 @@ def finetune(
             schedule.step()
             step += 1
             total += _finite(loss, step) * len(targets)
+            count += len(targets)
             on_step(step, steps, loss.item())
-        epoch = Epoch(number, total / len(data.train), accuracy(model, test, device))  # type: ignore[arg-type]
+        epoch = Epoch(number, total / count, accuracy(model, test, device))
         history.append(epoch)
         on_epoch(epoch)
     return history
@@ -131,8 +134,14 @@ def accuracy(model: nn.Module, loader: DataLoader, device: torch.device | str = 
 
 def _check_classes(model: nn.Module, data: Data, device: torch.device) -> None:
     """One image through the model, before any time is spent."""
-    with torch.no_grad():
-        logits = model.eval()(torch.zeros(1, *data.image_size, device=device))
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, *data.image_size, device=device))
+    except Exception as error:  # a model may refuse a size in its own way
+        raise DataError(
+            f"the model does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
+            f"{first_line(error)}. Try another --img-size."
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise DataError(f"the model returns {type(logits).__name__}, expected logits of shape (batch, classes)")
     if logits.shape[1] != len(data.classes):

@@ -27,6 +27,12 @@ from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in
 
 DEFAULT_EPS = 1e-4
 
+# Asked once: torch.compile cannot follow the question in torch 2.11.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
+    if torch.amp.is_autocast_available(device)
+)  # fmt: skip
+
 Operator = Callable[[Tensor], Tensor]
 Ints = tuple[int, ...]
 
@@ -229,7 +235,7 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is active; devices that know no autocast (meta) have it off."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
