@@ -291,7 +291,7 @@ def test_verify_says_which_layers_are_called(run):
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_no_option_is_left_out_above(command):
     elsewhere = {"model", "output", "force", "json", "pretrained", "weights", "num_classes", "in_chans", "seed"}
-    elsewhere |= {"attention", "verify"}
+    elsewhere |= {"attention", "verify", "factory"}
     unseen = {"margin"}  # no head of this version has one; the option is only checked
     known = {parameter.name for parameter in COMMANDS[command].params} - {"help"} - elsewhere - unseen
     tested = {name.split()[0].replace("override", "overrides") for name in OPTIONS}
@@ -389,12 +389,30 @@ def test_pretrained_weights_are_asked_of_the_library(run, monkeypatch):
 def test_an_artifact_converted_again_stays_the_same(run, artifact):
     code, out, err = run("inspect", artifact, "--skip-shortcuts")
     assert (code, err) == (0, "")
-    assert out.count("already angular") == 13
+    assert "12 convolutions converted, 3 shortcuts kept, the head swapped" in out, "how it was converted"
     code, _, err = run("convert", artifact, "-o", "again", "--skip-shortcuts")
     assert (code, err) == (0, "")
     assert load("again").conversion_plan == load(artifact).conversion_plan
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(load("again")(x), load(artifact)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["convert", "-o", "again"], ["finetune", "--data", "digits", "--epochs", "1"]]
+)
+def test_an_artifact_of_ones_own_is_read_with_the_factory_that_made_it(run, own, command):
+    assert run("convert", f"{own}:small", "--num-classes", "10", "--in-chans", "1", "-o", "mine")[0] == 0
+    Path("plain.py").write_text(f"import {Path(own).stem}\ndef make():\n    return {Path(own).stem}.small(10, 1)\n")
+    code, _, err = run(command[0], "mine", *command[1:])
+    assert (code, "--factory" in err) == (2, True)
+    code, _, err = run(command[0], "mine", *command[1:], "--factory", "plain.py:make")
+    assert (code, err) == (0, "")
+
+
+def test_a_factory_belongs_to_an_artifact(refused):
+    refused(
+        ["inspect", TINY, "--factory", "plain.py:make"], 2, "--factory: got 'plain.py:make'", "is no saved artifact"
+    )
 
 
 def test_an_artifact_can_be_converted_further(run, artifact):
