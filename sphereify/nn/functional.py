@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
-from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in
+from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in, overwrite
 
 DEFAULT_EPS = 1e-4
 
@@ -276,8 +276,12 @@ class _SphereMap(torch.autograd.Function):
         accumulate = _accumulate_dtype(x.dtype)
         unit, _ = _normalize_filters(weight.to(accumulate), eps)
         norm = _patch_norm(x, weight, eps, projection)
-        cos = _by_patch(torch.Tensor.div_, _project(x, unit.to(x.dtype), projection).to(accumulate), norm, projection)
-        return CURVES[name].value(F.hardtanh_(cos), k).to(x.dtype), norm
+        dot = _project(x, unit.to(x.dtype), projection).to(accumulate)
+        cos = _by_patch(lambda a, b: overwrite(a, "div", b), dot, norm, projection)
+        cos = F.hardtanh(cos, inplace=not torch.compiler.is_compiling())
+        g = CURVES[name].value(cos, k)
+        # A cast that changes nothing returns the same tensor, whose gradient torch.compile loses in torch 2.11.
+        return g if g.dtype is x.dtype else g.to(x.dtype), norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -44,6 +44,14 @@ class Curve(NamedTuple):
     """g, k and the floor of sin θ -> the derivatives"""
 
 
+def overwrite(tensor: Tensor, operation: str, *arguments: Any) -> Tensor:
+    """The elementwise operation of that name, in place where nobody else sees the tensor.
+
+    torch.compile fuses such passes by itself, and in torch 2.11 loses the gradient of a result written in place.
+    """
+    return getattr(tensor, operation if torch.compiler.is_compiling() else operation + "_")(*arguments)
+
+
 def _cosine_value(cos: Tensor, k: None) -> Tensor:
     return cos
 
@@ -53,7 +61,7 @@ def _cosine_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
 
 
 def _linear_value(cos: Tensor, k: None) -> Tensor:
-    return cos.asin_().mul_(2 / math.pi)
+    return overwrite(overwrite(cos, "asin"), "mul", 2 / math.pi)
 
 
 def _linear_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
@@ -66,7 +74,7 @@ def _tanh(x: Any) -> Any:
 
 
 def _sigmoid_value(cos: Tensor, k: Any) -> Tensor:
-    return (cos.asin_() / (2 * k)).tanh_() / _tanh(math.pi / (4 * k))
+    return overwrite(overwrite(cos, "asin") / (2 * k), "tanh") / _tanh(math.pi / (4 * k))
 
 
 def _sigmoid_slope(g: Tensor, k: Any, sin_floor: float) -> Slope:
