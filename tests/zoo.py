@@ -1,5 +1,9 @@
 """Every architecture of timm and torchvision through the conversion: `python -m tests.zoo [--only GLOB] [--jobs N]`.
 
+With `--real`, the smallest variant of each of their model files instead, with real weights: a forward and a backward
+pass, `verify` without a site that is never called for no known reason, and saved and loaded with identical outputs.
+
+Without it:
 Each is built on the meta device, planned and converted, operators and skip_shortcuts in turn. The number of sites must
 be that of a walk of its own: modules by their classes, plus functional calls counted in a run. Prints a table of
 outcomes and every refusal with its reason; the exit code is 1 if any architecture failed or was miscounted.
@@ -9,6 +13,7 @@ import argparse
 import fnmatch
 import multiprocessing
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -20,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sphereify import apply_plan, plan_conversion
+from sphereify import apply_plan, load, plan_conversion, save, sphereify
 from sphereify.choices import OPERATORS
 from sphereify.convert.running import assumed_inputs
 from sphereify.errors import SphereifyError
@@ -69,6 +74,93 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
     detail = f"{len(plan.converted)} converted, {len(plan.kept)} kept, {never} never called, {unknown} not known"
     traced = not any("not traced" in note and note.startswith(type(model).__name__) for note in plan.notes)
     return Outcome(str(source), "converted" if traced else "converted without trace", detail, seconds)
+
+
+SMALL = (
+    "atto",
+    "femto",
+    "pico",
+    "xxs",
+    "nano",
+    "zepto",
+    "micro",
+    "tiny",
+    "mini",
+    "_t0",
+    "_xs",
+    "_b0",
+    "18",
+    "10",
+    "small",
+)
+"""What names of small variants contain, smallest first."""
+
+
+def smallest_of_each_file(sources: list[Source]) -> list[Source]:
+    """For each module of timm and torchvision that defines models, the smallest of three that are named like it."""
+    import timm
+    import torchvision
+
+    files: dict[str, list[Source]] = {}
+    for source in sources:
+        find = timm.model_entrypoint if source.library == "timm" else torchvision.models.get_model_builder
+        if not source.name.startswith("test_"):
+            files.setdefault(find(source.name).__module__, []).append(source)
+    chosen = []
+    for variants in files.values():
+        ranked = sorted(variants, key=lambda s: next((i for i, word in enumerate(SMALL) if word in s.name), len(SMALL)))
+        chosen.append(min(ranked[:3], key=lambda s: sum(p.numel() for p in build(s).parameters())))
+    return chosen
+
+
+def run_for_real(numbered: tuple[int, Source]) -> Outcome:
+    number, source = numbered
+    warnings.simplefilter("ignore")
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    try:
+        model = build_model(source)
+        inputs = real_inputs(model, source)
+        converted = sphereify(model, operator=OPERATORS[number % 4], example_inputs=inputs)
+        plan = converted.conversion_plan
+        unexplained = [d.name for d in plan.verify(converted, inputs).kept
+                       if d.called is False and "never called" not in d.reason]  # fmt: skip
+        converted.eval()
+        loss = sum(t.float().square().mean() for t in tensors_of(converted(*inputs)) if t.requires_grad)
+        loss.backward()
+        infinite = [n for n, p in converted.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        with tempfile.TemporaryDirectory() as folder:
+            save(converted, folder)
+            again = load(folder)
+        with torch.no_grad():
+            same = all(map(torch.equal, tensors_of(converted(*inputs)), tensors_of(again(*inputs))))
+    except Exception as error:
+        return Outcome(str(source), "failed", f"{type(error).__name__}: {str(error)[:300]}", 0.0)
+    problems = [f"never called: {unexplained[:3]}"] * bool(unexplained) + [f"not finite: {infinite[:3]}"] * bool(
+        infinite
+    )
+    problems += ["outputs differ after loading"] * (not same)
+    seconds = time.perf_counter() - started
+    return Outcome(str(source), "failed" if problems else "ran", "; ".join(problems) or plan.summary(), seconds)
+
+
+def real_inputs(model: nn.Module, source: Source) -> tuple[Any, ...]:
+    """Two inputs of the smallest usual size; detection takes a list of images, optical flow a pair."""
+    name = type(model).__module__
+    if "detection" in name:
+        return ([torch.rand(3, 96, 96)],)
+    if "optical_flow" in name:
+        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    config = getattr(model, "pretrained_cfg", None) or {}
+    shape = tuple(assumed_inputs(model)[0].shape[1:])
+    if config and not config.get("fixed_input_size"):
+        least = config.get("min_input_size")
+        shape = tuple(least) if least else shape
+    return (torch.randn(2, *shape),)
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def build(source: Source) -> nn.Module:
@@ -145,13 +237,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="glob over names")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--real", action="store_true", help="run the smallest variant of each model file")
     options = parser.parse_args()
-    chosen = [(i, s) for i, s in enumerate(architectures()) if fnmatch.fnmatchcase(str(s), options.only)]
+    warnings.simplefilter("ignore")
+    named = [s for s in architectures() if fnmatch.fnmatchcase(str(s), options.only)]
+    chosen = list(enumerate(smallest_of_each_file(named) if options.real else named))
     started = time.perf_counter()
     outcomes = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.jobs, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=100) as pool:
-        for outcome in pool.imap_unordered(convert, chosen, chunksize=4):
+        for outcome in pool.imap_unordered(run_for_real if options.real else convert, chosen, chunksize=4):
             outcomes.append(outcome)
             if outcome.what in ("failed", "miscounted", "refused"):
                 print(f"{outcome.what}: {outcome.name}: {outcome.detail}", flush=True)
