@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.convert import ConversionPlan, apply_plan
-from sphereify.convert.graph import class_name
+from sphereify.convert.graph import class_name, is_site, weight_of
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import ArtifactError, UsageError
+from sphereify.nn import AngularHead
+from sphereify.nn.layers import AngularLayer
 from sphereify.sources import Source, build_model, recognise, versions
 
 FORMAT_VERSION = 1
@@ -48,6 +50,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
+    _check_unchanged(model, plan)
     tensors, tied = _tensors(model)
     source = _verified_source(model, plan)
     document = {
@@ -141,6 +144,23 @@ def is_artifact(path: str | Path) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
+
+
+def _check_unchanged(model: nn.Module, plan: ConversionPlan) -> None:
+    """The model has what its plan made of it: a layer replaced since then would not come back."""
+    for decision in plan.decisions:
+        if not decision.type:
+            continue  # a functional call, known by its weight
+        swapped = decision.action == "convert" and decision.call is None
+        expected = (AngularHead if decision.head else AngularLayer) if swapped else nn.Module
+        module = next((m for n, m in model.named_modules() if n == decision.name), None)
+        shape = tuple(getattr(weight_of(module), "shape", ())) if module is not None and is_site(module) else None
+        if not isinstance(module, expected) or shape != decision.shape:
+            what = "gone" if module is None else f"a {class_name(module)} with weight {shape}"
+            raise UsageError(
+                f"{decision.name}: was planned with weight {decision.shape} and is now {what}. Convert the model again "
+                f"after changing its layers: sphereify(model, inplace=True)"
+            )
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -207,10 +207,14 @@ def convert(
     from sphereify.artifact import save
     from sphereify.convert import sphereify
 
-    converted = sphereify(_open_model(model, **source), inplace=True, **options)
+    network = _open_model(model, **source)
+    before = getattr(network, "conversion_plan", None)
+    converted = sphereify(network, inplace=True, **options)
     save(converted, folder)
     _show_plan(converted.conversion_plan, json)
     if not json:
+        if converted.conversion_plan == before:
+            print("nothing new was converted: other options need the plain model, not its artifact")
         print(f"saved to {folder}/ (model.safetensors, conversion.json)")
 
 

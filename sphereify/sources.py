@@ -195,8 +195,10 @@ def _module_name(file: Path) -> str:
 def recognise(model: nn.Module) -> list[Source]:
     """Sources that may have built a plain or converted model, the likeliest first; nobody has checked them."""
     known = getattr(model, SOURCE_ATTRIBUTE, None)
-    if known is not None:
-        return [known]
+    return [*([known] if known else []), *_recognised(model)]
+
+
+def _recognised(model: nn.Module) -> list[Source]:
     if type(model).__module__.startswith("timm."):
         return _recognise_timm(model)
     if type(model).__module__.startswith("torchvision.models."):

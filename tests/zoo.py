@@ -152,7 +152,7 @@ def real_inputs(model: nn.Module, source: Source) -> tuple[Any, ...]:
     if "optical_flow" in name:
         return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     config = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(assumed_inputs(model)[0].shape[1:])
+    shape = tuple(config.get("input_size") or assumed_inputs(model)[0][0].shape[1:])
     if config and not config.get("fixed_input_size"):
         least = config.get("min_input_size")
         shape = tuple(least) if least else shape
@@ -211,7 +211,9 @@ class _Calls(TorchFunctionMode):
         self.running.clear()
         try:
             with torch.no_grad(), self:
-                torch.func.functional_call(self.model.train(training), {**state, **buffers}, assumed_inputs(self.model))
+                torch.func.functional_call(
+                    self.model.train(training), {**state, **buffers}, assumed_inputs(self.model)[-1]
+                )
             self.succeeded = True
         finally:
             for handle in handles:

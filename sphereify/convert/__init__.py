@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.calibrate import batches_of
 from sphereify.convert.calibrate import calibrate as _calibrate
 from sphereify.convert.plan import ConversionPlan, Decision, Operator, Overrides, Patterns, plan_conversion
 from sphereify.convert.rewrite import apply_plan
@@ -91,6 +92,7 @@ def sphereify(
         eps=eps,
         example_inputs=example_inputs,
     )
+    calibration = batches_of(calibration) if calibration is not None else None  # refused before anything is changed
     original = copy.deepcopy(model) if calibration is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if calibration is not None:

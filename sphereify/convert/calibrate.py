@@ -59,9 +59,7 @@ def calibrate(
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
-    inputs = [_arguments(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
-    if not inputs:
-        raise UsageError("calibration: got no batches, expected tensors of inputs; a few hundred images are enough")
+    inputs = batches_of(batches)
     modes = [(module, module.training) for network in (model, original) for module in network.modules()]
     model.eval()
     original.eval()
@@ -77,6 +75,14 @@ def calibrate(
         for module, training in modes:
             module.training = training
     return explained
+
+
+def batches_of(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Batches as tuples of arguments, or the error that says what is wrong with them."""
+    inputs = [_arguments(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
+    if not inputs:
+        raise UsageError("calibration: got no batches, expected tensors of inputs; a few hundred images are enough")
+    return inputs
 
 
 def _arguments(batch: object) -> tuple[Any, ...]:

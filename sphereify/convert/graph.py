@@ -11,7 +11,7 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from sphereify.convert.running import Call, Inputs, Run, run
 from sphereify.convert.wiring import Wiring
-from sphereify.errors import first_line
+from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead
 from sphereify.nn.calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
 from sphereify.nn.layers import AngularLayer
@@ -75,6 +75,8 @@ class Site:
     role: Role = "hidden"
     norm: str | None = None
     """The normalization with an affine part that directly follows, by name."""
+    norm_seen: bool = False
+    """Whether a trace shows that the norm alone reads this site's output; otherwise it is a guess."""
     owns_norm: bool = False
     """Whether that normalization follows nothing else, and this site in one place only."""
     called: bool | None = None
@@ -85,6 +87,8 @@ class Site:
     """The nn.MultiheadAttention that this projection belongs to."""
     fixed: bool = False
     """A functional call whose weight is not learned."""
+    unclear: str = ""
+    """Why the functional call cannot be answered, if it cannot."""
     angular: bool = False
     heads: int = 0
     """For a classifier: how many separate outputs of the model end in a site."""
@@ -101,8 +105,8 @@ class ModelGraph:
     sites: tuple[Site, ...]
     untraced: dict[str, str]
     """Modules whose forward could not be followed, with the reason; "" is the model itself."""
-    ran: bool
-    """Whether a run on the meta device succeeded."""
+    not_run: str
+    """Why no run succeeded; empty if one did."""
     output: tuple[int, ...] | None = None
     """Shape of the model's output in that run, if it is one tensor."""
 
@@ -115,20 +119,31 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         bones = skeleton(model)
     if bones is not None:
         facts, seen = _facts(bones), run(bones, example_inputs)
-    ran = not seen.error
+        if seen.error and example_inputs is not None:  # control flow on values, which only a real pass can follow
+            real = run(bones, example_inputs, on_shapes=False)
+            seen = real if not real.error else seen
+        if seen.error and example_inputs is not None:
+            raise UsageError(f"example_inputs: {type(model).__name__} does not run with them: {seen.error}")
     sites = [_module_site(name, aliases, module, model, facts, seen)
              for name, (module, aliases) in site_modules(model).items()]  # fmt: skip
     sites = _with_calls(sites, model, facts, seen, bones)
     if "" in facts.untraced:
         sites = _guess_classifier(model, sites, seen.output)
-    order = {name: i for i, name in enumerate(seen.order if ran else facts.order)}
-    last = len(order)
+    order = facts.order if seen.error else seen.order
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
 
-    def place(site: Site) -> int:
-        where = (*site.names, site.call.owner) if site.call else site.names
-        return min(order.get(name, last) for name in where)
 
-    return ModelGraph(tuple(sorted(sites, key=place)), facts.untraced, ran, seen.output)
+def in_order(sites: Iterable[Any], order: list[str]) -> list[Any]:
+    """Sites, or decisions about them, in the order in which their modules or weights come in `order`."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(order):
+        places.setdefault(name, place)
+
+    def first(site: Any) -> int:
+        weight = (site.call.parameter or f"{site.call.owner}.computed",) if site.call else ()
+        return min(places.get(name, len(order)) for name in (site.name, *site.aliases, *weight))
+
+    return sorted(sites, key=first)
 
 
 def is_site(module: nn.Module) -> bool:
@@ -194,12 +209,16 @@ class _Facts:
 
     order: list[str] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    """Site modules whose forward is called."""
     norms: dict[str, str] = field(default_factory=dict)
     """The norm after each site whose every call is followed by one."""
     unnormalized: set[str] = field(default_factory=set)
     """Sites of which some call is not."""
     fed: dict[str, list[str]] = field(default_factory=dict)
     """For each norm the calls that feed it, by the site's name."""
+    calls: list[Call] = field(default_factory=list)
+    """Functional calls on a parameter, by the module that makes them."""
     outputs: int = 0
     untraced: dict[str, str] = field(default_factory=dict)
     shared_norms: set[str] = field(default_factory=set)
@@ -212,6 +231,8 @@ class _Facts:
 
     def add_training(self, training: "_Facts") -> None:
         """Sites that only the training graph calls; an output among them is an auxiliary classifier."""
+        self.called |= training.called
+        self.calls += [call for call in training.calls if call not in self.calls]
         known = set(self.order)
         for name in training.order:
             if name not in known:
@@ -234,7 +255,7 @@ def _facts(bones: nn.Module) -> _Facts:
 
 
 def _inside(name: str, untraced: dict[str, str]) -> bool:
-    return any(not outer or name.startswith(outer + ".") for outer in untraced)
+    return any(_within(name, outer) for outer in untraced)
 
 
 def _collect(module: nn.Module, prefix: str, facts: _Facts, is_root: bool = False) -> None:
@@ -242,7 +263,7 @@ def _collect(module: nn.Module, prefix: str, facts: _Facts, is_root: bool = Fals
     if isinstance(module, ATTENTION):
         return  # its projections are known without a trace
     is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    graph, reason = (None, "") if is_container else _trace(module)
+    graph, reason, homes = (None, "", {}) if is_container else _trace(module)
     if graph is None:
         if not is_container:
             facts.untraced[prefix] = reason
@@ -250,24 +271,27 @@ def _collect(module: nn.Module, prefix: str, facts: _Facts, is_root: bool = Fals
             if not is_site(child) and any(map(is_site, child.modules())):
                 _collect(child, _join(prefix, name), facts)
         return
-    _read(graph, module, prefix, facts, is_root)
+    _read(graph, module, prefix, facts, homes, is_root)
     for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
         leaf = module.get_submodule(target)
         if not is_site(leaf) and any(is_site(inner) for inner in leaf.modules()):
             _collect(leaf, _join(prefix, target), facts)
 
 
-def _trace(root: nn.Module) -> tuple[fx.Graph | None, str]:
-    """A graph of `root`, with as few leaves as possible: a class whose forward fails becomes one, and again."""
+def _trace(root: nn.Module) -> tuple[fx.Graph | None, str, dict[fx.Node, str]]:
+    """A graph of `root`, or why there is none, and for each node the module that makes it.
+
+    It has as few leaves as possible: a class whose forward fails becomes one, and again.
+    """
     opaque: set[type] = set()
     while True:
         tracer = _make_tracer(opaque)
         try:
-            return tracer.trace(root, concrete_args=_defaults(root)), ""
+            return tracer.trace(root, concrete_args=_defaults(root)), "", tracer.node_to_qualname
         except Exception as error:  # a traced forward may raise anything
             culprit = next((m for m in reversed(tracer.entered) if type(m) not in opaque), None)
             if culprit is None or culprit is root or isinstance(culprit, type(root)):
-                return None, first_line(error)
+                return None, first_line(error), {}
             opaque.add(type(culprit))
 
 
@@ -299,7 +323,7 @@ def _make_tracer(opaque: set[type]) -> Any:
 
         def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
             # The inherited one numbers repeated names by searching all earlier ones: quadratic, and not needed here.
-            return module_qualname if node.op == "call_module" else _join(module_qualname, str(node))
+            return module_qualname
 
     modules, functions = _timm_registries()
     tracer = SiteTracer(leaf_modules=modules, autowrap_functions=tuple(functions))
@@ -319,7 +343,9 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _read(graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, is_root: bool) -> None:
+def _read(
+    graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, homes: dict[fx.Node, str], is_root: bool
+) -> None:
     """Add what one graph says to the facts."""
     wiring = Wiring(graph, root, is_site, is_affine_norm)
     for node, relative in wiring.sites.items():
@@ -332,6 +358,12 @@ def _read(graph: fx.Graph, root: nn.Module, prefix: str, facts: _Facts, is_root:
         else:
             facts.norms.setdefault(name, _join(prefix, norm))
             facts.fed.setdefault(_join(prefix, norm), []).append(name)
+        if node.op == "call_function":
+            call = wiring.call(node)
+            facts.calls.append(replace(call, owner=_join(prefix, homes[node]).rstrip("."),
+                                       parameter=_join(prefix, call.parameter or "")))  # fmt: skip
+        else:
+            facts.called.add(name)
         if is_root and wiring.reads_input(node):
             facts.roles[name] = "input"
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
@@ -357,7 +389,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
 
     norm = None if any(n in facts.unnormalized for n in names) else first(facts.norms)
     weight: Any = weight_of(module)
-    traced = any(n in facts.order for n in names)
+    traced = any(n in facts.called for n in names)
     called: bool | None = traced or (None if _inside(name, facts.untraced) else False)
     if not seen.error:
         called = any(n in seen.order for n in names)
@@ -369,6 +401,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
         aliases,
         role=first(facts.roles) or "hidden",
         norm=norm,
+        norm_seen=norm is not None,
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
         angular=isinstance(module, (AngularLayer, AngularHead)),
@@ -385,21 +418,28 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
     """Give each functional call to the site whose weight it uses, or make a site of it."""
     by_name = {name: site for site in sites for name in site.names}
     extra: dict[str, Site] = {}
-    for call in seen.calls:
-        if call.owner in by_name and is_swapped(model.get_submodule(call.owner)):
+    calls = facts.calls if seen.error else seen.calls
+    for call in calls:
+        owner = model.get_submodule(call.owner)
+        if call.owner in by_name and is_swapped(owner):
             continue  # the layer's own call, perhaps with a weight that another one is tied to
+        call, unclear = _localized(call, model, [*calls, *seen.fixed])
         home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
         site = by_name.get(home)
         if site is not None and site.module is not None:
-            _replace(sites, by_name, replace(site, call=call, called=True))
+            if site.call is not None and site.call != call:
+                unclear = "its forward makes more than one convolution or linear map"
+            _replace(sites, by_name, replace(site, call=call, called=True, unclear=unclear))
         else:
             name = call.parameter or _join(call.owner, "computed")
+            while name in extra and call.parameter is None:
+                name += "'"
             extra[name] = Site(name, call.kind, call.shape, role=facts.roles.get(name, "hidden"),
-                               norm=facts.norms.get(name), called=True, call=call,
+                               norm=facts.norms.get(name), called=True, call=call, unclear=unclear,
                                heads=facts.outputs)  # fmt: skip
     for call in seen.fixed:
-        name = _join(call.owner, "fixed")
         if call.owner not in by_name:
+            name = _join(call.owner, "fixed")
             extra.setdefault(name, Site(name, call.kind, call.shape, called=True, call=call, fixed=True))
     extra.update({site.name: site for site in _attention_sites(model, by_name, sites)})
     for name, parameter, kind in _answered(model):
@@ -442,6 +482,26 @@ def _replace(sites: list[Site], by_name: dict[str, Site], site: Site) -> None:
     sites[next(i for i, s in enumerate(sites) if s.name == site.name)] = site
     for name in site.names:
         by_name[name] = site
+
+
+def _localized(call: Call, model: nn.Module, others: list[Call]) -> tuple[Call, str]:
+    """The call with its weight by the name that its owner has for it, or what makes it unclear which call is meant."""
+    owner = model.get_submodule(call.owner)
+    if "forward" in vars(owner):
+        return call, f"the forward of {call.owner or 'the model'} was replaced on the instance"
+    if call.parameter is None:
+        inside = [c for c in others if c.parameter is None and (c.owner == call.owner or _within(c.owner, call.owner))]
+        several = len(inside) > 1
+        return call, "its weight is computed, and so is that of another call made there" * several
+    weight = model.get_parameter(call.parameter)
+    own = next((n for n, p in owner.named_parameters(remove_duplicate=False) if p is weight), None)
+    if own is None:
+        return call, f"{call.owner} is given its weight, {call.parameter}, by another module"
+    return replace(call, parameter=_join(call.owner, own)), ""
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name.startswith(outer + ".")
 
 
 def _answered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, str]]:

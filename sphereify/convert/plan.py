@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import fnmatch
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,12 @@ from sphereify.convert.graph import (
     ModelGraph,
     Site,
     class_name,
+    in_order,
     is_site,
     is_swapped,
     skeleton,
     trace,
-)
+)  # fmt: skip
 from sphereify.convert.running import Call, Inputs, run
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
@@ -70,7 +72,7 @@ class Options:
                 raise choose(name, getattr(self, name), allowed)
         for name, lowest in {"margin": 1.0, "scale": 0.0, "eps": 0.0}.items():
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value >= lowest and value > 0):
+            if not (isinstance(value, (int, float)) and value >= lowest and 0 < value < math.inf):
                 bound = f"of at least {lowest:g}" if lowest else "above 0"
                 raise UsageError(f"{name}: got {value!r}, expected a number {bound}")
         # Made once to be checked: an unknown name, or a k that does not belong to it, fails now.
@@ -105,6 +107,8 @@ class Decision:
     scale: float | None = None
     norm: str | None = None
     """The affine normalization that directly follows, by name."""
+    only_read: bool = False
+    """Whether it is known that nothing changes the layer's output in place: a normalization alone reads it."""
     drops_norm: bool = False
     """Whether that normalization goes, with SphereNorm in its place."""
     type: str = ""
@@ -164,7 +168,7 @@ class ConversionPlan:
             if decision.action == "convert" and not called:
                 decision = replace(decision, action="keep", reason="never called in training or evaluation")
             decisions.append(replace(decision, called=called))
-        return replace(self, decisions=decisions)
+        return replace(self, decisions=in_order(decisions, seen.order))
 
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
@@ -306,6 +310,9 @@ class _Planner:
             raise UsageError(_nothing_to_convert(decisions))
         notes = [f"{name or type(self.model).__name__}: not traced ({why}); roles inside it come from names and shapes"
                  for name, why in self.graph.untraced.items()]  # fmt: skip
+        if self.graph.not_run and any(site.called is not True for site in self.graph.sites):
+            notes.append(f"{type(self.model).__name__}: not run ({self.graph.not_run}); example_inputs=… would show "
+                         f"which layers are called")  # fmt: skip
         return ConversionPlan(class_name(self.model), decisions, notes, self.objects)
 
     def _quantized(self) -> list[str]:
@@ -347,7 +354,8 @@ class _Planner:
             scale = self.options.scale if kind == "s-softmax" else None
             return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale)
         rescale, drops_norm, why = self._rescale(site, setting)
-        return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps)
+        return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps,
+                       only_read=site.norm_seen and not rescale)  # fmt: skip
 
     def _setting(self, site: Site) -> dict[str, Any] | str:
         """The first override that matches, "keep" from `exclude` or `include`, or nothing."""
@@ -443,7 +451,7 @@ _OTHER_KINDS = {
     "conv-transpose": "transposed convolution: an output has no single patch that an angle could be taken to",
     "bilinear": "bilinear form of two inputs, not the angle to one",
     "recurrent": "recurrent layer: its kernels take plain weights",
-    "embe": "table that is looked up, not multiplied",
+    "embedding": "table that is looked up, not multiplied",
 }
 
 
@@ -454,10 +462,12 @@ def _cannot_convert(site: Site) -> str | None:
         return "already angular"
     if site.fixed:
         return "its filter is not learned: a buffer, or computed from activations"
+    if site.unclear:
+        return site.unclear
     if site.called is False:
         return "never called by the model's forward"
     if site.kind not in SWAPPED.values():
-        return _OTHER_KINDS[site.kind.rstrip("123d")]
+        return next(reason for kind, reason in _OTHER_KINDS.items() if site.kind.startswith(kind))
     if site.call is not None or (module is not None and is_swapped(module)):
         return None
     if "forward" in vars(module):

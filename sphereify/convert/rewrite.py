@@ -10,6 +10,7 @@ from torch import nn
 
 from sphereify.convert.graph import is_site, kind_of, relative_parameter, weight_of
 from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.running import Call
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.calls import AngularCall, answer_call
@@ -76,7 +77,8 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
     planned = {decision.name: decision for decision in plan.decisions}
     for name, decision in planned.items():
         if not decision.type:  # a functional call: its weight is what there is to find
-            _check_parameter(model, decision, plan)
+            if decision.call is not None:
+                _check_parameter(model, decision.call, decision.name, plan)
             continue
         if name not in found:
             raise PlanMismatchError(f"{name}: the plan for {plan.model} has this layer, {type(model).__name__} has not")
@@ -94,15 +96,14 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
             raise PlanMismatchError(f"{name}: {type(model).__name__} has this layer, the plan for {plan.model} has not")
 
 
-def _check_parameter(model: nn.Module, decision: Decision, plan: ConversionPlan) -> None:
+def _check_parameter(model: nn.Module, call: Call, name: str, plan: ConversionPlan) -> None:
     try:
-        assert decision.call is not None  # a decision without a module's type is about a call
-        model.get_submodule(decision.call.owner)
-        if decision.call.parameter:
-            model.get_parameter(decision.call.parameter)
+        model.get_submodule(call.owner)
+        if call.parameter:
+            model.get_parameter(call.parameter)
     except AttributeError as error:
         raise PlanMismatchError(
-            f"{decision.name}: the plan for {plan.model} has this call, {type(model).__name__} has not ({error})"
+            f"{name}: the plan for {plan.model} has this call, {type(model).__name__} has not ({error})"
         ) from None
 
 
@@ -148,9 +149,10 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         scale = {} if decision.scale is None else {"scale": decision.scale}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **scale)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
-    twin.only_read = decision.norm is not None and not decision.rescale
+    twin.only_read = decision.only_read
     if twin.beta is not None:
         _start_beta(twin.beta, weight)
+    twin.train(plain.training)
     return twin
 
 
@@ -166,8 +168,9 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
                        has_bias=decision.call.has_bias, eps=decision.eps or DEFAULT_EPS,
                        device=weight.device, dtype=weight.dtype)  # fmt: skip
     call.train(owner.training)
-    if call.beta is not None and tuple(weight.shape) == decision.shape:
-        _start_beta(call.beta, weight)
+    filters = weight.detach().t() if decision.call.transposed else weight
+    if call.beta is not None and tuple(filters.shape) == decision.shape:
+        _start_beta(call.beta, filters)
     return call
 
 
@@ -218,6 +221,8 @@ def _leave_fast_paths(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer):
             angular = any(isinstance(part, (AngularLayer, AngularCall)) for part in module.modules())
             module.activation_relu_or_gelu = 0 if angular else module.activation_relu_or_gelu
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # nested tensors are for that kernel alone
 
 
 def _merged(earlier: ConversionPlan | None, plan: ConversionPlan) -> ConversionPlan:

@@ -31,6 +31,10 @@ class Call:
     shape: tuple[int, ...]
     """Of the weight, filters first."""
     has_bias: bool
+    nth: int = 0
+    """Of the calls with a computed weight that one pass through the owner makes, which."""
+    transposed: bool = False
+    """Whether the filters are the columns of the parameter, as in `torch.addmm(bias, x, weight)`."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Run:
     """What was seen in a training and an evaluation pass."""
 
     order: list[str] = field(default_factory=list)
-    """Modules in the order in which they were first called."""
+    """Modules, and weights of functional calls, in the order in which they were first called or passed."""
     calls: list[Call] = field(default_factory=list)
     fixed: list[Call] = field(default_factory=list)
     """Calls with a weight that is no parameter's: buffers, or computed from activations."""
@@ -54,37 +58,43 @@ def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = Tr
     Without `example_inputs`, two images of the size in `pretrained_cfg` are assumed, else of 224×224 pixels. With
     `on_shapes` it runs on the meta device, else for real, on the device of its parameters.
     """
-    seen = Run(error="no pass was tried")
+    candidates = [_as_tuple(example_inputs)] if example_inputs is not None else assumed_inputs(model)
     errors = []
-    for training in (False, True):
-        model.train(training)
-        attempt = Run()
-        try:
-            inputs = _as_tuple(example_inputs) if example_inputs is not None else assumed_inputs(model)
-            _run_once(model, inputs, attempt, on_shapes)
-        except Exception as error:  # a forward may raise anything; it may need values, or other inputs
-            errors.append(first_line(error))
-            continue
-        seen.error = ""
-        seen.output = attempt.output if not training else seen.output
-        for name in ("order", "calls", "fixed"):
-            known = getattr(seen, name)
-            known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
-    if seen.error:
-        seen.error = errors[0]
-    return seen
+    for inputs in candidates:
+        seen = Run(error="no pass was tried")
+        for training in (False, True):
+            model.train(training)
+            attempt = Run()
+            try:
+                _run_once(model, inputs, attempt, on_shapes)
+            except Exception as error:  # a forward may raise anything; it may need values, or other inputs
+                errors.append(first_line(error))
+                continue
+            seen.error = ""
+            seen.output = attempt.output if not training else seen.output
+            for name in ("order", "calls", "fixed"):
+                known = getattr(seen, name)
+                known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
+        if not seen.error:
+            return seen
+    return Run(error=errors[0])
 
 
-def assumed_inputs(model: nn.Module) -> tuple[Any, ...]:
-    """Two images, or sequences, or rows, for the first layer of a model that says no more."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+def assumed_inputs(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Two images, or sequences, or rows, such as a model that says no more may take; the likeliest first."""
+    config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
     first: Any = next((m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), None)
     if isinstance(first, nn.Linear):
-        return (torch.empty(2, first.in_features, device="meta"),)
-    channels = first.in_channels if first is not None else size[0]
-    dims = {nn.Conv1d: (size[-1],), nn.Conv3d: (16, 112, 112)}
-    spatial = next((s for cls, s in dims.items() if isinstance(first, cls)), tuple(size[1:]))
-    return (torch.empty(2, channels, *spatial, device="meta"),)
+        return [(torch.empty(2, first.in_features, device="meta"),)]
+    sizes = [tuple(config[1:])]
+    if isinstance(first, nn.Conv1d):
+        sizes = [(config[-1],)]
+    elif isinstance(first, nn.Conv3d):
+        sizes = [(16, 112, 112)]
+    elif isinstance(own := getattr(getattr(model, "patch_embed", None), "img_size", None), tuple):
+        sizes.insert(0, own)
+    channels = dict.fromkeys((first.in_channels if first is not None else config[0], config[0]))
+    return [(torch.empty(2, c, *size, device="meta"),) for c in channels for size in dict.fromkeys(sizes)]
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
@@ -101,23 +111,24 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
             return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
         return tensor.to(device)
 
-    inputs = torch.utils._pytree.tree_map_only(Tensor, place, inputs)
+    with torch.random.fork_rng(devices=[]):
+        inputs = torch.utils._pytree.tree_map_only(Tensor, place, inputs)
     parameters = {name: p.detach().to(device) for name, p in model.named_parameters()}
     buffers = {name: b.clone() if b.device == device else b.to(device) for name, b in model.named_buffers()}
-    stack: list[str] = []
+    stack: list[list[Any]] = [["", 0]]
     with torch.random.fork_rng(devices=[]), _stacked(model, stack, seen), _Watch(parameters, buffers, stack, seen):
         output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
     seen.output = tuple(output.shape) if isinstance(output, Tensor) else None
 
 
 @contextmanager
-def _stacked(model: nn.Module, stack: list[str], seen: Run) -> Iterator[None]:
-    """Keeps `stack` at the names of the modules whose forward is running."""
+def _stacked(model: nn.Module, stack: list[list[Any]], seen: Run) -> Iterator[None]:
+    """Keeps `stack` at the modules whose forward is running: name, and computed weights seen so far in this pass."""
     handles = []
     for name, module in model.named_modules():
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            stack.append(name)
+            stack.append([name, 0])
             seen.order.append(name)
 
         def leave(*_: Any) -> None:
@@ -135,7 +146,7 @@ def _stacked(model: nn.Module, stack: list[str], seen: Run) -> Iterator[None]:
 class _Watch(TorchFunctionMode):
     """Notes each functional convolution and linear map, and follows what is computed from parameters alone."""
 
-    def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], stack: list[str], seen: Run):
+    def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], stack: list[list[Any]], seen: Run):
         super().__init__()
         self.names = {id(tensor): name for name, tensor in parameters.items()}
         self.constant = {id(tensor) for tensor in buffers.values()}
@@ -156,9 +167,14 @@ class _Watch(TorchFunctionMode):
         function = FUNCTIONS[func]
         call = function.arguments(*args, **kwargs)
         base = call.source if id(call.source) in self.names else call.source._base
-        name = self.names.get(id(base)) if base is not None else None
-        noted = Call(self.stack[-1] if self.stack else "", function.kind, name, tuple(call.weight.shape),
-                     call.bias is not None)  # fmt: skip
+        whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
+        name = self.names.get(id(base)) if whole else None
+        transposed = name is not None and base is not None and call.weight.stride() != base.stride()
+        owner, nth = self.stack[-1]
+        self.stack[-1][1] += name is None
+        self.seen.order.append(name or f"{owner}.computed")
+        noted = Call(owner, function.kind, name, tuple(call.weight.shape), call.bias is not None,
+                     0 if name else nth, transposed)  # fmt: skip
         learned = name is not None or id(call.source) in self.computed
         (self.seen.calls if learned else self.seen.fixed).append(noted)
 

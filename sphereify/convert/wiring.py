@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sphereify.convert.running import Call
 from sphereify.nn.calls import FUNCTIONS
 
 SAME_VALUES = {
@@ -64,7 +65,22 @@ class Wiring:
         weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
         while isinstance(weight, fx.Node) and self.name(weight) in TRANSPOSE and weight.op.startswith("call_"):
             weight = weight.args[0]
-        return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return None
+        return weight if str(weight.target) in self.parameters else None  # and no buffer
+
+    def call(self, node: fx.Node) -> Call:
+        """A functional site as a call; its owner is for the caller to say."""
+        weight = self._weight(node)
+        assert weight is not None  # only such nodes are sites
+        parameter = self.parameters[str(weight.target)]
+        is_addmm = getattr(node.target, "__name__", "") == "addmm"
+        place = 0 if is_addmm else 2
+        bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
+        passed = node.args[2 if is_addmm else 1] if len(node.args) > 1 else node.kwargs.get("weight")
+        transposed = parameter.dim() == 2 and is_addmm != (passed is not weight)
+        shape = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
+        return Call("", FUNCTIONS[node.target].kind, str(weight.target), shape, bias is not None, transposed=transposed)
 
     def name(self, node: fx.Node) -> str:
         """What a node does, in one lower-case word."""

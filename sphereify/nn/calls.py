@@ -7,7 +7,7 @@ dropout stay the module's own.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -137,11 +137,19 @@ class _Answer(TorchFunctionMode):
     def answer_to(self, weight: Tensor | None) -> "AngularCall | None":
         """The call that stands for this weight: a parameter, a view of one, or something computed."""
         for key, known in self.weights:
-            same = weight is known or (weight is not None and known is not None and weight._base is known)
+            view = weight is not None and known is not None and weight._base is known
+            same = weight is known or (view and weight.numel() == known.numel())  # type: ignore[union-attr]
+            cast = known is not None and weight is not None and _is_cast(weight, known)
             computed = known is None and weight is not None and not isinstance(weight, nn.Parameter)
-            if same or computed:
+            if same or cast or computed:
                 return self.calls[key]  # type: ignore[no-any-return]
         return None
+
+
+def _is_cast(weight: Tensor, parameter: Tensor) -> bool:
+    """Whether this is most likely the parameter in another dtype, as of `self.weight.to(x.dtype)`."""
+    other = weight.dtype is not parameter.dtype and not isinstance(weight, nn.Parameter)
+    return other and weight.shape == parameter.shape
 
 
 def _attend(answers: _Answer, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
@@ -242,8 +250,19 @@ def answer_call(owner: nn.Module, parameter: str | None, call: AngularCall) -> N
     """
     if not answers_calls(owner):
         owner.__class__ = angular_class(cast(Hashable, type(owner)))
-        owner.add_module(CALLS, nn.ModuleDict())
+        owner.add_module(CALLS, nn.ModuleDict().train(owner.training))
     getattr(owner, CALLS)[call_key(parameter)] = call
+
+
+def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters whose direction alone matters, because an owner's angular calls use them as filters."""
+    for key in getattr(owner, CALLS) if answers_calls(owner) else ():
+        weight = _resolve(owner, key)
+        if isinstance(weight, nn.Parameter):
+            yield weight
+        else:  # computed from what the owner and its parametrizations hold
+            yield from owner.parameters(recurse=False)
+            yield from (p for n, p in owner.named_parameters() if n.startswith("parametrizations."))
 
 
 def call_key(parameter: str | None) -> str:

@@ -74,7 +74,7 @@ class AngularLayer(nn.Module):
         """β·g + γ, where the bias stands for γ if there is one; `channels` is the shape that broadcasts over g."""
         shift: Any = self.bias if self.bias is not None else self.gamma
         if self.beta is None and shift is None:
-            return g if self.only_read or not g.requires_grad else g.clone()
+            return g if (self.only_read and not self._forward_hooks) or not g.requires_grad else g.clone()
         if self.beta is None:
             return g + shift.to(g.dtype).view(channels)
         beta = self.beta.to(g.dtype).view(channels)

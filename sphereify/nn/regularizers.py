@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from sphereify.errors import UsageError
+from sphereify.nn.calls import AngularCall, angular_weights
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.layers import AngularLayer
 
@@ -24,9 +25,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     scale_free = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, (AngularLayer, AngularHead))
+        if isinstance(module, (AngularLayer, AngularHead, AngularCall))
         for parameter in module.parameters()
-    }
+    } | {id(parameter) for module in model.modules() for parameter in angular_weights(module)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() >= 2 and id(p) not in scale_free]
     kept = {id(p) for p in decayed}
