@@ -20,8 +20,8 @@ zoo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check sphereify tests examples
+	$(BIN)/ruff format --check sphereify tests examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -37,7 +37,7 @@ class CentralDifference(nn.Conv2d):
 def test_a_subclass_that_makes_two_convolutions_is_kept_whole_with_the_reason():
     torch.manual_seed(0)
     model, x = (
-        nn.Sequential(CentralDifference(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.ReLU()),
+        nn.Sequential(CentralDifference(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Tanh()),
         torch.randn(2, 3, 8, 8),
     )
     found = {d.name: d for d in plan_conversion(model, example_inputs=x).decisions}
