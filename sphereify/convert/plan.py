@@ -282,6 +282,8 @@ class _Planner:
         self.objects: dict[str, Any] = {}
         self.include = _Patterns("include", options.include)
         self.exclude = _Patterns("exclude", options.exclude)
+        if not isinstance(options.overrides or {}, Mapping):
+            raise UsageError(f"overrides: got {options.overrides!r}, expected a dict of pattern to 'keep' or settings")
         self.overrides = _Patterns("overrides", (options.overrides or {}).keys())
         self.settings = {pattern: _check_override(pattern, v) for pattern, v in (options.overrides or {}).items()}
 
@@ -517,6 +519,8 @@ class _Patterns:
     """Globs over qualified names, or regular expressions after "re:", of which each must match some site."""
 
     def __init__(self, option: str, patterns: Patterns):
+        if not isinstance(patterns, (str, Iterable, type(None))):
+            raise UsageError(f"{option}: got {patterns!r}, expected a pattern or a list of patterns over layer names")
         self.option = option
         self.patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
         self.matchers = {pattern: self._compile(pattern) for pattern in self.patterns}

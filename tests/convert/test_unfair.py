@@ -119,3 +119,17 @@ def test_a_wrong_calibration_leaves_the_model_as_it_was():
         sphereify(model, calibration=[], inplace=True)
     assert type(model[0]) is nn.Conv2d
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"include": 3}, "include: got 3, expected a pattern or a list of patterns"),
+        ({"overrides": ["fc"]}, r"overrides: got \['fc'\], expected a dict of pattern to 'keep' or settings"),
+        ({"eps": float("inf")}, "eps: got inf"),
+        ({"operators": "linear"}, "option: got 'operators', .* Did you mean 'operator'?"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_told(options, text):
+    with pytest.raises(UsageError, match=text):
+        plan_conversion(classifier(), **options)
