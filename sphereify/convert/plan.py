@@ -157,7 +157,7 @@ class ConversionPlan:
         seen = run(skeleton(model), inputs, on_shapes=False)
         if seen.error:
             raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
-        made = {(call.owner, call.parameter) for call in seen.calls}
+        made = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
         decisions = []
         for decision in self.decisions:
             called = any(name in seen.order for name in (decision.name, *decision.aliases))
