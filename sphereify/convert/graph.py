@@ -11,6 +11,7 @@ import copy
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -366,8 +367,8 @@ def _read(
             facts.called.add(name)
         if is_root and wiring.reads_input(node):
             facts.roles[name] = "input"
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    facts.shared_norms |= {_join(prefix, name) for name in called if called.count(name) > 1}
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    facts.shared_norms |= {_join(prefix, name) for name, times in calls.items() if times > 1}
     for node in wiring.shortcuts():
         facts.roles[_join(prefix, wiring.sites[node])] = "shortcut"
     if is_root:
