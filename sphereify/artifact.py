@@ -45,6 +45,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
 
     Raises:
         UsageError: the model was not converted, or has state that is no tensor.
+        UserWarning: a model of timm or torchvision that cannot be built again by name.
         ArtifactError: the folder cannot be written.
     """
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
@@ -53,6 +54,12 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     _check_unchanged(model, plan)
     tensors, tied = _tensors(model)
     source = _verified_source(model, plan)
+    if source is None and type(model).__module__.startswith(("timm.", "torchvision.")):
+        warnings.warn(
+            f"{path}: {type(model).__name__} was built with arguments that cannot be read off the model, so load(path) "
+            f"will ask for factory=…, a function that builds the plain model",
+            stacklevel=2,
+        )
     document = {
         "format_version": FORMAT_VERSION,
         "id": uuid.uuid4().hex,
@@ -208,7 +215,8 @@ def _rebuilds(source: Source, plan: ConversionPlan, wanted: list[Any]) -> bool:
         try:
             with torch.device(device), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
-                return _fingerprint(apply_plan(build_model(source), plan, inplace=True)) == wanted
+                rebuilt = _fingerprint(apply_plan(build_model(source), plan, inplace=True))
+                return len(rebuilt) == len(wanted) and all(map(_is_as, rebuilt, wanted))
         except Exception:  # a builder may refuse these arguments in its own way
             continue
     return False
@@ -225,6 +233,15 @@ def _fingerprint(model: nn.Module) -> list[Any]:
         }
         described.append((name, class_name(module), module.extra_repr(), settings))
     return described
+
+
+def _is_as(rebuilt: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Equality, where a list may stand in place of a None: a forward pass has filled it in, the scales of a pyramid."""
+    if not isinstance(rebuilt[-1], dict) or not isinstance(wanted[-1], dict):
+        return rebuilt == wanted
+    filled = {k for k, v in rebuilt[-1].items() if v is None and isinstance(wanted[-1].get(k, []), (list, tuple))}
+    settings = [{k: v for k, v in side[-1].items() if k not in filled} for side in (rebuilt, wanted)]
+    return rebuilt[:-1] == wanted[:-1] and settings[0] == settings[1]
 
 
 _NO_SETTING = {"training", "grad_checkpointing", "only_read"}

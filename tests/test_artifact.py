@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -143,12 +144,15 @@ def _with(model, **modules):
 
 
 @pytest.mark.parametrize("name", SAME_SHAPES)
-def test_a_library_model_that_cannot_be_told_by_its_shapes_comes_back_or_asks_for_a_factory(name, tmp_path):
+def test_a_library_model_that_cannot_be_told_by_its_shapes_comes_back_or_says_that_it_needs_a_factory(name, tmp_path):
     make, size = SAME_SHAPES[name]
     torch.manual_seed(0)
     model = sphereify(make(), inplace=True)
     x = torch.randn(1, 3, size, size)
-    save(model, tmp_path / "out")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save(model, tmp_path / "out")
+    assert any("factory=" in str(w.message) for w in told) == (document_of(tmp_path / "out")["source"] is None)
     if document_of(tmp_path / "out")["source"] is None:
         with pytest.raises(UsageError, match="factory="):
             load(tmp_path / "out")

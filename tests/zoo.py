@@ -10,6 +10,7 @@ outcomes and every refusal with its reason; the exit code is 1 if any architectu
 """
 
 import argparse
+import copy
 import fnmatch
 import multiprocessing
 import sys
@@ -152,11 +153,20 @@ def real_inputs(model: nn.Module, source: Source) -> tuple[Any, ...]:
     if "optical_flow" in name:
         return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     config = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(config.get("input_size") or assumed_inputs(model)[0][0].shape[1:])
-    if config and not config.get("fixed_input_size"):
-        least = config.get("min_input_size")
-        shape = tuple(least) if least else shape
-    return (torch.randn(2, *shape),)
+    if not config:
+        inputs = next(inputs for inputs in assumed_inputs(model) if _takes(model, inputs))
+        return tuple(torch.randn(t.shape) for t in inputs)
+    least = None if config.get("fixed_input_size") else config.get("min_input_size")
+    return (torch.randn(2, *(least or config["input_size"])),)
+
+
+def _takes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").eval()(*inputs)
+    except Exception:
+        return False
+    return True
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
@@ -225,7 +235,14 @@ class _Calls(TorchFunctionMode):
         by_id = {id(p): n for n, p in self.model.named_parameters()}
         return [by_id[id(p)] for m in self.layers.values() for p in m.parameters(recurse=True) if id(p) in by_id]
 
+    PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm,
+                torch.baddbmm, torch.einsum)  # fmt: skip
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        for operand in torch.utils._pytree.tree_leaves(args) if func in self.PRODUCTS else ():
+            for tensor in (operand, getattr(operand, "_base", None)):
+                if id(tensor) in self.own and operand.dim() > 1 and id(tensor) not in self.of_layers:
+                    self.seen.add(self.own[id(tensor)])
         if func in self.FUNCTIONS:
             weight = args[2 if "addmm" in func.__name__ else 1] if len(args) > 1 else kwargs["weight"]
             weight = weight if id(weight) in self.own or weight._base is None else weight._base

@@ -119,7 +119,8 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     with contextlib.suppress(Exception):  # whatever a user's __deepcopy__ raises: names alone then describe the model
         bones = skeleton(model)
     if bones is not None:
-        facts, seen = _facts(bones), run(bones, example_inputs)
+        facts = _facts(skeleton(model))  # a copy of its own: a forward may store the proxies that it is traced with
+        seen = run(bones, example_inputs)
         if seen.error and example_inputs is not None:  # control flow on values, which only a real pass can follow
             real = run(bones, example_inputs, on_shapes=False)
             seen = real if not real.error else seen
@@ -129,7 +130,7 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
              for name, (module, aliases) in site_modules(model).items()]  # fmt: skip
     sites = _with_calls(sites, model, facts, seen, bones)
     if "" in facts.untraced:
-        sites = _guess_classifier(model, sites, seen.output)
+        sites = _with_ends(sites, seen) if seen.ends else _guess_classifier(model, sites, seen.output)
     order = facts.order if seen.error else seen.order
     return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
 
@@ -367,6 +368,11 @@ def _read(
             facts.called.add(name)
         if is_root and wiring.reads_input(node):
             facts.roles[name] = "input"
+    for node, relative in wiring.products():
+        shape = tuple(wiring.parameters[relative].shape)
+        facts.calls.append(
+            Call(_join(prefix, homes[node]).rstrip("."), "product", _join(prefix, relative), shape, False)
+        )
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     facts.shared_norms |= {_join(prefix, name) for name, times in calls.items() if times > 1}
     for node in wiring.shortcuts():
@@ -420,16 +426,19 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
     by_name = {name: site for site in sites for name in site.names}
     extra: dict[str, Site] = {}
     calls = facts.calls if seen.error else seen.calls
+    computed = [call for call in [*calls, *seen.fixed] if call.parameter is None]
     for call in calls:
         owner = model.get_submodule(call.owner)
         if call.owner in by_name and is_swapped(owner):
             continue  # the layer's own call, perhaps with a weight that another one is tied to
-        call, unclear = _localized(call, model, [*calls, *seen.fixed])
+        call, unclear = _localized(call, model, computed)
         home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
         site = by_name.get(home)
         if site is not None and site.module is not None:
             if site.call is not None and site.call != call:
                 unclear = "its forward makes more than one convolution or linear map"
+            if call.kind == "product":
+                unclear = "its weight is multiplied by other means (einsum, bmm, W @ x)"
             _replace(sites, by_name, replace(site, call=call, called=True, unclear=unclear))
         else:
             name = call.parameter or _join(call.owner, "computed")
@@ -485,13 +494,13 @@ def _replace(sites: list[Site], by_name: dict[str, Site], site: Site) -> None:
         by_name[name] = site
 
 
-def _localized(call: Call, model: nn.Module, others: list[Call]) -> tuple[Call, str]:
+def _localized(call: Call, model: nn.Module, computed: list[Call]) -> tuple[Call, str]:
     """The call with its weight by the name that its owner has for it, or what makes it unclear which call is meant."""
     owner = model.get_submodule(call.owner)
     if "forward" in vars(owner):
         return call, f"the forward of {call.owner or 'the model'} was replaced on the instance"
     if call.parameter is None:
-        inside = [c for c in others if c.parameter is None and (c.owner == call.owner or _within(c.owner, call.owner))]
+        inside = [c for c in computed if c.owner == call.owner or _within(c.owner, call.owner)]
         several = len(inside) > 1
         return call, "its weight is computed, and so is that of another call made there" * several
     weight = model.get_parameter(call.parameter)
@@ -547,6 +556,18 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
         if is_affine_norm(candidate) and len(candidate.weight) == len(module.weight):  # type: ignore[arg-type]
             return _join(parent, sibling)
     return None
+
+
+def _with_ends(sites: list[Site], seen: Run) -> list[Site]:
+    """Without a trace of the whole model: what a run shows its outputs to be made of."""
+    ends = frozenset().union(*seen.ends)
+    outputs = 1 if seen.output is not None else len(seen.ends)
+
+    def is_end(site: Site) -> bool:
+        weights = {f"{name}.{own}" for name in site.names for own in ("weight", "computed")}
+        return bool(ends & {*site.names, *weights}) or (site.call is not None and site.call.parameter in ends)
+
+    return [replace(s, role="classifier", heads=outputs) if is_end(s) else s for s in sites]
 
 
 def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:

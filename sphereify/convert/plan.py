@@ -264,6 +264,10 @@ def _check_model(model: object) -> None:
             raise UnsupportedModelError(
                 f"{name or 'the model'} is {what}: convert the plain model first, then wrap or compile the result"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is compiled by torch.jit: convert the Python model that it was made from"
+            )
         lazy = getattr(module, "has_uninitialized_params", None)
         if lazy is not None and lazy():
             raise UnsupportedModelError(
@@ -303,11 +307,8 @@ class _Planner:
                     f"{name} ({type(self.model.get_submodule(name)).__name__}) is quantized: its weights cannot be "
                     f"trained. Convert the float model and quantize afterwards, or keep it with --exclude '{name}'"
                 )
-        if self.options.head in choices.HEAD_KINDS and not any(self._is_head(site) for site in self.graph.sites):
-            raise UsageError(
-                f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
-                f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
-            )
+        if self.options.head in choices.HEAD_KINDS:
+            self._check_head(decisions)
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         notes = [f"{name or type(self.model).__name__}: not traced ({why}); roles inside it come from names and shapes"
@@ -316,6 +317,21 @@ class _Planner:
             notes.append(f"{type(self.model).__name__}: not run ({self.graph.not_run}); example_inputs=… would show "
                          f"which layers are called")  # fmt: skip
         return ConversionPlan(class_name(self.model), decisions, notes, self.objects)
+
+    def _check_head(self, decisions: list[Decision]) -> None:
+        """A kind of head was asked for: there must be a classifier, and nothing else that keeps it."""
+        heads = [d for d, site in zip(decisions, self.graph.sites, strict=True) if self._is_head(site)]
+        if not heads:
+            raise UsageError(
+                f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
+                f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
+            )
+        kept = [d for d in heads if d.reason in (_EXCLUDED, _OVERRIDDEN)]
+        if len(kept) == len(heads):
+            raise UsageError(
+                f"head={self.options.head!r}: the classifier {kept[0].name} is kept by exclude or overrides. Leave one "
+                f"of the two out."
+            )
 
     def _quantized(self) -> list[str]:
         found: list[str] = []
@@ -377,8 +393,8 @@ class _Planner:
     def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:
         if isinstance(setting, str):
             return {
-                "keep": "an override keeps it",
-                "exclude": "excluded by pattern",
+                "keep": _OVERRIDDEN,
+                "exclude": _EXCLUDED,
                 "not included": "no include pattern matches",
             }[setting]
         if site.attention is not None and self.options.attention == "keep":
@@ -446,6 +462,7 @@ class _Planner:
         return True, False, "no norm follows: SphereNorm rescaling"
 
 
+_EXCLUDED, _OVERRIDDEN = "excluded by pattern", "an override keeps it"
 _HEAD_REASONS = {"w-softmax": "classifier: logits ‖x‖·g(θ)", "s-softmax": "classifier: logits s·g(θ)"}
 
 
@@ -454,6 +471,7 @@ _OTHER_KINDS = {
     "bilinear": "bilinear form of two inputs, not the angle to one",
     "recurrent": "recurrent layer: its kernels take plain weights",
     "embedding": "table that is looked up, not multiplied",
+    "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
 }
 
 
@@ -468,6 +486,8 @@ def _cannot_convert(site: Site) -> str | None:
         return site.unclear
     if site.called is False:
         return "never called by the model's forward"
+    if site.call is not None and re.search(r"rel(ative)?_|_rel|pos(ition)?_|_pos", site.call.parameter or ""):
+        return "table of positions: its products are attention scores, not features"
     if site.kind not in SWAPPED.values():
         return next(reason for kind, reason in _OTHER_KINDS.items() if site.kind.startswith(kind))
     if site.call is not None or (module is not None and is_swapped(module)):

@@ -151,7 +151,7 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
     twin.only_read = decision.only_read
     if twin.beta is not None:
-        _start_beta(twin.beta, weight)
+        _start_beta(twin.beta, weight, operator)
     twin.train(plain.training)
     return twin
 
@@ -170,14 +170,26 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight
     if call.beta is not None and tuple(filters.shape) == decision.shape:
-        _start_beta(call.beta, filters)
+        _start_beta(call.beta, filters, operator)
     return call
 
 
-@torch.no_grad()
-def _start_beta(beta: torch.Tensor, weight: torch.Tensor) -> None:
-    """‖w‖·√fan_in: for inputs of unit RMS, ‖x‖ = √fan_in, and β·cos θ is the inner product that was there before."""
-    beta.copy_(weight.detach().float().flatten(1).norm(dim=1) * math.sqrt(weight[0].numel()))
+def _start_beta(beta: torch.Tensor, weight: torch.Tensor, operator: Any) -> None:
+    """‖w‖·√fan_in over the slope of g at π/2, near which most angles lie.
+
+    For inputs of unit RMS, ‖x‖ = √fan_in, and β·g(θ) is then nearly the inner product that was there before.
+    """
+    length = weight.detach().float().flatten(1).norm(dim=1) * math.sqrt(weight[0].numel())
+    with torch.no_grad():
+        beta.copy_(length / _slope_at_right_angles(operator, beta))
+
+
+def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
+    """dg/dcos at θ = π/2, for each filter; 1 where an operator of the user's own has none to divide by."""
+    cos = torch.zeros(1, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(operator(cos).sum(), cos)
+    return torch.where((slope > 0) & slope.isfinite(), slope, torch.ones_like(slope))[0]
 
 
 def _share_hooks(twin: nn.Module, plain: nn.Module) -> nn.Module:
@@ -189,13 +201,14 @@ def _share_hooks(twin: nn.Module, plain: nn.Module) -> nn.Module:
 def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
     """SphereNorm in place of a BatchNorm starts with its scale and shift.
 
-    For filters of random direction cos θ has the variance 1 / fan_in, so β = scale · √fan_in gives the channel the
-    spread that the normalization gave it.
+    For filters of random direction cos θ has the variance 1 / fan_in, so β = scale · √fan_in, over the slope of g at
+    π/2, gives the channel the spread that the normalization gave it.
     """
     shift = twin.bias if twin.bias is not None else twin.gamma
     fan_in = twin.weight[0].numel()  # type: ignore[union-attr, index, operator]
+    slope = _slope_at_right_angles(twin.operator, norm.weight)  # type: ignore[arg-type]
     with torch.no_grad():
-        twin.beta.copy_(norm.weight.detach() * math.sqrt(fan_in))  # type: ignore[union-attr, operator]
+        twin.beta.copy_(norm.weight.detach() * math.sqrt(fan_in) / slope)  # type: ignore[union-attr, operator]
         shift.copy_(norm.bias.detach())  # type: ignore[union-attr, operator]
 
 

@@ -4,14 +4,18 @@ A trace shows how modules are wired. A run shows what is called in modules that 
 passed to functions.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shapes
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sphereify.errors import first_line
 from sphereify.nn.calls import FUNCTIONS
@@ -48,6 +52,9 @@ class Run:
     """Calls with a weight that is no parameter's: buffers, or computed from activations."""
     output: tuple[int, ...] | None = None
     """Shape of what the model returns in evaluation, if that is one tensor."""
+    ends: list[frozenset[str]] = field(default_factory=list)
+    """For each output in evaluation: the weights from whose products it is made without another site or normalization
+    on the way. An output is a tensor that the model returns, or one that it uses without its gradient."""
     error: str = ""
     """Why no pass succeeded; empty if one did."""
 
@@ -71,7 +78,8 @@ def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = Tr
                 errors.append(first_line(error))
                 continue
             seen.error = ""
-            seen.output = attempt.output if not training else seen.output
+            if not training:
+                seen.output, seen.ends = attempt.output, attempt.ends
             for name in ("order", "calls", "fixed"):
                 known = getattr(seen, name)
                 known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
@@ -90,11 +98,19 @@ def assumed_inputs(model: nn.Module) -> list[tuple[Any, ...]]:
     if isinstance(first, nn.Conv1d):
         sizes = [(config[-1],)]
     elif isinstance(first, nn.Conv3d):
-        sizes = [(16, 112, 112)]
+        sizes = [(16, 112, 112), (16, 224, 224)]
     elif isinstance(own := getattr(getattr(model, "patch_embed", None), "img_size", None), tuple):
         sizes.insert(0, own)
     channels = dict.fromkeys((first.in_channels if first is not None else config[0], config[0]))
-    return [(torch.empty(2, c, *size, device="meta"),) for c in channels for size in dict.fromkeys(sizes)]
+    images = [torch.empty(2, c, *size, device="meta") for c in channels for size in dict.fromkeys(sizes)]
+    return [(image,) * _required_arguments(model) for image in images]
+
+
+def _required_arguments(model: nn.Module) -> int:
+    """How many inputs a forward asks for: optical flow takes a pair of images."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
@@ -116,9 +132,47 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
     parameters = {name: p.detach().to(device) for name, p in model.named_parameters()}
     buffers = {name: b.clone() if b.device == device else b.to(device) for name, b in model.named_buffers()}
     stack: list[list[Any]] = [["", 0]]
-    with torch.random.fork_rng(devices=[]), _stacked(model, stack, seen), _Watch(parameters, buffers, stack, seen):
-        output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
+    watch = _Watch(parameters, buffers, stack, seen)
+    # On shapes alone, a size that depends on values is taken as large as it can be.
+    largest = shapes.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    output = None
+    try:
+        with torch.random.fork_rng(devices=[]), largest, _stacked(model, stack, seen), watch:
+            output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
+    except Exception:
+        if not (on_shapes and _all_entered(model, seen)):
+            raise
+        # Every layer has run: what failed is the reading of the results, boxes drawn from scores for one.
+        watch.cut = watch.made
     seen.output = tuple(output.shape) if isinstance(output, Tensor) else None
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    ends = [watch.origins(tensor) - watch.read_on for tensor in tensors]
+    rest = watch.cut - watch.read_on - frozenset().union(*ends)
+    seen.ends = [end for end in [*ends, *(frozenset([name]) for name in sorted(rest))] if end]
+
+
+def _all_entered(model: nn.Module, seen: Run) -> bool:
+    entered = set(seen.order)
+    layers = (n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
+    return all(name in entered for name in layers)
+
+
+NORMALIZATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm}
+OTHER_SITES = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear, F.multi_head_attention_forward,
+               torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # fmt: skip
+"""What has weights and is no convolution or linear map: it, too, reads features rather than outputs."""
+
+PRODUCTS = {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum}
+"""Products that are no linear map of rows, or not seen to be one."""
+
+POOL_BOXES = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
+"""Functions, by name, that are differentiable in their first argument alone."""
+
+VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
+    "nms": lambda boxes, *_, **__: torch.arange(len(boxes), device=boxes.device),
+    "unique": lambda x, *_, **__: x.flatten()[:1],
+}
+"""Functions, by name, whose result has a size that depends on values, with some result of the right kind."""
 
 
 @contextmanager
@@ -154,18 +208,59 @@ class _Watch(TorchFunctionMode):
         self.alive: list[Any] = []  # an id is only good while its tensor lives
         self.stack = stack
         self.seen = seen
+        self.flow = WeakIdKeyDictionary()
+        """Tensor -> the weights that `origins` speaks of."""
+        self.read_on: set[str] = set()
+        """Weights whose products another site or a normalization reads."""
+        self.cut: set[str] = set()
+        """Weights whose products are read without their gradient: detached, or as indices."""
+        self.made: set[str] = set()
+        """Weights that have been used."""
+
+    def origins(self, tensor: Tensor) -> frozenset[str]:
+        """The weights whose products a tensor is made of, with no site or normalization in between."""
+        return self.flow.get(tensor, frozenset())  # type: ignore[no-any-return]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in FUNCTIONS:
-            self._note(func, args, kwargs)
+        name = self._note(func, args, kwargs)
+        answer = VALUES_WANTED.get(getattr(func, "__name__", ""))
+        if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
+            return answer(*args, **kwargs)
         result = func(*args, **kwargs)
-        self._follow((args, kwargs), result)
+        leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._follow(leaves, result)
+        self._trace_flow(func, leaves, result, name)
         return result
 
-    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        function = FUNCTIONS[func]
-        call = function.arguments(*args, **kwargs)
+    def _trace_flow(self, func: Any, leaves: list[Tensor], result: Any, site: str) -> None:
+        """Note what the result of a function is made of."""
+        if getattr(func, "__name__", "") in POOL_BOXES:
+            leaves, boxes = leaves[:1], leaves[1:]
+            self.cut |= frozenset().union(*map(self.origins, boxes))
+        read = frozenset().union(*map(self.origins, leaves))
+        if site or func in NORMALIZATIONS or func in OTHER_SITES:
+            self.read_on |= read
+            read = frozenset([site]) if site else frozenset()
+            self.made |= read
+        elif func in (Tensor.detach, Tensor.detach_, Tensor.data.__get__):  # type: ignore[attr-defined]
+            self.cut |= read
+            read = frozenset()
+        if func is Tensor.__setitem__:
+            result = leaves[0]
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+                if read or tensor in self.flow:
+                    self.flow[tensor] = read
+            elif isinstance(tensor, Tensor):
+                self.cut |= read
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Note a call of a convolution, a linear map, or another product with a parameter, and return its name."""
+        function = FUNCTIONS.get(func)
+        call = function.arguments(*args, **kwargs) if function is not None else None
+        if function is None or call is None or (function.any_product and not self._is_matrix(call.source)):
+            return self._note_product(args) if func in PRODUCTS else ""
         base = call.source if id(call.source) in self.names else call.source._base
         whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
         name = self.names.get(id(base)) if whole else None
@@ -177,12 +272,34 @@ class _Watch(TorchFunctionMode):
                      0 if name else nth, transposed)  # fmt: skip
         learned = name is not None or id(call.source) in self.computed
         (self.seen.calls if learned else self.seen.fixed).append(noted)
+        return self.seen.order[-1]
 
-    def _follow(self, arguments: Any, result: Any) -> None:
+    def _parameter(self, tensor: Any) -> str | None:
+        """The name of the parameter that a tensor is, or is a view of."""
+        if not isinstance(tensor, Tensor):
+            return None
+        return self.names.get(id(tensor)) or (self.names.get(id(tensor._base)) if tensor._base is not None else None)
+
+    def _is_matrix(self, tensor: Tensor) -> bool:
+        """Whether this is a learned matrix, as a whole."""
+        base = tensor if id(tensor) in self.names else tensor._base
+        whole = base is not None and id(base) in self.names and base.numel() == tensor.numel() and base.dim() == 2
+        return tensor.dim() == 2 and whole
+
+    def _note_product(self, args: tuple) -> str:
+        """Other products with a parameter are no sites that can be made angular; they are told."""
+        for tensor in torch.utils._pytree.tree_leaves(args):
+            name = self._parameter(tensor)
+            if name is not None and tensor.dim() >= 2:
+                self.seen.order.append(name)
+                self.seen.calls.append(Call(self.stack[-1][0], "product", name, tuple(tensor.shape), False))
+                return name
+        return ""
+
+    def _follow(self, leaves: list[Tensor], result: Any) -> None:
         """A result is computed from parameters if all its tensors are parameters, constants, or so computed."""
         if not isinstance(result, Tensor):
             return
-        leaves = [t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         learned = [id(t) in self.names or id(t) in self.computed for t in leaves]
         if (
             leaves

@@ -22,6 +22,7 @@ KEEPS_CLASSES = {
     "selectadaptivepool2d",
 }  # fmt: skip
 """Operations between the classifier and the output of a model that leave each channel its class."""
+PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
 UPSAMPLE = {
@@ -51,7 +52,7 @@ class Wiring:
     def _site_name(self, node: fx.Node) -> str | None:
         if node.op == "call_module" and self.is_site(self.modules[str(node.target)]):
             return str(node.target)
-        if node.op != "call_function" or node.target not in FUNCTIONS:
+        if not (node.op == "call_function" and node.target in FUNCTIONS) and not self._multiplies_columns(node):
             return None
         weight = self._weight(node)
         if weight is None:
@@ -59,28 +60,43 @@ class Wiring:
         owner = str(weight.target).rpartition(".")[0]
         return owner if owner in self.modules and self.is_site(self.modules[owner]) else str(weight.target)
 
+    def _multiplies_columns(self, node: fx.Node) -> bool:
+        """`x @ weight`: the filters of such a call are the columns of what it is given."""
+        return node.op in ("call_function", "call_method") and self.name(node) in ("matmul", "mm", "addmm")
+
     def _weight(self, node: fx.Node) -> fx.Node | None:
         """The parameter that a functional convolution or linear map uses, if it is one."""
-        place = 2 if getattr(node.target, "__name__", "") == "addmm" else 1
+        place = 2 if self.name(node) == "addmm" else 1
         weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
         while isinstance(weight, fx.Node) and self.name(weight) in TRANSPOSE and weight.op.startswith("call_"):
             weight = weight.args[0]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
-        return weight if str(weight.target) in self.parameters else None  # and no buffer
+        parameter = self.parameters.get(str(weight.target))  # and no buffer
+        usable = parameter is not None and (parameter.dim() == 2 or not self._multiplies_columns(node))
+        return weight if usable else None
 
     def call(self, node: fx.Node) -> Call:
         """A functional site as a call; its owner is for the caller to say."""
         weight = self._weight(node)
         assert weight is not None  # only such nodes are sites
         parameter = self.parameters[str(weight.target)]
-        is_addmm = getattr(node.target, "__name__", "") == "addmm"
+        is_addmm = self.name(node) == "addmm"
         place = 0 if is_addmm else 2
         bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
         passed = node.args[2 if is_addmm else 1] if len(node.args) > 1 else node.kwargs.get("weight")
-        transposed = parameter.dim() == 2 and is_addmm != (passed is not weight)
+        transposed = parameter.dim() == 2 and self._multiplies_columns(node) != (passed is not weight)
         shape = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
-        return Call("", FUNCTIONS[node.target].kind, str(weight.target), shape, bias is not None, transposed=transposed)
+        kind = FUNCTIONS[node.target].kind if node.target in FUNCTIONS else "linear"
+        return Call("", kind, str(weight.target), shape, bias is not None, transposed=transposed)
+
+    def products(self) -> Iterator[tuple[fx.Node, str]]:
+        """Other products with a parameter, by its name; none of them can be made angular."""
+        for node in self.graph.nodes:
+            multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCTS
+            for source in node.all_input_nodes if multiplies and node not in self.sites else ():
+                if source.op == "get_attr" and str(source.target) in self.parameters:
+                    yield node, str(source.target)
 
     def name(self, node: fx.Node) -> str:
         """What a node does, in one lower-case word."""

@@ -7,6 +7,7 @@ dropout stay the module's own.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sphereify.errors import UnsupportedModelError
 from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 
 CALLS = "angular_calls"
@@ -46,16 +48,26 @@ def _addmm_arguments(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float =
     return Arguments(mat1, mat2.t(), input if beta == 1 else input * beta, (), mat2)
 
 
+def _matmul_arguments(input: Tensor, other: Tensor) -> Arguments:
+    return Arguments(input, other.t() if other.dim() == 2 else other, None, (), other)
+
+
 class Function(NamedTuple):
     kind: str
     arguments: Callable[..., Arguments]
     angular: Callable[..., Tensor]
+    any_product: bool = False
+    """Whether it multiplies all sorts of things, and is a linear map only with a learned matrix on the right."""
 
 
 FUNCTIONS: dict[Any, Function] = {
     F.linear: Function("linear", _linear_arguments, sphere_linear),
     torch.addmm: Function("linear", _addmm_arguments, sphere_linear),
     Tensor.addmm: Function("linear", _addmm_arguments, sphere_linear),
+    **{
+        f: Function("linear", _matmul_arguments, sphere_linear, any_product=True)
+        for f in (torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
+    },
     **{f: Function("conv1d", _conv_arguments, sphere_conv1d) for f in (F.conv1d, torch.conv1d)},
     **{f: Function("conv2d", _conv_arguments, sphere_conv2d) for f in (F.conv2d, torch.conv2d)},
     **{f: Function("conv3d", _conv_arguments, sphere_conv3d) for f in (F.conv3d, torch.conv3d)},
@@ -120,6 +132,7 @@ class _Answer(TorchFunctionMode):
 
     def __init__(self, owner: nn.Module):
         super().__init__()
+        self.owner = owner
         self.calls: Any = getattr(owner, CALLS)
         self.weights = [(key, _resolve(owner, key)) for key in self.calls]
 
@@ -129,21 +142,37 @@ class _Answer(TorchFunctionMode):
         function = FUNCTIONS.get(func)
         if function is not None:
             call = function.arguments(*args, **(kwargs or {}))
-            answer = self.answer_to(call.source)
-            if answer is not None:
+            answer = self.answer_to(call.source, may_be_computed=not function.any_product)
+            if answer is not None and call.source.dim() >= 2:
+                _refuse_checkpoint(self.owner)
                 return answer(function, call)
         return func(*args, **(kwargs or {}))
 
-    def answer_to(self, weight: Tensor | None) -> "AngularCall | None":
+    def answer_to(self, weight: Tensor | None, *, may_be_computed: bool = True) -> "AngularCall | None":
         """The call that stands for this weight: a parameter, a view of one, or something computed."""
         for key, known in self.weights:
             view = weight is not None and known is not None and weight._base is known
             same = weight is known or (view and weight.numel() == known.numel())  # type: ignore[union-attr]
             cast = known is not None and weight is not None and _is_cast(weight, known)
-            computed = known is None and weight is not None and not isinstance(weight, nn.Parameter)
+            computed = may_be_computed and known is None and weight is not None and not isinstance(weight, nn.Parameter)
             if same or cast or computed:
                 return self.calls[key]  # type: ignore[no-any-return]
         return None
+
+
+def _refuse_checkpoint(owner: nn.Module) -> None:
+    """In the backward pass, a checkpoint would repeat the owner's calls without their answers."""
+    if not owner.training or torch.compiler.is_compiling():
+        return
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _AnswersCalls.forward.__code__:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            raise UnsupportedModelError(
+                f"{_base(type(owner)).__name__} makes its angular call inside torch.utils.checkpoint, which would "
+                f"repeat it as a plain one. Put the checkpoint around the whole module, switch it off, or keep the call with "
+                f"exclude."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _is_cast(weight: Tensor, parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Convolutions and linear maps that a forward calls as functions, held against slow answers of one angle at a time."""
 
 import copy
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -182,7 +183,8 @@ def test_a_weight_that_is_stored_as_columns_is_converted_by_its_columns(sizes):
     angular = convert(Calling(lambda x, w, b: torch.addmm(b, x, w), layer, False), x, rescale="always")
     call = the_call(angular)
     filters = layer.weight.detach().t()
-    torch.testing.assert_close(call.beta.detach(), filters.norm(dim=1) * filters.shape[1] ** 0.5)
+    slope = 1 / (2 * 0.3 * math.tanh(math.pi / (4 * 0.3)))  # of the sigmoid with k = 0.3 at a right angle
+    torch.testing.assert_close(call.beta.detach(), filters.norm(dim=1) * filters.shape[1] ** 0.5 / slope)
     expected = linear_answer(x, filters, shake(call).beta, layer.bias)
     torch.testing.assert_close(angular(x).double(), expected, rtol=1e-4, atol=1e-5)
 

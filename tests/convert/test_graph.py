@@ -430,7 +430,7 @@ def _patched():
 KEPT = {
     "subclass that calls no convolution": (
         lambda: UnfoldingConv2d(4, 6, 3, padding=1),
-        "UnfoldingConv2d is a subclass",
+        "its weight is multiplied by other means",
     ),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, padding=1), "transposed convolution"),
     "patched forward": (_patched, "forward was replaced on the instance"),
