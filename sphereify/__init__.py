@@ -13,25 +13,32 @@ if TYPE_CHECKING:
     from sphereify.artifact import load, save
     from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
     from sphereify.convert.calibrate import calibrate
-    from sphereify.nn import param_groups
+    from sphereify.finetune.groups import param_groups
+    from sphereify.nn import AngularLoss, HypersphericalEnergy, OrthogonalityPenalty
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AngularLoss": "sphereify.nn",
     "ConversionPlan": "sphereify.convert",
     "Decision": "sphereify.convert",
+    "HypersphericalEnergy": "sphereify.nn",
+    "OrthogonalityPenalty": "sphereify.nn",
     "apply_plan": "sphereify.convert",
     "calibrate": "sphereify.convert.calibrate",
     "load": "sphereify.artifact",
-    "param_groups": "sphereify.nn",
+    "param_groups": "sphereify.finetune.groups",
     "plan_conversion": "sphereify.convert",
     "save": "sphereify.artifact",
     "sphereify": "sphereify.convert",
 }
 
 __all__ = [
+    "AngularLoss",
     "ConversionPlan",
     "Decision",
+    "HypersphericalEnergy",
+    "OrthogonalityPenalty",
     "apply_plan",
     "calibrate",
     "load",

@@ -91,6 +91,8 @@ class Site:
     unclear: str = ""
     """Why the functional call cannot be answered, if it cannot."""
     angular: bool = False
+    direct: bool | None = None
+    """Whether its product is an output as it is, with nothing in between; None where no run tells."""
     heads: int = 0
     """For a classifier: how many separate outputs of the model end in a site."""
 
@@ -412,6 +414,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
         angular=isinstance(module, (AngularLayer, AngularHead)),
+        direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
         heads=facts.outputs,
     )
     if not traced and site.norm is None:

@@ -77,6 +77,10 @@ class Options:
                 raise UsageError(f"{name}: got {value!r}, expected a number {bound}")
         # Made once to be checked: an unknown name, or a k that does not belong to it, fails now.
         made = make_operator(self.operator, k=self.k)
+        if canonical["head"] == "a-softmax" and choices.canonical(str(self.head_operator or "cosine")) != "cosine":
+            raise UsageError(
+                f"head_operator: got {self.head_operator!r} for a-softmax, which is cosine; head='ga-softmax' takes any"
+            )
         if self.head_operator is not None:
             make_operator(self.head_operator, k=_k_for(self.head_operator, self.operator, self.k))
         k = made.k if self.k is None and is_built_in(made) else self.k
@@ -105,6 +109,7 @@ class Decision:
     head: str | None = None
     """For a classifier that becomes an `AngularHead`: its kind."""
     scale: float | None = None
+    margin: float | None = None
     norm: str | None = None
     """The affine normalization that directly follows, by name."""
     only_read: bool = False
@@ -326,6 +331,12 @@ class _Planner:
                 f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
                 f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
             )
+        between = [site.name for site in self.graph.sites if self._is_head(site) and site.direct is False]
+        if self.options.head in choices.MARGIN_HEADS and between:
+            raise UsageError(
+                f"head={self.options.head!r}: the model goes on computing with what its classifier {between[0]} "
+                f"returns, but a margin head returns an AngularOutput in training. Take head='w-softmax' or 's-softmax'."
+            )
         kept = [d for d in heads if d.reason in (_EXCLUDED, _OVERRIDDEN)]
         if len(kept) == len(heads):
             raise UsageError(
@@ -370,7 +381,8 @@ class _Planner:
         if site.role == "classifier":
             kind = "w-softmax" if self.options.head == "auto" else self.options.head
             scale = self.options.scale if kind == "s-softmax" else None
-            return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale)
+            margin = self.options.margin if kind in choices.MARGIN_HEADS else None
+            return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
         rescale, drops_norm, why = self._rescale(site, setting)
         return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps,
                        only_read=site.norm_seen and not rescale)  # fmt: skip
@@ -433,7 +445,10 @@ class _Planner:
     def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
         """Name and k; an operator object of the user's own is put aside under its class's name."""
         default = self.options.operator
-        if site.role == "classifier" and self.options.head_operator is not None:
+        if site.role == "classifier" and self.options.head == "a-softmax":
+            default = self.options.head_operator or "cosine"
+            setting = {}
+        elif site.role == "classifier" and self.options.head_operator is not None:
             default = self.options.head_operator
         operator = setting.get("operator", default)
         k = setting.get("k", _k_for(operator, self.options.operator, self.options.k))
@@ -463,7 +478,12 @@ class _Planner:
 
 
 _EXCLUDED, _OVERRIDDEN = "excluded by pattern", "an override keeps it"
-_HEAD_REASONS = {"w-softmax": "classifier: logits ‖x‖·g(θ)", "s-softmax": "classifier: logits s·g(θ)"}
+_HEAD_REASONS = {
+    "w-softmax": "classifier: logits ‖x‖·g(θ)",
+    "ga-softmax": "classifier: logits ‖x‖·g(θ), of the target ‖x‖·ψ(θ) in training",
+    "a-softmax": "classifier: logits ‖x‖·cos θ, of the target ‖x‖·ψ(θ) in training",
+    "s-softmax": "classifier: logits s·g(θ)",
+}
 
 
 _OTHER_KINDS = {

@@ -146,8 +146,8 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
     if isinstance(operator, nn.Module):
         operator.to(device=weight.device, dtype=weight.dtype)
     if decision.head:
-        scale = {} if decision.scale is None else {"scale": decision.scale}
-        return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **scale)  # type: ignore[arg-type]
+        given = {name: getattr(decision, name) for name in ("scale", "margin") if getattr(decision, name) is not None}
+        return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **given)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
     twin.only_read = decision.only_read
     if twin.beta is not None:
@@ -166,6 +166,7 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
         operator.to(device=weight.device, dtype=weight.dtype)
     call = AngularCall(decision.kind, decision.shape[0], operator, rescale=decision.rescale,
                        has_bias=decision.call.has_bias, eps=decision.eps or DEFAULT_EPS,
+                       columns=decision.call.transposed,
                        device=weight.device, dtype=weight.dtype)  # fmt: skip
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight

@@ -55,6 +55,8 @@ class Run:
     ends: list[frozenset[str]] = field(default_factory=list)
     """For each output in evaluation: the weights from whose products it is made without another site or normalization
     on the way. An output is a tensor that the model returns, or one that it uses without its gradient."""
+    direct: frozenset[str] = frozenset()
+    """Weights whose products are outputs as they are, with nothing in between; in training, if that pass succeeded."""
     error: str = ""
     """Why no pass succeeded; empty if one did."""
 
@@ -77,6 +79,8 @@ def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = Tr
             except Exception as error:  # a forward may raise anything; it may need values, or other inputs
                 errors.append(first_line(error))
                 continue
+            if training or seen.error:
+                seen.direct = attempt.direct
             seen.error = ""
             if not training:
                 seen.output, seen.ends = attempt.output, attempt.ends
@@ -146,6 +150,7 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
         watch.cut = watch.made
     seen.output = tuple(output.shape) if isinstance(output, Tensor) else None
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    seen.direct = frozenset(watch.products[tensor] for tensor in tensors if tensor in watch.products)
     ends = [watch.origins(tensor) - watch.read_on for tensor in tensors]
     rest = watch.cut - watch.read_on - frozenset().union(*ends)
     seen.ends = [end for end in [*ends, *(frozenset([name]) for name in sorted(rest))] if end]
@@ -210,6 +215,8 @@ class _Watch(TorchFunctionMode):
         self.seen = seen
         self.flow = WeakIdKeyDictionary()
         """Tensor -> the weights that `origins` speaks of."""
+        self.products = WeakIdKeyDictionary()
+        """Results of sites -> the weight."""
         self.read_on: set[str] = set()
         """Weights whose products another site or a normalization reads."""
         self.cut: set[str] = set()
@@ -243,6 +250,8 @@ class _Watch(TorchFunctionMode):
             self.read_on |= read
             read = frozenset([site]) if site else frozenset()
             self.made |= read
+            if site:
+                self.products[result] = site
         elif func in (Tensor.detach, Tensor.detach_, Tensor.data.__get__):  # type: ignore[attr-defined]
             self.cut |= read
             read = frozenset()

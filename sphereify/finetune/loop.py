@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sphereify.errors import DataError, TrainingError, UsageError, first_line
-from sphereify.nn import param_groups
+from sphereify.finetune.groups import param_groups
 from sphereify.sources import Data
 
 

@@ -1,7 +1,8 @@
 """What a hyperspherical network is made of. Knows torch and nothing else."""
 
-from sphereify.nn.heads import AngularHead
+from sphereify.nn.heads import AngularHead, AngularOutput
 from sphereify.nn.layers import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
+from sphereify.nn.losses import AngularLoss, MarginAnnealing, as_metric_loss
 from sphereify.nn.operators import (
     AngularOperator,
     CosineOperator,
@@ -9,18 +10,23 @@ from sphereify.nn.operators import (
     LinearOperator,
     SigmoidOperator,
 )
-from sphereify.nn.regularizers import param_groups
+from sphereify.nn.regularizers import HypersphericalEnergy, OrthogonalityPenalty
 
 __all__ = [
     "AngularHead",
+    "AngularLoss",
     "AngularOperator",
+    "AngularOutput",
     "CosineOperator",
+    "HypersphericalEnergy",
     "LearnableSigmoidOperator",
     "LinearOperator",
+    "MarginAnnealing",
+    "OrthogonalityPenalty",
     "SigmoidOperator",
     "SphereConv1d",
     "SphereConv2d",
     "SphereConv3d",
     "SphereLinear",
-    "param_groups",
+    "as_metric_loss",
 ]

@@ -85,6 +85,7 @@ class AngularCall(nn.Module):
         rescale: learn `beta` and, unless the call passes a bias, `gamma`.
         has_bias: whether the call passes a bias, which then is γ.
         eps: as `SphereConv2d`.
+        columns: whether the filters are the columns of the weight that is passed.
     """
 
     beta: nn.Parameter | None
@@ -99,11 +100,13 @@ class AngularCall(nn.Module):
         rescale: bool,
         has_bias: bool,
         eps: float,
-        device: Any,
-        dtype: Any,
+        columns: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.kind = kind
+        self.columns = columns
         self.operator = operator
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
@@ -169,8 +172,8 @@ def _refuse_checkpoint(owner: nn.Module) -> None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise UnsupportedModelError(
                 f"{_base(type(owner)).__name__} makes its angular call inside torch.utils.checkpoint, which would "
-                f"repeat it as a plain one. Put the checkpoint around the whole module, switch it off, or keep the call with "
-                f"exclude."
+                f"repeat it as a plain one. Put the checkpoint around the whole module, switch it off, or keep the "
+                f"call with exclude."
             )
         frame = frame.f_back  # type: ignore[assignment]
 
@@ -292,6 +295,14 @@ def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
         else:  # computed from what the owner and its parametrizations hold
             yield from owner.parameters(recurse=False)
             yield from (p for n, p in owner.named_parameters() if n.startswith("parametrizations."))
+
+
+def filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Name, weight and filters (N, ...) of an owner's angular calls, where the weight is a parameter as a whole."""
+    for key, call in getattr(owner, CALLS).items() if answers_calls(owner) else ():
+        weight = _resolve(owner, key)
+        if isinstance(weight, nn.Parameter):
+            yield parameter_name(key), weight, weight.t() if call.columns else weight
 
 
 def call_key(parameter: str | None) -> str:

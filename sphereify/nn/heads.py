@@ -1,6 +1,7 @@
 """The angular classifier (NIPS 2017, section 3.4): class weights have a direction and no length."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.nn.functional import Operator, no_autocast, sphere_linear
 from sphereify.nn.layers import adopted
-from sphereify.nn.operators import make_operator
+from sphereify.nn.operators import CURVES, CosineOperator, inner_acos, is_built_in, make_operator, with_value
 
 HEAD_EPS = 1e-12
 """Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
@@ -17,25 +18,57 @@ HALF_EPS = 1e-5
 """For features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
 
 
+class AngularOutput(NamedTuple):
+    """What a model with a margin head returns in training, for `AngularLoss`; in evaluation it returns plain logits."""
+
+    logits: Tensor | None
+    """Without the margin, of shape (*, num_classes): for accuracies. None if the head has `training_logits` off."""
+    features: Tensor
+    """The input of the head, of shape (*, in_features)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        raise UsageError(
+            f"{name}: got an AngularOutput, expected a tensor. A margin head returns it in training, since the margin "
+            f"depends on the target: use loss = AngularLoss(model), loss(output, targets). Scores are output.logits."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"'AngularOutput' object has no attribute {name!r}")
+        raise AttributeError(
+            f"an AngularOutput is no tensor and has no {name!r}: scores are output.logits, the loss is "
+            f"AngularLoss(model)(output, targets)"
+        )
+
+
 class AngularHead(nn.Module):
     """Class scores from the angles θ_j between a feature x and the class weights w_j.
 
-        w-softmax   ‖x‖·g(θ_j)
-        s-softmax   s·g(θ_j)
+        w-softmax    ‖x‖·g(θ_j)
+        ga-softmax   the same; in training the target class y scores ‖x‖·ψ(θ_y), ψ the margin curve of g
+        a-softmax    ga-softmax with g = cos, as SphereFace
+        s-softmax    s·g(θ_j)
 
     Args:
         in_features, num_classes: sizes, ≥ 1.
         kind: one of `sphereify.choices.HEAD_KINDS`.
-        operator: a name from `sphereify.choices.OPERATORS`, or an operator object.
+        operator: a name from `sphereify.choices.OPERATORS`, or an operator object; a-softmax takes cosine only.
+        margin: m of ga-softmax and a-softmax, any real number ≥ 1; 1 is w-softmax. Usual: 2 to 4.
         scale: s of s-softmax, > 0.
         bias: add a learned bias to each class, as for imbalanced data.
 
     Shape:
-        (*, in_features) -> (*, num_classes): plain logits for `F.cross_entropy`, in training and in evaluation.
-        They are fp32 under autocast.
+        (*, in_features) -> (*, num_classes): logits. In training, the two margin heads return an `AngularOutput` for
+        `AngularLoss`; all else is a plain tensor for `F.cross_entropy`. Logits are fp32 under autocast.
+
+    Attributes:
+        training_logits: whether a margin head computes logits in training. Off, `AngularLoss(..., chunk_size=…)` never
+            needs all of them at once: for very many classes.
 
     Raises:
-        UsageError: an unknown kind or operator, or a scale that is not positive.
+        UsageError: an unknown kind or operator, a scale that is not positive, a margin below 1.
 
     >>> AngularHead(4, 10)(torch.randn(2, 4)).shape
     torch.Size([2, 10])
@@ -43,6 +76,7 @@ class AngularHead(nn.Module):
 
     weight: Any
     bias: Any
+    training_logits: bool
 
     def __init__(
         self,
@@ -51,6 +85,7 @@ class AngularHead(nn.Module):
         *,
         kind: str = "w-softmax",
         operator: str | Operator = "cosine",
+        margin: float = 4.0,
         scale: float = 30.0,
         bias: bool = False,
         device: Any = None,
@@ -60,16 +95,22 @@ class AngularHead(nn.Module):
         linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_parameter("weight", linear.weight)  # type: ignore[arg-type]
         self.register_parameter("bias", linear.bias)
-        self._configure(kind, operator, scale)
+        self._configure(kind, operator, margin, scale)
 
-    def _configure(self, kind: str, operator: str | Operator, scale: float) -> None:
+    def _configure(self, kind: str, operator: str | Operator, margin: float, scale: float) -> None:
         if choices.canonical(kind) not in choices.HEAD_KINDS:
             raise choose("head", kind, choices.HEAD_KINDS)
-        if not scale > 0:
+        if not (scale > 0 and math.isfinite(scale)):
             raise UsageError(f"scale: got {scale!r}, expected a positive number; the default is 30")
+        if not (margin >= 1 and math.isfinite(margin)):
+            raise UsageError(f"margin: got {margin!r}, expected a number of at least 1; the default is 4")
         self.kind = choices.canonical(kind)
+        self.margin = float(margin)
         self.scale = float(scale)
+        self.training_logits = True
         made = make_operator(operator, filters=self.weight.shape[0])
+        if self.kind == "a-softmax" and type(made) is not CosineOperator:
+            raise UsageError(f"a-softmax: got the operator {operator!r}, expected cosine; ga-softmax takes any")
         if isinstance(made, nn.Module) and made is not operator:
             made.to(device=self.weight.device, dtype=self.weight.dtype)
         self.operator = made
@@ -81,12 +122,13 @@ class AngularHead(nn.Module):
         *,
         kind: str = "w-softmax",
         operator: str | Operator = "cosine",
+        margin: float = 4.0,
         scale: float = 30.0,
     ) -> "AngularHead":
         """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied."""
         head = cls.__new__(cls)
         head.__dict__.update(adopted(linear))
-        head._configure(kind, operator, scale)
+        head._configure(kind, operator, margin, scale)
         return head
 
     @property
@@ -99,22 +141,87 @@ class AngularHead(nn.Module):
 
     out_features = num_classes
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def has_margin(self) -> bool:
+        """Whether this head returns an `AngularOutput` in training."""
+        return self.kind in choices.MARGIN_HEADS
+
+    def forward(self, x: Tensor) -> Tensor | AngularOutput:
+        if not (self.training and self.has_margin):
+            return self.logits(x)
+        return AngularOutput(self.logits(x) if self.training_logits else None, x)
+
+    def logits(self, x: Tensor, classes: slice | None = None) -> Tensor:
+        """The scores without a margin, of all classes or some: (*, in_features) -> (*, classes)."""
+        weight, bias, operator = self.weight, self.bias, self.operator
+        if classes is not None:
+            weight, bias = weight[classes], None if bias is None else bias[classes]
+            operator = self._operator_of(classes)
         # In fp32 under autocast and for half precision: class weights keep their digits, ‖x‖ its range.
-        eps = HALF_EPS if x.dtype in (torch.float16, torch.bfloat16) else HEAD_EPS
+        eps = _eps(x)
         precise = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             features = x.to(precise)
-            logits = sphere_linear(features, self.weight.to(precise), self.operator, None, eps)
+            logits = sphere_linear(features, weight.to(precise), operator, None, eps)
             logits = logits * (self.scale if self.kind == "s-softmax" else _length(features, eps))
-            if self.bias is not None:
-                logits = logits + self.bias.to(precise)
+            if bias is not None:
+                logits = logits + bias.to(precise)
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
+
+    def target_logit(self, x: Tensor, targets: Tensor, annealing: Tensor | float = 0.0) -> Tensor:
+        """The score of each sample's own class, in training: with the margin, if this head has one.
+
+        Args:
+            x: (B, in_features).
+            targets: (B,), in [0, num_classes).
+            annealing: λ ≥ 0 of SphereFace: (λ·‖x‖·g(θ) + ‖x‖·ψ(θ)) / (1 + λ).
+
+        Returns:
+            (B,), at least in fp32.
+        """
+        eps = _eps(x)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        with no_autocast(x.device.type):
+            features, weight = x.to(precise), self.weight[targets].to(precise)
+            length = _length(features, eps)
+            cos = ((features / length) * (weight / _length(weight, eps))).sum(-1)
+            g = self._curve(cos, targets, 1.0)
+            if self.has_margin:
+                g = (annealing * g + self._curve(cos, targets, self.margin)) / (1 + annealing)
+            logit = g * (self.scale if self.kind == "s-softmax" else length.squeeze(-1))
+            return logit if self.bias is None else logit + self.bias[targets].to(precise)
+
+    def _operator_of(self, classes: slice) -> Any:
+        """The operator for some classes; a learnable k may be one of each class."""
+        k = getattr(self.operator, "k", None)
+        if not isinstance(k, Tensor) or k.numel() == 1:
+            return self.operator
+        return lambda cos: self.operator.with_k(cos, k[classes])
+
+    def _curve(self, cos: Tensor, targets: Tensor, margin: float) -> Tensor:
+        """ψ(θ) for cos θ of shape (B,), with the slope held constant next to the poles as elsewhere."""
+        k = getattr(self.operator, "k", None)
+        if isinstance(k, Tensor):
+            k = (k if k.numel() == 1 else k[targets]).to(cos.dtype)
+        exact = cos.detach().clamp(-1, 1).acos()
+        return with_value(self._psi(inner_acos(cos), k, margin), self._psi(exact, k, margin))
+
+    def _psi(self, theta: Tensor, k: Any, margin: float) -> Tensor:
+        """ψ(θ) = g(mθ - jπ) - 2j with j = ⌊mθ/π⌋: g(mθ), made to fall over all of [0, π]."""
+        turns = (margin * theta.detach() / math.pi).floor()
+        phi = margin * theta - turns * math.pi
+        g = CURVES[self.operator.name].at(phi, k) if is_built_in(self.operator) else self.operator(phi.cos())
+        return g - 2 * turns
 
     def extra_repr(self) -> str:
         scale = f", scale={self.scale:g}" if self.kind == "s-softmax" else ""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, kind={self.kind}{scale}, bias={bias}"
+        margin = f", margin={self.margin:g}" if self.has_margin else ""
+        sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, kind={self.kind}"
+        return f"{sizes}{margin}{scale}, bias={self.bias is not None}"
+
+
+def _eps(x: Tensor) -> float:
+    return HALF_EPS if x.dtype in (torch.float16, torch.bfloat16) else HEAD_EPS
 
 
 def _length(x: Tensor, eps: float) -> Tensor:

@@ -42,6 +42,8 @@ class Curve(NamedTuple):
     """cos θ in [-1, 1] (may be overwritten) -> g"""
     slope: Callable[[Tensor, Any, float], Slope]
     """g, k and the floor of sin θ -> the derivatives"""
+    at: Callable[[Tensor, Any], Tensor]
+    """θ in [0, π] -> g, for where the angle itself is known"""
 
 
 def overwrite(tensor: Tensor, operation: str, *arguments: Any) -> Tensor:
@@ -60,6 +62,10 @@ def _cosine_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
     return Slope(g, None, None)
 
 
+def _cosine_at(theta: Tensor, k: None) -> Tensor:
+    return theta.cos()
+
+
 def _linear_value(cos: Tensor, k: None) -> Tensor:
     return overwrite(overwrite(cos, "asin"), "mul", 2 / math.pi)
 
@@ -67,6 +73,10 @@ def _linear_value(cos: Tensor, k: None) -> Tensor:
 def _linear_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
     a = g * (math.pi / 2)
     return Slope(a.sin(), (2 / math.pi) / a.cos().clamp_min(sin_floor), None)
+
+
+def _linear_at(theta: Tensor, k: None) -> Tensor:
+    return 1 - theta * (2 / math.pi)
 
 
 def _tanh(x: Any) -> Any:
@@ -89,13 +99,28 @@ def _sigmoid_slope(g: Tensor, k: Any, sin_floor: float) -> Slope:
     return Slope(a.sin(), by_a / a.cos().clamp_min(sin_floor), by_k)
 
 
-_SIGMOID = Curve(_sigmoid_value, _sigmoid_slope)
+def _sigmoid_at(theta: Tensor, k: Any) -> Tensor:
+    return ((math.pi / 2 - theta) / (2 * k)).tanh() / _tanh(math.pi / (4 * k))
+
+
+_SIGMOID = Curve(_sigmoid_value, _sigmoid_slope, _sigmoid_at)
 CURVES: dict[str, Curve] = {
-    "linear": Curve(_linear_value, _linear_slope),
-    "cosine": Curve(_cosine_value, _cosine_slope),
+    "linear": Curve(_linear_value, _linear_slope, _linear_at),
+    "cosine": Curve(_cosine_value, _cosine_slope, _cosine_at),
     "sigmoid": _SIGMOID,
     "learnable-sigmoid": _SIGMOID,
 }
+
+
+def inner_acos(cos: Tensor) -> Tensor:
+    """θ of cos θ, kept a little away from 0 and π, so that value and slope are finite where those of arccos are not."""
+    limit = math.cos(SIN_FLOOR[cos.dtype])
+    return (cos + (cos.clamp(-limit, limit) - cos).detach()).acos()  # the gradient passes the clamp
+
+
+def with_value(carrier: Tensor, value: Tensor) -> Tensor:
+    """The value of one tensor with the gradient of another."""
+    return value.detach() + (carrier - carrier.detach())
 
 
 class _Apply(torch.autograd.Function):
@@ -138,7 +163,11 @@ class AngularOperator(nn.Module):
 
     def forward(self, cos: Tensor) -> Tensor:
         """cos θ, channels in dimension 1 where k is per filter -> g(θ)"""
-        return _Apply.apply(cos, broadcast_k(self.k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]
+        return self.with_k(cos, self.k)
+
+    def with_k(self, cos: Tensor, k: float | Tensor | None) -> Tensor:
+        """As `forward`, for channels that are some of all, with the k of these."""
+        return _Apply.apply(cos, broadcast_k(k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]
 
 
 def broadcast_k(k: float | Tensor | None, dim: int, dtype: torch.dtype) -> float | Tensor | None:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from sphereify import param_groups
 from sphereify.errors import UsageError
-from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv2d, SphereLinear, param_groups
+from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv2d, SphereLinear
 
 DECAYED = {"stem.weight", "fc.weight"}
 

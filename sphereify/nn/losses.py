@@ -1,0 +1,389 @@
+"""Cross entropy for angular heads: the margin at the target class, its annealing, and classes kept apart."""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sphereify.errors import UsageError, choose
+from sphereify.nn.functional import no_autocast
+from sphereify.nn.heads import AngularHead, AngularOutput
+from sphereify.nn.regularizers import pair_energy
+
+REDUCTIONS = ("mean", "sum", "none")
+Targets = Tensor | tuple[Tensor, Tensor, float | Tensor]
+
+
+class MarginAnnealing(nn.Module):
+    """λ of SphereFace (CVPR 2017): the margin comes in slowly, λ = max(floor, start·(1 + rate·t)^(-power)).
+
+    It belongs to an `AngularLoss`, counts that loss's calls in training mode, and its count is in the state dict.
+
+    Args:
+        start: λ before the first step, ≥ 0. SphereFace: 1000.
+        floor: the least λ, ≥ 0; SphereFace: 5, so that the target score stays (5·g + ψ)/6. 0 ends at the pure margin.
+        rate: per step, ≥ 0. SphereFace: 0.12.
+        power: > 0. SphereFace: 1.
+        every: calls of the loss that make one step t, ≥ 1: the number of batches whose gradients are accumulated.
+
+    Raises:
+        UsageError: a number out of its range.
+    """
+
+    calls: Tensor
+
+    def __init__(
+        self, start: float = 1000.0, floor: float = 5.0, rate: float = 0.12, power: float = 1.0, every: int = 1
+    ):
+        super().__init__()
+        for name, value in {"start": start, "floor": floor, "rate": rate}.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"annealing: {name}: got {value!r}, expected a number ≥ 0")
+        if not power > 0 or every < 1:
+            raise UsageError(f"annealing: got power={power!r}, every={every!r}, expected power > 0 and every ≥ 1")
+        self.start, self.floor, self.rate, self.power, self.every = start, floor, rate, power, every
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        """λ at the present step: a tensor of no dimensions."""
+        step = torch.div(self.calls, self.every, rounding_mode="floor").float()
+        return (self.start * (1 + self.rate * step) ** -self.power).clamp_min(self.floor)
+
+    def extra_repr(self) -> str:
+        return f"start={self.start:g}, floor={self.floor:g}, rate={self.rate:g}, power={self.power:g}"
+
+
+class AngularLoss(nn.Module):
+    """Cross entropy of a model with an angular head, with the head's margin at the target class (NIPS 2017, 3.4).
+
+    Args:
+        model_or_head: an `AngularHead`, or a model (wrapped or compiled, too) that holds one. A model without one
+            may be trained on its plain logits.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1].
+        class_weight: of shape (num_classes,), as the `weight` of `F.cross_entropy`.
+        ignore_index: samples of this target do not count.
+        reduction: "mean" (weighted by `class_weight`; 0 if nothing counts), "sum" or "none".
+        annealing: a `MarginAnnealing`; None: the full margin from the start.
+        separation: λ_M ≥ 0 of SphereFace+, which adds λ_M · mean over samples i and classes j ≠ y_i of
+            f(‖ŵ_{y_i} - ŵ_j‖), f(z) = z^(-separation_s), or -log z for separation_s = 0. Samples are weighted as in
+            the rest of the loss.
+        chunk_size: classes at a time. The loss is then computed from the features, and again in the backward pass, so
+            that no tensor of batch × classes is needed: for very many classes. See `AngularHead.training_logits`.
+
+    Shape:
+        output: what the model returns: an `AngularOutput`, or logits (B, num_classes).
+        targets: (B,) int64; or (y_a, y_b, share) for mixup, which is share·loss(y_a) + (1 - share)·loss(y_b), the share
+            in [0, 1] a float or (B,); or probabilities (B, num_classes), for plain logits: a margin has one target.
+        -> a scalar, or (B,) for "none"; at least in fp32, under autocast too.
+
+    Raises:
+        UsageError: options or targets out of range, sizes that do not fit, a margin output without a head.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        model_or_head: nn.Module,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        annealing: MarginAnnealing | None = None,
+        separation: float = 0.0,
+        separation_s: float = 1.0,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise UsageError(f"label_smoothing: got {label_smoothing!r}, expected a number from 0 to 1")
+        if reduction not in REDUCTIONS:
+            raise choose("reduction", reduction, REDUCTIONS)
+        for name, value in {"separation": separation, "separation_s": separation_s}.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
+        if chunk_size is not None and chunk_size < 1:
+            raise UsageError(f"chunk_size: got {chunk_size!r}, expected at least 1 class, or None")
+        # Kept out of the submodules: its parameters and state belong to the model.
+        self._head = (_head_of(model_or_head),)
+        if self.head is None and (separation or chunk_size or annealing is not None):
+            raise UsageError(
+                f"AngularLoss: {type(model_or_head).__name__} has no AngularHead, which annealing, separation and "
+                f"chunk_size need; convert it with head='w-softmax' or another kind"
+            )
+        if annealing is not None and not self.head.has_margin:  # type: ignore[union-attr]
+            raise UsageError(f"annealing: the head is a {self.head.kind}, which has no margin")  # type: ignore[union-attr]
+        if class_weight is not None:
+            class_weight = torch.as_tensor(class_weight)
+            if self.head is not None and class_weight.shape != (self.head.num_classes,):
+                raise UsageError(
+                    f"class_weight: got shape {tuple(class_weight.shape)}, expected ({self.head.num_classes},)"
+                )
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+        self.annealing = annealing
+        self.separation, self.separation_s = separation, separation_s
+        self.chunk_size = chunk_size
+        self._checked = False
+
+    @property
+    def head(self) -> AngularHead | None:
+        """The head whose margin and class weights this loss uses."""
+        return self._head[0]
+
+    def forward(self, output: Tensor | AngularOutput, targets: Targets) -> Tensor:
+        logits, features = self._unpacked(output)
+        size = len(cast(Tensor, features if logits is None else logits))
+        with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
+            if isinstance(targets, tuple):
+                loss = self._mixed(logits, features, targets, size)
+            elif targets.is_floating_point():
+                loss = self._soft(logits, features, targets)
+            else:
+                loss = self._hard(logits, features, targets, size)
+            if self.training and self.annealing is not None:
+                self.annealing.calls += 1
+        return loss
+
+    def _unpacked(self, output: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and features; at least one of them, and what the options need."""
+        if isinstance(output, AngularOutput):
+            if self.head is None:
+                raise UsageError("AngularLoss: got an AngularOutput, but was made from a model without an AngularHead")
+            if output.logits is None and self.chunk_size is None:
+                raise UsageError("AngularLoss: the head has training_logits off, so chunk_size is needed")
+            return output.logits, output.features
+        if not isinstance(output, Tensor):
+            raise UsageError(f"AngularLoss: got {type(output).__name__}, expected an AngularOutput or logits")
+        if output.dim() != 2:
+            raise UsageError(f"AngularLoss: got logits of shape {tuple(output.shape)}, expected (batch, classes)")
+        if self.chunk_size is not None:
+            raise UsageError("AngularLoss: chunk_size needs the features: take a margin head, or as_metric_loss(head)")
+        return output, None
+
+    # ---------------------------------------------------------------------------------------------- kinds of targets
+
+    def _hard(self, logits: Tensor | None, features: Tensor | None, targets: Tensor, size: int) -> Tensor:
+        loss, weight = self._per_sample(logits, features, targets, size)
+        return self._reduced(loss, weight)
+
+    def _mixed(self, logits: Tensor | None, features: Tensor | None, targets: tuple, size: int) -> Tensor:
+        if len(targets) != 3:
+            raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
+        first, second, share = targets
+        share = torch.as_tensor(share, device=first.device)
+        if not torch.compiler.is_compiling() and not bool(((share >= 0) & (share <= 1)).all()):
+            raise UsageError("targets: the share of (y_a, y_b, share) must lie in [0, 1]")
+        losses = [self._per_sample(logits, features, y, size) for y in (first, second)]
+        parts = [(loss * s, weight * s) for (loss, weight), s in zip(losses, (share, 1 - share), strict=True)]
+        return self._reduced(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+
+    def _soft(self, logits: Tensor | None, features: Tensor | None, targets: Tensor) -> Tensor:
+        if targets.dim() == 1:
+            raise UsageError(
+                f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected class indices (int64)"
+            )
+        if logits is None or features is not None:
+            raise UsageError(
+                "targets: got probabilities, but a margin belongs to one target class. Give class indices, or for "
+                "mixup (y_a, y_b, share)"
+            )
+        if targets.shape != logits.shape:
+            raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {tuple(logits.shape)}")
+        weight = self.class_weight
+        return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, weight,
+                               reduction=self.reduction, label_smoothing=self.label_smoothing)  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------------- one sample
+
+    def _per_sample(
+        self, logits: Tensor | None, features: Tensor | None, targets: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and weight of each sample, both (B,); both are 0 where it is ignored."""
+        classes = self.head.num_classes if logits is None and self.head is not None else logits.shape[1]  # type: ignore[union-attr]
+        self._check(targets, size, classes)
+        counts = targets != self.ignore_index
+        safe = targets.clamp(0, classes - 1)
+        if self.chunk_size is not None and features is not None:
+            new = self._target_logit(features, safe)
+            total, average = self._in_chunks(features, safe, new)
+        else:
+            assert logits is not None
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            new = logits.gather(1, safe[:, None]).squeeze(1) if features is None else self._target_logit(features, safe)
+            total = _LogSumExp.apply(logits, safe, new)
+            average = _weighted_mean(logits, safe, new, self.class_weight) if self.label_smoothing else None
+        weight = torch.ones_like(new) if self.class_weight is None else self.class_weight.to(new.dtype)[safe]
+        loss = weight * (total - new)
+        if average is not None:
+            scale = 1.0 if self.class_weight is None else self.class_weight.to(new.dtype).mean()
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * (scale * total - average)
+        if self.separation and self.head is not None:
+            # Times the weight, since the reduction divides by the sum of the weights.
+            loss = loss + self.separation * self._separation(safe) * weight
+        zero = torch.zeros((), dtype=new.dtype, device=new.device)
+        return torch.where(counts, loss, zero), torch.where(counts, weight, zero)
+
+    def _target_logit(self, features: Tensor, targets: Tensor) -> Tensor:
+        assert self.head is not None
+        annealing = self.annealing() if self.annealing is not None and self.head.has_margin else 0.0
+        return self.head.target_logit(features, targets, annealing)
+
+    def _in_chunks(self, features: Tensor, targets: Tensor, new: Tensor) -> tuple[Tensor, Tensor | None]:
+        """log Σ exp over the classes, and for label smoothing their weighted mean, without all logits at once."""
+        head = cast(AngularHead, self.head)
+        parts, averages = [], []
+        for start in range(0, head.num_classes, cast(int, self.chunk_size)):
+            classes = slice(start, min(start + cast(int, self.chunk_size), head.num_classes))
+            part, average = checkpoint(self._chunk, features, targets, classes, use_reentrant=False,
+                                       preserve_rng_state=False)  # fmt: skip
+            parts.append(part)
+            averages.append(average)
+        total = torch.logsumexp(torch.stack([*parts, new]), 0)
+        if not self.label_smoothing:
+            return total, None
+        own = new if self.class_weight is None else new * self.class_weight.to(new.dtype)[targets]
+        return total, (torch.stack(averages).sum(0) + own) / head.num_classes
+
+    def _chunk(self, features: Tensor, targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
+        """log Σ exp and weighted sum of the logits of some classes, each sample's target left out."""
+        logits = cast(AngularHead, self.head).logits(features, classes)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        is_target = torch.arange(classes.start, classes.stop, device=targets.device) == targets[:, None]
+        weighted = logits if self.class_weight is None else logits * self.class_weight.to(logits.dtype)[classes]
+        empty = is_target.all(1)  # a chunk of one class that is the target: log 0, whose gradient is not a number
+        total = torch.logsumexp(logits.masked_fill(is_target & ~empty[:, None], -math.inf), 1)
+        return torch.where(empty, -math.inf, total), weighted.masked_fill(is_target, 0).sum(1)
+
+    def _separation(self, targets: Tensor) -> Tensor:
+        """For each sample the mean energy between its class and the others, (B,)."""
+        unique, place = torch.unique(targets, return_inverse=True)
+        return pair_energy(cast(AngularHead, self.head).weight, s=self.separation_s, rows=unique)[place]
+
+    # ---------------------------------------------------------------------------------------------------- the border
+
+    def _check(self, targets: Tensor, size: int, classes: int) -> None:
+        if targets.dtype == torch.bool or targets.is_floating_point():
+            raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
+        if targets.shape != (size,):
+            raise UsageError(f"targets: got shape {tuple(targets.shape)}, expected ({size},), one class a sample")
+        if torch.compiler.is_compiling() or (self._checked and targets.device.type != "cpu") or not size:
+            return  # looking at values holds a GPU up; the first batch tells
+        self._checked = True
+        wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
+        if len(wrong):
+            raise UsageError(f"targets: got class {int(wrong[0])}, expected 0 to {classes - 1}")
+
+    def _reduced(self, loss: Tensor, weight: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return loss
+        total = loss.sum()
+        if self.reduction == "sum":
+            return total
+        weights = weight.sum()
+        return total / torch.where(weights > 0, weights, torch.ones_like(weights))
+
+    def extra_repr(self) -> str:
+        head = "none" if self.head is None else self.head.kind
+        return f"head={head}, label_smoothing={self.label_smoothing:g}, separation={self.separation:g}"
+
+
+def _head_of(model: nn.Module) -> AngularHead | None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"AngularLoss: got {type(model).__name__}, expected a model or an AngularHead")
+    heads = [module for module in model.modules() if isinstance(module, AngularHead)]
+    if len(heads) > 1 and any(head.has_margin for head in heads):
+        raise UsageError(
+            f"AngularLoss: {type(model).__name__} has {len(heads)} angular heads; make one AngularLoss for each head"
+        )
+    return heads[0] if len(heads) == 1 else None
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ_j exp z_j of each row, with the logit of the target replaced: (B, C), (B,), (B,) -> (B,).
+
+    Saves the logits and nothing else of their size; the replaced copy lives for some rows at a time.
+    """
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, new: Tensor) -> Tensor:
+        rows = max(1, ROOM // max(1, logits.shape[1]))
+        if torch.compiler.is_compiling() or len(logits) <= rows:
+            return torch.logsumexp(logits.scatter(1, targets[:, None], new[:, None]), 1)
+        parts = zip(logits.split(rows), targets.split(rows), new.split(rows), strict=True)
+        return torch.cat([torch.logsumexp(z.scatter(1, y[:, None], t[:, None]), 1) for z, y, t in parts])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        logits, targets, new, total = ctx.saved_tensors
+        shares = (logits - total[:, None]).exp().scatter(1, targets[:, None], 0)
+        return shares * grad[:, None], None, grad * (new - total).exp()
+
+
+ROOM = 1 << 22
+"""Elements of a temporary copy of logits: 16 MiB in fp32."""
+
+
+def _weighted_mean(logits: Tensor, targets: Tensor, new: Tensor, class_weight: Tensor | None) -> Tensor:
+    """Mean over the classes of weight · logit, with the logit of the target replaced, (B,)."""
+    old = logits.gather(1, targets[:, None]).squeeze(1)
+    if class_weight is None:
+        return logits.mean(1) + (new - old) / logits.shape[1]
+    weight = class_weight.to(logits.dtype)
+    return (logits @ weight + (new - old) * weight[targets]) / logits.shape[1]
+
+
+class MetricLoss(nn.Module):
+    """An angular head as a loss over embeddings, in the convention of metric-learning libraries.
+
+    The class weights are parameters of this module: hand them to an optimizer. See `as_metric_loss`.
+    """
+
+    def __init__(self, head: AngularHead, **options: Any):
+        super().__init__()
+        self.head = head
+        self.loss = AngularLoss(head, **options)
+
+    def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
+        """(B, in_features), targets as for `AngularLoss` -> the loss."""
+        self._check(embeddings)
+        chunked = self.loss.chunk_size is not None
+        if chunked or self.head.has_margin:
+            logits = None if chunked else self.head.logits(embeddings)
+            return self.loss(AngularOutput(logits, embeddings), labels)  # type: ignore[no-any-return]
+        return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(B, in_features) -> (B, num_classes), without a margin."""
+        self._check(embeddings)
+        return self.head.logits(embeddings)
+
+    def _check(self, embeddings: Tensor) -> None:
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.head.in_features:
+            raise UsageError(
+                f"embeddings: got shape {tuple(embeddings.shape)}, expected (batch, {self.head.in_features})"
+            )
+
+
+def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
+    """`loss(embeddings, labels)` and `loss.get_logits(embeddings)` of an angular head.
+
+    Args:
+        head: its weights become parameters of the loss.
+        options: as `AngularLoss`.
+
+    >>> loss = as_metric_loss(AngularHead(8, 3, kind="a-softmax"))
+    >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
+    torch.Size([])
+    """
+    if not isinstance(head, AngularHead):
+        raise UsageError(f"as_metric_loss: got {type(head).__name__}, expected an AngularHead")
+    return MetricLoss(head, **options)
