@@ -579,7 +579,7 @@ WRONG_OPTIONS = {
     "unknown operator": (["--operator", "cosin"], "operator: got 'cosin', expected one of linear, cosine, sigmoid, "
                          "learnable-sigmoid. Did you mean 'cosine'?"),
     "unknown head operator": (["--head-operator", "sin"], "got 'sin', expected one of linear, cosine"),
-    "unknown head": (["--head", "softmax"], "head: got 'softmax', expected one of auto, keep, w-softmax, s-softmax"),
+    "unknown head": (["--head", "softmax"], "head: got 'softmax', expected one of auto, keep, w-softmax, ga-softmax, a-softmax, s-softmax"),
     "unknown rescale": (["--rescale", "maybe"], "rescale: got 'maybe', expected one of auto, always, never"),
     "unknown norm": (["--norm", "drop"], "norm: got 'drop', expected one of keep, replace"),
     "unknown attention": (["--attention", "angular"], "attention: got 'angular', expected one of keep, convert"),

@@ -80,7 +80,7 @@ def test_a_star_import_brings_what_all_lists():
 def test_a_name_is_the_same_object_wherever_it_is_taken_from():
     from sphereify.artifact import load
     from sphereify.convert import apply_plan
-    from sphereify.nn import param_groups
+    from sphereify.finetune.groups import param_groups
 
     assert sphereify.load is load
     assert sphereify.apply_plan is apply_plan

@@ -335,7 +335,7 @@ class _Planner:
         if self.options.head in choices.MARGIN_HEADS and between:
             raise UsageError(
                 f"head={self.options.head!r}: the model goes on computing with what its classifier {between[0]} "
-                f"returns, but a margin head returns an AngularOutput in training. Take head='w-softmax' or 's-softmax'."
+                f"returns, but a margin head returns an AngularOutput in training. Take head='w-softmax' instead."
             )
         kept = [d for d in heads if d.reason in (_EXCLUDED, _OVERRIDDEN)]
         if len(kept) == len(heads):

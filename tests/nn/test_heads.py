@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sphereify.choices import HEAD_KINDS, OPERATORS
+from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
 from tests.nn import oracle
 from tests.nn.oracle import normal
 
+PLAIN_KINDS = ("w-softmax", "s-softmax")  # those with a margin have their tests in test_losses
 EPS = 1e-12  # inside the head's roots; the losses of math.md have none, which is the same to 1e-10
 HALF_EPS = 1e-5  # the same for features in half precision
 
@@ -39,7 +40,7 @@ def expected_logits(head, x, eps=EPS):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
 def test_logits_agree_with_the_oracle_in_training_and_evaluation(kind, operator, bias, leading):
     head = build(kind, operator, bias=bias, scale=12.5)
@@ -51,7 +52,7 @@ def test_logits_agree_with_the_oracle_in_training_and_evaluation(kind, operator,
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_gradcheck_by_features_and_every_parameter(kind, operator, bias):
     head = build(kind, operator, bias=bias)
     names, parameters = zip(*head.named_parameters(), strict=True)
@@ -86,7 +87,7 @@ def test_s_softmax_does_not_depend_on_the_length_of_the_feature_and_w_softmax_is
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_zero_and_parallel_features_are_finite_in_value_and_gradient(kind, operator, dtype):
     head = build(kind, operator, dtype=dtype, bias=True)
     w = head.weight[0].detach()
@@ -100,7 +101,7 @@ def test_zero_and_parallel_features_are_finite_in_value_and_gradient(kind, opera
     assert all(t.grad.isfinite().all() for t in [x, *head.parameters()])
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_zero_features_of_an_fp16_network_have_a_finite_gradient_under_autocast(kind):
     # The feature comes in fp16 from the layer before, and its gradient goes back in fp16.
     head, x = AngularHead(6, 4, kind=kind), torch.zeros(2, 6, dtype=torch.float16, requires_grad=True)
@@ -111,7 +112,7 @@ def test_zero_features_of_an_fp16_network_have_a_finite_gradient_under_autocast(
 
 @pytest.mark.parametrize("features", ["fp32", "of autocast"])
 @pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_logits_under_autocast_are_taken_in_fp32(kind, amp, features):
     head, x = build(kind, "linear", dtype=torch.float32, bias=True), normal(3, 6, dtype=torch.float32)
     x, eps = (x.to(amp), HALF_EPS) if features == "of autocast" else (x, EPS)
@@ -123,7 +124,7 @@ def test_logits_under_autocast_are_taken_in_fp32(kind, amp, features):
 
 @pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_features_of_every_scale_are_finite(kind, operator, amp):
     head = build(kind, operator, dtype=torch.float32)
     for scale in (1e-20, 1e-6, 1e6, 1e15):
@@ -137,7 +138,7 @@ def test_features_of_every_scale_are_finite(kind, operator, amp):
             torch.testing.assert_close(logits.double(), expected_logits(head, x), rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_of_a_linear_layer_shares_its_parameters_and_state(kind, bias):
     linear = nn.Linear(6, 4, bias=bias).eval()
@@ -179,8 +180,8 @@ def test_state_dict_has_one_k_per_class():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"kind": "w-sofmax"}, "head: got 'w-sofmax', expected one of w-softmax, s-softmax.*Did you mean 'w-softmax'"),
-        ({"kind": "auto"}, "head: got 'auto', expected one of w-softmax, s-softmax"),
+        ({"kind": "w-sofmax"}, "head: got 'w-sofmax', expected one of w-softmax, ga-softmax, a-softmax, s-softmax.*Did you mean 'w-softmax'"),
+        ({"kind": "auto"}, "head: got 'auto', expected one of w-softmax, ga-softmax, a-softmax, s-softmax"),
         ({"operator": "lineal"}, "operator: got 'lineal'.*Did you mean 'linear'"),
         ({"scale": 0}, "scale: got 0, expected a positive number; the default is 30"),
         ({"scale": -2.0}, "scale: got -2.0, expected a positive number"),
