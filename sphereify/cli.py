@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "A timm name, torchvision:NAME, package.module:factory, path/to/file.py:factory, or a saved artifact."
-ANGLES, WHERE, SOURCE, OUTPUT = "Angular layers", "Which layers", "The model", "Output"
+ANGLES, WHERE, LOSS, SOURCE, OUTPUT = "Angular layers", "Which layers", "Loss", "The model", "Output"
 
 
 def main() -> None:
@@ -87,8 +87,8 @@ def _conversion(
         str, _angles(f"Classifier: {_listed(choices.HEADS)}. auto: w-softmax where a linear classifier is found.")
     ] = "auto",
     head_operator: Annotated[str | None, _angles("g(θ) of the head, if another than --operator.")] = None,
-    margin: Annotated[float, _angles("Angular margin m ≥ 1, for the heads that take one.")] = 4.0,
-    scale: Annotated[float, _angles("s of s-softmax.")] = 30.0,
+    margin: Annotated[float, _angles("Angular margin m ≥ 1 of ga-softmax and a-softmax; usual: 2 to 4.")] = 4.0,
+    scale: Annotated[float, _angles("s of s-softmax; usual: 10 to 64.")] = 30.0,
     rescale: Annotated[
         str, _angles(f"SphereNorm β·g(θ)+γ: {_listed(choices.RESCALE)}. auto: where no affine norm follows.")
     ] = "auto",
@@ -155,6 +155,28 @@ def _source(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights drawn anew.", rich_help_panel=SOURCE)] = 0,
 ) -> dict[str, Any]:
+    return locals()
+
+
+def _loss(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=LOSS)
+
+
+def _objective(
+    label_smoothing: Annotated[float, _loss("Share of the target spread over all classes; usual: 0.01 to 0.1.")] = 0.0,
+    margin_anneal: Annotated[
+        bool, _loss("Let a margin come in slowly, λ = max(5, 1000/(1+0.12·step)), as SphereFace did.")
+    ] = True,
+    mhe: Annotated[float, _loss("Weight of the hyperspherical energy, which spreads filters; usual: 1.")] = 0.0,
+    mhe_s: Annotated[float, _loss("Power s of that energy ‖ŵᵢ-ŵⱼ‖⁻ˢ, ≥ 0; usual: 0 (a logarithm), 1, 2.")] = 1.0,
+    mhe_half_space: Annotated[
+        bool, _loss("Energy of directions: a filter and its opposite count as one.", "--mhe-half-space")
+    ] = False,
+    orthogonality: Annotated[
+        float, _loss("Weight of ‖ŴᵀŴ-I‖² over the filters of each hidden layer; usual: 1e-4.")
+    ] = 0.0,
+) -> dict[str, Any]:
+    """What `sphereify.finetune.Terms` takes."""
     return locals()
 
 
@@ -229,11 +251,21 @@ def inspect(
         bool,
         typer.Option("--verify", help="Run the model to see that each layer is called.", rich_help_panel=OUTPUT),
     ] = False,
+    energy: Annotated[
+        bool,
+        typer.Option("--energy", help="Print the hyperspherical energy of each layer instead.", rich_help_panel=OUTPUT),
+    ] = False,
+    energy_plot: Annotated[
+        Path | None, typer.Option(help="Draw these energies to a picture, such as energy.png.", rich_help_panel=OUTPUT)
+    ] = None,
 ) -> None:
     """Show what convert would do, layer by layer and why, without writing anything."""
     from sphereify.convert import plan_conversion
 
     network = _open_model(model, **source)
+    if energy or energy_plot is not None:
+        _show_energy(network, energy_plot)
+        return
     plan = plan_conversion(network, **options)
     if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
         plan = getattr(network, "conversion_plan", plan)
@@ -241,11 +273,12 @@ def inspect(
 
 
 @app.command()
+@_sharing(options=_conversion, terms=_objective)
 def finetune(
-    model: Annotated[
-        str, typer.Argument(help="An artifact, or a model to convert first (cosine).", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)],
     data: Annotated[str, typer.Option(help="digits, or a folder with train/ and val/ (or test/).", show_default=False)],
+    options: Any,
+    terms: Any,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default MODEL-finetuned.")] = None,
     force: Force = False,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
@@ -263,11 +296,11 @@ def finetune(
     _check_output(folder, force)
 
     from sphereify.artifact import save
-    from sphereify.finetune import Settings
+    from sphereify.finetune import Settings, Terms
     from sphereify.finetune import finetune as train
 
-    settings = Settings(epochs, batch_size, lr, weight_decay, seed, workers, device)
-    network, images = _network_and_data(model, data, img_size, seed, factory)
+    settings = Settings(epochs, batch_size, lr, weight_decay, seed, workers, device, Terms(**terms))
+    network, images = _network_and_data(model, data, img_size, seed, factory, options)
     with _Progress(settings.epochs) as progress:
         history = train(network, images, settings, on_step=progress.step, on_epoch=progress.epoch)
     accuracy = history[-1].accuracy
@@ -302,13 +335,20 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
     return model
 
 
-def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, factory: str | None) -> tuple[Any, Any]:
+def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, factory: str | None,
+                      options: dict[str, Any]) -> tuple[Any, Any]:  # fmt: skip
     """An artifact as it is; a plain model is built for the classes of the data and converted."""
     from sphereify.artifact import is_artifact
     from sphereify.convert import sphereify
     from sphereify.sources import find_model, input_channels, load_data
 
     if Path(spec).is_dir() or is_artifact(spec):
+        usual = {name: p.default for name, p in python_inspect.signature(_conversion).parameters.items()}
+        for name, value in options.items():
+            if value != usual.get(name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: does not go with the artifact {spec}, which is converted already"
+                )
         model = _open_model(spec, factory=factory)
         config = getattr(model, "pretrained_cfg", None)
         return model, load_data(data, channels=input_channels(model), img_size=img_size, config=config)
@@ -316,7 +356,7 @@ def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, fac
     plain = _open_model(spec, num_classes=len(load_data(data).classes), seed=seed)
     config = getattr(plain, "pretrained_cfg", None)
     images = load_data(data, channels=input_channels(plain), img_size=img_size, config=config)
-    return sphereify(plain, inplace=True), images
+    return sphereify(plain, inplace=True, **options), images
 
 
 def _default_output(model: str, operator: str) -> Path:
@@ -338,6 +378,17 @@ def _show_plan(plan: Any, as_json: bool) -> None:
         print(plan.to_json())
     else:
         print_plan(console(), plan)
+
+
+def _show_energy(network: Any, picture: Path | None) -> None:
+    from sphereify.nn import HypersphericalEnergy
+
+    report = HypersphericalEnergy().report(network)
+    print(report)
+    if picture is not None:
+        from sphereify.plots import plot_energy
+
+        print(f"drawn to {plot_energy(report, picture)}")
 
 
 class _Progress:

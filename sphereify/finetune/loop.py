@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sphereify.errors import DataError, TrainingError, UsageError, first_line
 from sphereify.finetune.groups import param_groups
+from sphereify.finetune.objective import Objective, Terms
 from sphereify.sources import Data
 
 
@@ -27,6 +27,8 @@ class Settings:
     seed: int = 0
     workers: int = 0
     device: str = "auto"
+    terms: Terms = field(default_factory=Terms)
+    """What is minimised."""
 
     def __post_init__(self) -> None:
         for name, lowest in {"epochs": 1, "batch_size": 1, "workers": 0, "weight_decay": 0}.items():
@@ -69,7 +71,7 @@ def finetune(
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train `model` in place on `data` with cross entropy; it ends in eval mode on the device it was trained on.
+    """Train `model` in place on `data` with the loss of its head; it ends in eval mode on the device it was trained on.
 
     Args:
         model: returns logits of shape (B, classes) for images (B, C, H, W).
@@ -97,6 +99,7 @@ def finetune(
     test = DataLoader(data.test, settings.batch_size, num_workers=settings.workers)  # type: ignore[var-annotated]
     _check_classes(model, data, device)
 
+    objective = Objective(model, settings.terms).to(device)
     optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr)
     steps = settings.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps))
@@ -106,7 +109,7 @@ def finetune(
         model.train()
         total, count = 0.0, 0
         for images, targets in train:
-            loss = _loss(model(images.to(device)), targets.to(device))
+            loss = objective(model(images.to(device)), targets.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -154,14 +157,6 @@ def _check_classes(model: nn.Module, data: Data, device: torch.device) -> None:
 def _warm_cosine(steps: int) -> Callable[[int], float]:
     warm = max(1, steps // 10)
     return lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _loss(output: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
-    """Cross entropy; outputs of auxiliary classifiers count 0.3, as GoogLeNet was trained."""
-    if isinstance(output, Tensor):
-        return F.cross_entropy(output, targets)
-    main, *auxiliary = (logits for logits in output if logits is not None)
-    return F.cross_entropy(main, targets) + sum(0.3 * F.cross_entropy(logits, targets) for logits in auxiliary)
 
 
 def _finite(loss: Tensor, step: int) -> float:

@@ -1,0 +1,85 @@
+"""What fine-tuning minimises: the loss of the head, and what keeps filters apart."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sphereify.errors import UsageError
+from sphereify.nn import (
+    AngularHead,
+    AngularLoss,
+    AngularOutput,
+    HypersphericalEnergy,
+    MarginAnnealing,
+    OrthogonalityPenalty,
+)
+
+AUXILIARY = 0.3
+"""Weight of the losses of auxiliary classifiers, as GoogLeNet was trained."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of the objective; those of weight 0 are left out."""
+
+    label_smoothing: float = 0.0
+    margin_anneal: bool = True
+    """Whether the margin of ga-softmax and a-softmax comes in slowly, by SphereFace's schedule."""
+    mhe: float = 0.0
+    """Weight of the hyperspherical energy. Usual: 1 for s = 0, 1, 2 (Euclidean)."""
+    mhe_s: float = 1.0
+    mhe_half_space: bool = False
+    orthogonality: float = 0.0
+    """Weight of the orthogonality penalty on normalised filters. Usual: 1e-4."""
+
+    def __post_init__(self) -> None:
+        for name in ("mhe", "mhe_s", "orthogonality"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number ≥ 0")
+        if not 0 <= self.label_smoothing <= 1:
+            raise UsageError(f"--label-smoothing: got {self.label_smoothing}, expected a number from 0 to 1")
+
+
+class Objective(nn.Module):
+    """Loss of a model's training output and targets, plus the regularizers of its filters.
+
+    The annealing's count is its only state.
+    """
+
+    def __init__(self, model: nn.Module, terms: Terms):
+        super().__init__()
+        self._model = (model,)  # its parameters are not this module's
+        margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
+        annealing = MarginAnnealing() if margins and terms.margin_anneal else None
+        self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
+        self.energy = HypersphericalEnergy(terms.mhe_s, half_space=terms.mhe_half_space) if terms.mhe else None
+        self.penalty = OrthogonalityPenalty() if terms.orthogonality else None
+        self.terms = terms
+
+    def forward(self, output: Any, targets: Tensor) -> Tensor:
+        main, auxiliary = _parts(output)
+        total: Tensor = self.loss(main, targets)
+        for logits in auxiliary:
+            smoothing = self.terms.label_smoothing
+            total = total + AUXILIARY * F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.energy is not None:
+            total = total + self.terms.mhe * self.energy(self._model[0])
+        if self.penalty is not None:
+            total = total + self.terms.orthogonality * self.penalty(self._model[0])
+        return total
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores in what a model returned, without a margin."""
+    main, _ = _parts(output)
+    return main.logits if isinstance(main, AngularOutput) else main  # type: ignore[return-value]
+
+
+def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
+    """The output of the classifier, and those of auxiliary classifiers."""
+    if isinstance(output, (Tensor, AngularOutput)):
+        return output, []
+    main, *auxiliary = (part for part in output if part is not None)
+    return main, auxiliary
