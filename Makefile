@@ -18,6 +18,7 @@ test: lint
 
 zoo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --real
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check sphereify tests examples

@@ -8,7 +8,7 @@ from sphereify.nn.regularizers import EnergyReport
 
 
 def plot_energy(report: EnergyReport, path: str | Path) -> Path:
-    """The energy of each layer as a bar, with the least possible one as a mark where it is known.
+    """The energy of each layer as a dot, with the least possible one as a mark where it is known.
 
     Args:
         report: from `HypersphericalEnergy.report`.
@@ -21,12 +21,14 @@ def plot_energy(report: EnergyReport, path: str | Path) -> Path:
     figure, axes = new_figure(height=max(2.5, 0.22 * len(names)))
     places = list(range(len(names)))
     colours = ["tab:orange" if row.is_output else "tab:blue" for row in report.layers]
-    axes.barh(places, [row.energy for row in report.layers], color=colours, height=0.7)
-    known = [(place, row.least) for place, row in enumerate(report.layers) if row.least is not None]
+    known = [(place, row.least, row.energy) for place, row in enumerate(report.layers) if row.least is not None]
     if known:
-        at, least = zip(*known, strict=True)
-        axes.scatter(least, at, color="black", marker="|", s=60, label="least possible", zorder=3)
-        axes.legend(loc="lower right")
+        at, least, reached = zip(*known, strict=True)
+        axes.hlines(at, least, reached, color="tab:gray", linewidth=1)
+        axes.scatter(least, at, color="black", marker="|", s=50, label="least possible")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+    axes.scatter([row.energy for row in report.layers], places, color=colours, s=18, zorder=3)
+    axes.grid(axis="y", linewidth=0.4)
     axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(f"mean pair energy ({report.measure}); output layer in orange")

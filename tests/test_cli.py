@@ -17,7 +17,7 @@ from torch import nn
 
 from sphereify import __version__, cli, load, plan_conversion, save, sphereify
 from sphereify.artifact import read_document
-from sphereify.finetune import accuracy
+from sphereify.finetune import Terms, accuracy
 from sphereify.nn import AngularHead
 from sphereify.sources import build_model, find_model, load_data
 
@@ -223,6 +223,7 @@ OPTIONS = {
     "head": (["--head", "keep"], {"head": "keep"}),
     "head_operator": (["--head-operator", "linear"], {"head_operator": "linear"}),
     "scale": (["--head", "s-softmax", "--scale", "12"], {"head": "s-softmax", "scale": 12.0}),
+    "margin": (["--head", "ga-softmax", "--margin", "2.5"], {"head": "ga-softmax", "margin": 2.5}),
     "rescale": (["--rescale", "always"], {"rescale": "always"}),
     "norm": (["--norm", "replace"], {"norm": "replace"}),
     "eps": (["--eps", "0.01"], {"eps": 0.01}),
@@ -291,11 +292,28 @@ def test_verify_says_which_layers_are_called(run):
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_no_option_is_left_out_above(command):
     elsewhere = {"model", "output", "force", "json", "pretrained", "weights", "num_classes", "in_chans", "seed"}
-    elsewhere |= {"attention", "verify", "factory"}
-    unseen = {"margin"}  # no head of this version has one; the option is only checked
-    known = {parameter.name for parameter in COMMANDS[command].params} - {"help"} - elsewhere - unseen
+    elsewhere |= {"attention", "verify", "factory", "energy", "energy_plot"}
+    known = {parameter.name for parameter in COMMANDS[command].params} - {"help"} - elsewhere
     tested = {name.split()[0].replace("override", "overrides") for name in OPTIONS}
     assert known - {"override"} | {"overrides"} == tested
+
+
+def test_energies_are_printed_and_drawn(run):
+    code, out, err = run("inspect", TINY, "--energy", "--energy-plot", "energy.png")
+    assert (code, err) == (0, "")
+    assert "hyperspherical energy (s=1, euclidean)" in out
+    assert re.search(r"^fc +\d+ +\d+ +0\.\d{4}", out, re.MULTILINE)
+    assert out.endswith("drawn to energy.png\n")
+    assert Path("energy.png").stat().st_size > 5000
+    code, out, err = run("inspect", TINY, "--energy-plot", "nowhere/energy.png")
+    assert code == 2
+    assert "nowhere/energy.png: cannot write the picture" in err
+
+
+def test_an_artifact_is_not_converted_again_by_finetune(run, artifact):
+    code, _, err = run("finetune", artifact, "--data", "digits", "--head", "a-softmax", "-o", "out")
+    assert code == 2
+    assert "--head: does not go with the artifact" in err
 
 
 def test_convert_saves_the_network_that_the_options_describe(run):
@@ -509,10 +527,12 @@ def sizes(monkeypatch):
 def test_each_option_of_finetune_reaches_the_loop(run, artifact, sizes):
     code, out, _ = run("finetune", artifact, "--data", "digits", "--epochs", 3, "--batch-size", 5, "--lr", 0.25,
                        "--weight-decay", 0.125, "--seed", 7, "--workers", 2, "--device", "cpu", "--img-size", 24,
-                       "-o", "out")  # fmt: skip
+                       "--label-smoothing", 0.1, "--no-margin-anneal", "--mhe", 0.5, "--mhe-s", 2, "--mhe-half-space",
+                       "--orthogonality", 0.01, "-o", "out")  # fmt: skip
     assert code == 0
     assert vars(sizes["settings"]) == {
-        "epochs": 3, "batch_size": 5, "lr": 0.25, "weight_decay": 0.125, "seed": 7, "workers": 2, "device": "cpu"
+        "epochs": 3, "batch_size": 5, "lr": 0.25, "weight_decay": 0.125, "seed": 7, "workers": 2, "device": "cpu",
+        "terms": Terms(0.1, margin_anneal=False, mhe=0.5, mhe_s=2.0, mhe_half_space=True, orthogonality=0.01),
     }  # fmt: skip
     assert sizes["data"].image_size == (1, 24, 24)
     assert out == "test accuracy 25.00%, saved to out/\n"

@@ -180,7 +180,10 @@ def test_state_dict_has_one_k_per_class():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"kind": "w-sofmax"}, "head: got 'w-sofmax', expected one of w-softmax, ga-softmax, a-softmax, s-softmax.*Did you mean 'w-softmax'"),
+        (
+            {"kind": "w-sofmax"},
+            "head: got 'w-sofmax', expected one of w-softmax, ga-softmax, a-softmax, s-softmax.*Did you mean 'w-softmax'",
+        ),
         ({"kind": "auto"}, "head: got 'auto', expected one of w-softmax, ga-softmax, a-softmax, s-softmax"),
         ({"operator": "lineal"}, "operator: got 'lineal'.*Did you mean 'linear'"),
         ({"scale": 0}, "scale: got 0, expected a positive number; the default is 30"),
