@@ -5,6 +5,8 @@ Whatever needs torch is imported inside the commands, so that `--help` answers a
 
 import functools
 import inspect as python_inspect
+import json as json_library
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +28,7 @@ app = typer.Typer(
 
 MODEL_HELP = "A timm name, torchvision:NAME, package.module:factory, path/to/file.py:factory, or a saved artifact."
 ANGLES, WHERE, LOSS, SOURCE, OUTPUT = "Angular layers", "Which layers", "Loss", "The model", "Output"
+TRAINING, DATA = "Training", "Images"
 
 
 def main() -> None:
@@ -180,25 +183,107 @@ def _objective(
     return locals()
 
 
-def _sharing(**shared: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
-    """Give a command the options of other functions; it receives what each of those returns, under its name."""
+def _sharing(
+    prepare: Callable[[typer.Context, dict[str, Any]], dict[str, Any]] | None = None,
+    /,
+    **shared: Callable[..., dict[str, Any]],
+) -> Callable[[Callable], Callable]:
+    """Give a command the options of other functions; it receives what each of those returns, under its name.
+
+    `prepare` may change the values of all options before that.
+    """
 
     def decorate(command: Callable) -> Callable:
         own = [p for p in python_inspect.signature(command).parameters.values() if p.name not in shared]
         theirs = {name: list(python_inspect.signature(f).parameters.values()) for name, f in shared.items()}
 
         @functools.wraps(command)
-        def run(**values: Any) -> None:
-            made = {name: f(**{p.name: values.pop(p.name) for p in theirs[name]}) for name, f in shared.items()}
-            command(**values, **made)
+        def run(context: typer.Context, **values: Any) -> None:
+            values = prepare(context, values) if prepare is not None else values
+            made = {name: f(**{p.name: values[p.name] for p in theirs[name]}) for name, f in shared.items()}
+            values["context"] = context
+            command(**{p.name: values[p.name] for p in own}, **made)
 
-        parameters = [*own, *(p for group in theirs.values() for p in group)]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        context = python_inspect.Parameter("context", python_inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        unique = {p.name: p for p in [context, *own, *(p for group in theirs.values() for p in group)]}
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in unique.values()]
         run.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return decorate
+
+
+def _training_option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=TRAINING)
+
+
+def _training(
+    epochs: Annotated[int, _training_option("Passes over the training data.")] = 10,
+    batch_size: Annotated[int, _training_option("Images a step on each device.")] = 64,
+    lr: Annotated[float, _training_option("Peak learning rate; usual with adamw: 1e-4 to 1e-3.")] = 1e-3,
+    opt: Annotated[str, _training_option("An optimizer of timm's: adamw, sgd, lamb, …")] = "adamw",
+    sched: Annotated[str, _training_option("A schedule of timm's: cosine, step, poly, plateau, …")] = "cosine",
+    warmup_epochs: Annotated[
+        float | None, _training_option("Epochs in which the rate rises; default a tenth of all.")
+    ] = None,
+    min_lr: Annotated[float, _training_option("Where the schedule ends.")] = 0.0,
+    weight_decay: Annotated[float, _training_option("On plain weights; angular ones have none.")] = 0.05,
+    layer_decay: Annotated[
+        float | None, _training_option("Rate of each layer relative to the next one's; usual: 0.65 to 0.9.")
+    ] = None,
+    accumulate: Annotated[int, _training_option("Batches whose gradients make one step.")] = 1,
+    clip_grad: Annotated[float | None, _training_option("Largest norm of the gradient; usual: 1.")] = None,
+    ema: Annotated[
+        float | None, _training_option("Decay of a moving average of the weights, which is then saved; usual: 0.9998.")
+    ] = None,
+    mixup: Annotated[float, _training_option("α of mixup; usual: 0.2 to 0.8. Not with margin heads.")] = 0.0,
+    cutmix: Annotated[float, _training_option("α of cutmix; usual: 1. Not with margin heads.")] = 0.0,
+    amp: Annotated[str, _training_option("Half precision: none, bf16, fp16.")] = "none",
+    channels_last: Annotated[bool, _training_option("Keep images channels last.", "--channels-last")] = False,
+    compile: Annotated[bool, _training_option("Compile the model with torch.compile.", "--compile")] = False,
+    freeze: Annotated[list[str] | None, _training_option("Layers that do not train: a glob; repeatable.")] = None,
+    warmup_head_epochs: Annotated[
+        int, _training_option("Epochs at first in which only k, β, γ and the head train.")
+    ] = 0,
+    teacher_weight: Annotated[float, _training_option("Share of the loss that follows the teacher.")] = 0.5,
+    teacher_temperature: Annotated[float, _training_option("Of the teacher's scores; usual: 1 to 4.")] = 2.0,
+    seed: Annotated[int, _training_option("Of weights drawn anew, order and augmentation.")] = 0,
+    deterministic: Annotated[bool, _training_option("Use deterministic algorithms only.", "--deterministic")] = False,
+    workers: Annotated[int, _training_option("Processes that load images.")] = 0,
+    device: Annotated[str, _training_option("auto, cpu, cuda, cuda:1, …")] = "auto",
+    strict: Annotated[
+        bool, _training_option("End at an image that cannot be read; else such are counted.", "--strict")
+    ] = False,
+    checkpoint_minutes: Annotated[float, _training_option("Between checkpoints inside an epoch.")] = 10.0,
+) -> dict[str, Any]:
+    """What `sphereify.finetune.Settings` takes, but for the terms of the loss."""
+    return {**locals(), "freeze": tuple(freeze or ())}
+
+
+def _images(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, a folder with train/ and val/ (or test/), or a name of timm's such as torch/cifar10.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where a data set of timm's lies.", rich_help_panel=DATA)
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Pixels; default 32 for digits, else the model's.", rich_help_panel=DATA)
+    ] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="Augmentation of timm's, such as rand-m9-mstd0.5.", rich_help_panel=DATA)
+    ] = None,
+) -> dict[str, Any]:
+    """Which images, for `_load_images`."""
+    if data is None:
+        raise UsageError("--data: is missing; digits, a folder with train/ and val/ (or test/), or a name of timm's")
+    return locals()
 
 
 Output = Annotated[
@@ -272,41 +357,154 @@ def inspect(
     _show_plan(plan.verify(network) if verify else plan, json)
 
 
+def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run that is continued; those given anew may only be what changes no result.
+
+    All of them are kept in `context.obj`, for the run's own record.
+    """
+    if values["resume"] is None:
+        context.obj = _plain(values)
+        return values
+    from sphereify.finetune.settings import WITHOUT_EFFECT
+
+    folder = values["resume"]
+    record = folder / "run.json"
+    if not record.is_file():
+        raise UsageError(f"--resume: {folder} is not the folder of a run, there is no run.json in it")
+    before = json_library.loads(record.read_text())
+    given = {n for n in values if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"} - {"resume"}
+    plain = _plain(values)
+    changed = [f"--{n.replace('_', '-')}: {before.get(n)} before, {plain[n]} now"
+               for n in sorted(given) if n not in WITHOUT_EFFECT and plain[n] != before.get(n)]  # fmt: skip
+    if changed:
+        raise UsageError(f"{folder}: cannot be continued otherwise than it began: {'; '.join(changed)}")
+    kept = {n: v for n, v in before.items() if n in values and n not in given & set(WITHOUT_EFFECT)}
+    paths = {n: Path(kept[n]) for n in ("weights", "data_root", "teacher_weights") if kept.get(n) is not None}
+    return {**values, **kept, **paths, "output": folder, "resume": folder}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
 @app.command()
-@_sharing(options=_conversion, terms=_objective)
+@_sharing(_resumed, options=_conversion, terms=_objective, training=_training, source=_source, images=_images)
 def finetune(
-    model: Annotated[str, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)],
-    data: Annotated[str, typer.Option(help="digits, or a folder with train/ and val/ (or test/).", show_default=False)],
+    context: typer.Context,
     options: Any,
     terms: Any,
+    training: Any,
+    source: Any,
+    images: Any,
+    model: Annotated[
+        str | None, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default MODEL-finetuned.")] = None,
     force: Force = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="On plain weights; angular ones have none.")] = 0.05,
-    img_size: Annotated[int | None, typer.Option(help="Pixels; default 32 for digits, else the model's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights drawn anew, order and augmentation.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    factory: Annotated[str | None, typer.Option(help="Makes the plain model of an artifact of your own.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", show_default=False)] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Follow the scores of: original, a model's name, or an artifact.")
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="A checkpoint for the teacher.")] = None,
 ) -> None:
-    """Train a converted network on labelled images and save it with its accuracy."""
+    """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
+    if model is None:
+        raise UsageError("MODEL: is missing; an artifact, or the name of a model to convert first")
     folder = output or Path(f"{Path(model.rpartition(':')[2]).name}-finetuned")
-    _check_output(folder, force)
+    if resume is None:
+        _check_output(folder, force)
 
-    from sphereify.artifact import save
     from sphereify.finetune import Settings, Terms
     from sphereify.finetune import finetune as train
+    from sphereify.finetune.record import write_text
 
-    settings = Settings(epochs, batch_size, lr, weight_decay, seed, workers, device, Terms(**terms))
-    network, images = _network_and_data(model, data, img_size, seed, factory, options)
+    settings = Settings(**training, terms=Terms(**terms))
+    network, original, data = _network_and_data(model, images, source, options)
+    followed = _teacher(teacher, teacher_weights, original, len(data.classes))
+    if resume is None:
+        _clear(folder)
+        write_text(folder / "run.json", json_library.dumps(context.obj, indent=1) + "\n")
     with _Progress(settings.epochs) as progress:
-        history = train(network, images, settings, on_step=progress.step, on_epoch=progress.epoch)
-    accuracy = history[-1].accuracy
-    save(network, folder, training={"data": images.name, "classes": images.classes, "accuracy": accuracy,
-                                    "image_size": images.image_size, "epochs": epochs})  # fmt: skip
-    print(f"test accuracy {accuracy:.2%}, saved to {folder}/")
+        result = train(network, data, settings, output=folder, resume=resume is not None, teacher=followed,
+                       on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
+    best = result.best
+    print(f"test accuracy {result.accuracy:.2%}, saved to {folder}/last; best {best.accuracy:.2%} in epoch "
+          f"{best.number}, saved to {folder}/best")  # fmt: skip
+
+
+@app.command()
+@_sharing(source=_source, images=_images)
+def evaluate(
+    model: Model,
+    source: Any,
+    images: Any,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    amp: Annotated[str, typer.Option(help="Half precision: none, bf16, fp16.")] = "none",
+    strict: Annotated[bool, typer.Option("--strict", help="End at an image that cannot be read.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for evaluation.json and confusion.png.")
+    ] = None,
+) -> None:
+    """Test a model, converted or not, on the held-out part of a data set."""
+    from sphereify.finetune import Settings
+    from sphereify.finetune import evaluate as test
+    from sphereify.report import console, print_evaluation
+
+    settings = Settings(batch_size=batch_size, workers=workers, device=device, amp=amp, strict=strict)
+    network = _open_model(model, **source)
+    data = _load_images(images, network)
+    found = test(network, data, settings)
+    print_evaluation(console(), found, data.classes)
+    if output is not None:
+        from sphereify.finetune.record import write_text
+        from sphereify.plots import plot_confusion
+
+        numbers = {"top1": found.top1, "top5": found.top5, "images": found.images, "skipped": found.skipped,
+                   "images_per_second": found.images_per_second, "classes": data.classes,
+                   "per_class": found.per_class, "confusion": found.confusion.tolist()}  # fmt: skip
+        write_text(output / "evaluation.json", json_library.dumps(numbers, indent=1) + "\n")
+        picture = plot_confusion(found.confusion, data.classes, output / "confusion.png")
+        print(f"written to {output / 'evaluation.json'}, drawn to {picture}")
+
+
+@app.command()
+@_sharing(options=_conversion, terms=_objective, training=_training, source=_source, images=_images)
+def compare(
+    model: Model,
+    options: Any,
+    terms: Any,
+    training: Any,
+    source: Any,
+    images: Any,
+    operators: Annotated[str, typer.Option(help="Conversions to compare with the original, by commas.")] = "cosine",
+    seeds: Annotated[int, typer.Option(help="Runs of each network, from --seed on.")] = 1,
+    reach: Annotated[
+        float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default 95 % of the original's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default MODEL-compared.")] = None,
+) -> None:
+    """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
+    from sphereify.finetune import Settings, Terms, Variant
+    from sphereify.finetune import compare as run
+    from sphereify.report import comparison_table, console
+    from sphereify.sources import find_model
+
+    if Path(model).is_dir():
+        raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
+    settings = Settings(**training, terms=Terms(**terms))
+    find_model(model)  # a wrong name is told before the data is read
+    source = _with_classes(source, images)
+    data = _load_images(images, _open_model(model, **source))
+    names = [choices.canonical(name) for name in operators.split(",") if name.strip()]
+    variants = [Variant("original", None), *(Variant(name, {**options, "operator": name}) for name in names)]
+    folder = output or Path(f"{Path(model.rpartition(':')[2]).name}-compared")
+    with _Progress(settings.epochs) as progress:
+        found = run(lambda: _open_model(model, **source), data, variants, settings, output=folder, seeds=seeds,
+                    reach=reach, on_run=progress.run, on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
+    console().print(comparison_table(found))
+    print(f"written to {folder}/comparison.md, .json and .png")
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
@@ -335,12 +533,17 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
     return model
 
 
-def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, factory: str | None,
-                      options: dict[str, Any]) -> tuple[Any, Any]:  # fmt: skip
-    """An artifact as it is; a plain model is built for the classes of the data and converted."""
+def _network_and_data(spec: str, images: dict[str, Any], source: dict[str, Any],
+                      options: dict[str, Any]) -> tuple[Any, Any, Any]:  # fmt: skip
+    """The converted network, the plain one it was made of, and the images.
+
+    An artifact is taken as it is, and has no original; a plain model is built for the classes of the data.
+    """
+    import copy
+
     from sphereify.artifact import is_artifact
     from sphereify.convert import sphereify
-    from sphereify.sources import find_model, input_channels, load_data
+    from sphereify.sources import find_model
 
     if Path(spec).is_dir() or is_artifact(spec):
         usual = {name: p.default for name, p in python_inspect.signature(_conversion).parameters.items()}
@@ -349,14 +552,53 @@ def _network_and_data(spec: str, data: str, img_size: int | None, seed: int, fac
                 raise UsageError(
                     f"--{name.replace('_', '-')}: does not go with the artifact {spec}, which is converted already"
                 )
-        model = _open_model(spec, factory=factory)
-        config = getattr(model, "pretrained_cfg", None)
-        return model, load_data(data, channels=input_channels(model), img_size=img_size, config=config)
+        model = _open_model(spec, **source)
+        return model, None, _load_images(images, model)
     find_model(spec)  # a wrong name is told before the data is read
-    plain = _open_model(spec, num_classes=len(load_data(data).classes), seed=seed)
-    config = getattr(plain, "pretrained_cfg", None)
-    images = load_data(data, channels=input_channels(plain), img_size=img_size, config=config)
-    return sphereify(plain, inplace=True, **options), images
+    plain = _open_model(spec, **_with_classes(source, images))
+    data = _load_images(images, plain)
+    return sphereify(plain, **options), copy.deepcopy(plain), data
+
+
+def _with_classes(source: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+    """The source with as many classes as the data has, unless told otherwise."""
+    from sphereify.datasets import class_count
+
+    if source["num_classes"] is not None:
+        return source
+    return {**source, "num_classes": class_count(images["data"], root=images["data_root"])}
+
+
+def _load_images(images: dict[str, Any], model: Any) -> Any:
+    from sphereify.datasets import load_data
+    from sphereify.sources import input_channels
+
+    return load_data(images["data"], channels=input_channels(model), img_size=images["img_size"],
+                     config=getattr(model, "pretrained_cfg", None), root=images["data_root"],
+                     augment=images["augment"])  # fmt: skip
+
+
+def _teacher(spec: str | None, weights: Path | None, original: Any, classes: int) -> Any:
+    if spec is None:
+        return None
+    if spec == "original":
+        if original is None:
+            raise UsageError(
+                "--teacher original: an artifact does not hold what it was before. Give the plain model to finetune "
+                "with the options of convert, or name the teacher"
+            )
+        return original
+    if Path(spec).is_dir():
+        return _open_model(spec)
+    return _open_model(spec, pretrained=weights is None, weights=weights, num_classes=classes)
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a new run in a folder that --force gave up."""
+    import shutil
+
+    for name in ("checkpoints", "last", "best", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _default_output(model: str, operator: str) -> Path:
@@ -392,7 +634,7 @@ def _show_energy(network: Any, picture: Path | None) -> None:
 
 
 class _Progress:
-    """A bar for each epoch in a terminal; one line an epoch everywhere."""
+    """A bar with loss, rate and speed in a terminal; one line an epoch everywhere."""
 
     def __init__(self, epochs: int):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -404,17 +646,26 @@ class _Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.task = self.bar.add_task("training", total=None)
+        self.accuracy = ""
 
     def __enter__(self) -> "_Progress":
-        self.bar.start()
+        if not int(os.environ.get("RANK", "0")):
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def step(self, step: int, steps: int, loss: float) -> None:
-        self.bar.update(self.task, completed=step, total=steps, description=f"loss {loss:.3f}")
+    def run(self, name: str, seed: int) -> None:
+        self.console.print(f"{name}, seed {seed}", style="bold")
+        self.accuracy = ""
+
+    def step(self, step: Any) -> None:
+        told = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.images_per_second:.0f} images/s{self.accuracy}"
+        self.bar.update(self.task, completed=step.number, total=step.steps, description=told)
 
     def epoch(self, epoch: Any) -> None:
+        self.accuracy = f"  accuracy {epoch.accuracy:.2%}"
+        skipped = f"  {epoch.skipped} images skipped" if epoch.skipped else ""
         line = f"epoch {epoch.number:>3}/{self.epochs}  loss {epoch.loss:.4f}  test accuracy {epoch.accuracy:.2%}"
-        self.console.print(line)
+        self.console.print(f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")

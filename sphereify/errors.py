@@ -41,6 +41,14 @@ class TrainingError(SphereifyError, ArithmeticError):
     """Training cannot go on: a loss that is not finite."""
 
 
+class Interrupted(SphereifyError):
+    """A signal asked to stop; what was done is saved."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, for a message of one line."""
     lines = str(error).strip().splitlines()

@@ -1,5 +1,6 @@
 """Pictures, each written to a file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,79 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # no such folder; an ending that is no format
         raise UsageError(f"{path}: cannot write the picture ({error})") from error
     return Path(path)
+
+
+def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
+    """The curves of a run: loss, accuracy, and where there are any, learned k and energy of each layer.
+
+    Args:
+        rows: the epochs, as `metrics.jsonl` has them.
+        path: the picture's file.
+    """
+    layered = [name for name in ("k", "energy") if rows[-1].get(name)]
+    figure, axes = new_figure(width=3.6 * (2 + len(layered)), height=3.2, ncols=2 + len(layered))
+    numbers = [row["number"] for row in rows]
+    style = {"marker": "." if len(rows) < 30 else ""}
+    axes[0].plot(numbers, [row["loss"] for row in rows], **style)
+    axes[0].set_title("training loss")
+    axes[1].plot(numbers, [100 * row["accuracy"] for row in rows], **style)
+    axes[1].set_title("test accuracy, %")
+    titles = {"k": "learned k (mean of a layer)", "energy": "hyperspherical energy (s=1)"}
+    for axis, name in zip(axes[2:], layered, strict=True):
+        layers = list(rows[-1][name])
+        colours = colour_ramp(len(layers))
+        for layer, colour in zip(layers, colours, strict=True):
+            axis.plot(numbers, [row[name].get(layer, math.nan) for row in rows], color=colour, linewidth=1)
+        axis.set_title(f"{titles[name]}\ndark: {layers[0]}, bright: {layers[-1]}", fontsize=8)
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(linewidth=0.4)
+    return save_figure(figure, path)
+
+
+def plot_confusion(confusion: Any, classes: list[str], path: str | Path) -> Path:
+    """A confusion matrix in shares of each right class; numbers are written in for up to 20 classes."""
+    count = len(classes)
+    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp_min(1)
+    side = min(12.0, 2.5 + 0.4 * count)
+    figure, axes = new_figure(width=side + 1, height=side)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the class")
+    axes.set_xlabel("answer")
+    axes.set_ylabel("right class")
+    if count <= 60:
+        axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), classes, fontsize=7)
+    for row in range(count if count <= 20 else 0):
+        for column in range(count):
+            if (number := int(confusion[row, column])) > 0:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(number), ha="center", va="center", fontsize=6, color=colour)
+    return save_figure(figure, path)
+
+
+def plot_comparison(curves: dict[str, list[list[dict[str, Any]]]], path: str | Path) -> Path:
+    """Test accuracy over optimizer steps, a colour for each variant, a thin line for each seed and a thick mean."""
+    figure, axes = new_figure(width=7, height=4.2)
+    for number, (name, runs) in enumerate(curves.items()):
+        colour = f"C{number % 10}"
+        for rows in runs:
+            axes.plot(
+                [r["step"] for r in rows], [100 * r["accuracy"] for r in rows], color=colour, linewidth=0.6, alpha=0.5
+            )
+        shortest = min(len(rows) for rows in runs)
+        mean = [100 * sum(rows[i]["accuracy"] for rows in runs) / len(runs) for i in range(shortest)]
+        axes.plot([r["step"] for r in runs[0][:shortest]], mean, color=colour, linewidth=2, label=name)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(linewidth=0.4)
+    axes.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def colour_ramp(count: int) -> list[Any]:
+    """Colours from dark to bright."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * place / max(1, count - 1)) for place in range(count)]

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphereify.convert import ConversionPlan, Decision
+from sphereify.finetune import Comparison, Evaluation
 
 COLOURS = {"convert": "green", "keep": "yellow"}
 
@@ -38,6 +39,31 @@ def print_plan(out: Console, plan: ConversionPlan) -> None:
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
     out.print(plan.summary(), style="bold", markup=False)
+
+
+def print_evaluation(out: Console, found: Evaluation, classes: list[str], rows: int = 20) -> None:
+    """Accuracies, and those of each class, the worst first."""
+    table = Table("class", "images", "accuracy", title="accuracy by class", header_style="bold")
+    counts = found.confusion.sum(1).tolist()
+    order = sorted(range(len(classes)), key=lambda c: (found.per_class[c] if counts[c] else 2.0, c))
+    for place in order[:rows]:
+        table.add_row(classes[place], str(counts[place]), f"{found.per_class[place]:.2%}" if counts[place] else "")
+    if len(classes) > rows:
+        table.caption = f"the {rows} worst of {len(classes)} classes"
+    out.print(table)
+    skipped = f", {found.skipped} could not be read" if found.skipped else ""
+    top5 = f", top-5 {found.top5:.2%}" if len(classes) > 5 else ""
+    out.print(f"top-1 {found.top1:.2%}{top5} of {found.images} images{skipped}; "
+              f"{found.images_per_second:.0f} images/s", style="bold", markup=False)  # fmt: skip
+
+
+def comparison_table(found: Comparison) -> Table:
+    """One network a line, the original first."""
+    columns = ["", "test accuracy, %", f"steps to {found.reach:.1%}", "images/s", "ratio", "peak memory"]
+    table = Table(*columns, header_style="bold")
+    for row in found.rows():
+        table.add_row(*row)
+    return table
 
 
 def _operator(decision: Decision) -> str:

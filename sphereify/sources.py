@@ -1,4 +1,4 @@
-"""Models and data by name. timm, torchvision and scikit-learn are asked here and nowhere else."""
+"""Models by name: of timm, of torchvision, or your own."""
 
 import difflib
 import importlib
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
 
 from sphereify.convert.graph import is_site
-from sphereify.errors import ArtifactError, DataError, SphereifyError, UsageError, first_line
+from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line
 
 SOURCE_ATTRIBUTE = "conversion_source"
 """Where a model that was built by name carries its `Source`."""
@@ -291,120 +290,6 @@ def _without_prefix(tensors: dict[str, torch.Tensor], wanted: set[str]) -> dict[
         if not wanted & set(tensors) and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-# -------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Data:
-    """A classification data set in two parts, ready for a model."""
-
-    name: str
-    train: Dataset
-    test: Dataset
-    classes: list[str]
-    image_size: tuple[int, int, int]
-    """Channels, height, width of one image as the model sees it."""
-
-
-def load_data(
-    spec: str, *, channels: int = 3, img_size: int | None = None, config: dict[str, Any] | None = None
-) -> Data:
-    """A data set by name.
-
-    Args:
-        spec: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, a fifth of them kept for testing), or a folder
-            with train/ and val/ (or test/), each with one folder of images a class.
-        channels: of the images, 1 or 3, as the model takes them.
-        img_size: height and width in pixels; default 32 for digits, else what the model's config says, or 224.
-        config: a model's `pretrained_cfg`, for size, mean and standard deviation.
-
-    Raises:
-        DataError: no such data, no classes, no images, or scikit-learn missing.
-    """
-    if img_size is not None and img_size < 1:
-        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
-    if channels not in (1, 3):
-        raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
-    if spec == "digits":
-        return _digits(channels, img_size or 32)
-    folder = Path(spec)
-    if not folder.is_dir():
-        raise DataError(
-            f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
-        )
-    return _image_folder(folder, channels, img_size, config or {})
-
-
-def _digits(channels: int, size: int) -> Data:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DataError("data 'digits' needs scikit-learn: pip install 'sphereify[digits]'") from error
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
-    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    images = images.expand(-1, channels, -1, -1).contiguous()
-    targets = torch.from_numpy(raw.target)
-    train, test = train_test_split(range(len(targets)), test_size=0.2, random_state=0, stratify=raw.target)
-    part = {name: TensorDataset(images[rows], targets[rows]) for name, rows in (("train", train), ("test", test))}
-    return Data("digits", part["train"], part["test"], [str(name) for name in raw.target_names], (channels, size, size))
-
-
-def _image_folder(folder: Path, channels: int, img_size: int | None, config: dict[str, Any]) -> Data:
-    held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir() or held_out is None:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {found}")
-    size = img_size or (config.get("input_size") or (3, 224, 224))[-1]
-    train = _open_folder(folder / "train", _transform(size, channels, config, training=True))
-    test = _open_folder(folder / held_out, _transform(size, channels, config, training=False))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"data {str(folder)!r}: train/ and {held_out}/ differ in classes: {', '.join(odd[:5])}")
-    return Data(str(folder), train, test, train.classes, (channels, size, size))
-
-
-def _open_folder(folder: Path, transform: Any) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(folder), transform=transform, loader=_open_image)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"data {str(folder)!r}: {str(error).splitlines()[0]}. Expected one folder a class with images in it."
-        ) from error
-
-
-def _open_image(path: str) -> Any:
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except OSError as error:  # what PIL raises for a file that is no image
-        raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
-
-
-def _transform(size: int, channels: int, config: dict[str, Any], training: bool) -> Any:
-    """timm's transform of the model; small images (up to 64 pixels) are shifted and flipped rather than cropped out."""
-    from timm.data import create_transform
-    from torchvision import transforms
-
-    mean, deviation = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
-    if channels == 1:
-        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
-    gray = [transforms.Grayscale()] if channels == 1 else []
-    if size <= 64:
-        moves = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()] if training else []
-        steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
-        return transforms.Compose([*gray, *steps])
-    jitter = 0.0 if channels == 1 else 0.4
-    return transforms.Compose([
-        *gray, create_transform((channels, size, size), is_training=training, mean=mean, std=deviation,
-                                interpolation="bicubic", color_jitter=jitter)
-    ])  # fmt: skip
 
 
 def input_channels(model: nn.Module) -> int:

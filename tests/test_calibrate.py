@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sphereify import apply_plan, plan_conversion, sphereify
 from sphereify.convert.calibrate import PATCH_BYTES, _set_scale, _unroll, calibrate
+from sphereify.datasets import load_data
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.sources import load_data
 
 OPERATORS = ("cosine", "linear", "sigmoid")
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -17,9 +17,10 @@ from torch import nn
 
 from sphereify import __version__, cli, load, plan_conversion, save, sphereify
 from sphereify.artifact import read_document
+from sphereify.datasets import load_data
 from sphereify.finetune import Terms, accuracy
 from sphereify.nn import AngularHead
-from sphereify.sources import build_model, find_model, load_data
+from sphereify.sources import build_model, find_model
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = typer.main.get_command(cli.app)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sphereify import sphereify
+from sphereify.datasets import Data, load_data
 from sphereify.errors import DataError, TrainingError, UsageError
 from sphereify.finetune import Epoch, Settings, accuracy, finetune
-from sphereify.sources import Data, load_data
 
 CPU = {"device": "cpu"}
 

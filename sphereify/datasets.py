@@ -1,0 +1,199 @@
+"""Labelled images by name: handwritten digits, folders, and the data sets that timm reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from sphereify.errors import DataError, UsageError, first_line
+
+TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
+"""How the names of data sets begin that `timm.data.create_dataset` reads through another library."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification data set in two parts, ready for a model."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    classes: list[str]
+    image_size: tuple[int, int, int]
+    """Channels, height, width of one image as the model sees it."""
+
+
+def load_data(
+    spec: str,
+    *,
+    channels: int = 3,
+    img_size: int | None = None,
+    config: dict[str, Any] | None = None,
+    root: str | Path | None = None,
+    splits: tuple[str, str] = ("train", "validation"),
+    augment: str | None = None,
+) -> Data:
+    """A data set by name.
+
+    Args:
+        spec: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, a fifth of them kept for testing), a folder with
+            train/ and val/ (or test/), each with one folder of images a class, or a name that
+            `timm.data.create_dataset` knows, such as "torch/cifar10" or "hfds/…".
+        channels: of the images, 1 or 3, as the model takes them.
+        img_size: height and width in pixels; default 32 for digits, else what the model's config says, or 224.
+        config: a model's `pretrained_cfg`, for size, mean and standard deviation.
+        root: where a data set of timm's lies.
+        splits: names of its training and test part.
+        augment: timm's automatic augmentation of training images, such as "rand-m9-mstd0.5".
+
+    Raises:
+        DataError: no such data, no classes, no images, a library missing, or data that comes as a stream.
+        UsageError: an augmentation that timm does not know, or a size below 1.
+    """
+    if img_size is not None and img_size < 1:
+        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
+    if channels not in (1, 3):
+        raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
+    if spec == "digits":
+        if augment:
+            raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
+        return _digits(channels, img_size or 32)
+    config = config or {}
+    size = img_size or (config.get("input_size") or (3, 224, 224))[-1]
+    moves = [_transform(size, channels, config, training=training, augment=augment) for training in (True, False)]
+    if spec.startswith(TIMM_READERS):
+        return _of_timm(spec, root, splits, moves, (channels, size, size))
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise DataError(
+            f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
+        )
+    return _image_folder(folder, moves, (channels, size, size))
+
+
+def class_count(spec: str, *, root: str | Path | None = None) -> int:
+    """How many classes a data set has, without reading it where that is not needed.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    if spec != "digits" and (Path(spec) / "train").is_dir():
+        return sum(entry.is_dir() for entry in (Path(spec) / "train").iterdir())
+    return len(load_data(spec, root=root).classes)
+
+
+def _digits(channels: int, size: int) -> Data:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("data 'digits' needs scikit-learn: pip install 'sphereify[digits]'") from error
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
+    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = images.expand(-1, channels, -1, -1).contiguous()
+    targets = torch.from_numpy(raw.target)
+    train, test = train_test_split(range(len(targets)), test_size=0.2, random_state=0, stratify=raw.target)
+    part = {name: TensorDataset(images[rows], targets[rows]) for name, rows in (("train", train), ("test", test))}
+    return Data("digits", part["train"], part["test"], [str(name) for name in raw.target_names], (channels, size, size))
+
+
+def _image_folder(folder: Path, moves: list[Any], image_size: tuple[int, int, int]) -> Data:
+    held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or held_out is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {found}")
+    train, test = _open_folder(folder / "train", moves[0]), _open_folder(folder / held_out, moves[1])
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"data {str(folder)!r}: train/ and {held_out}/ differ in classes: {', '.join(odd[:5])}")
+    return Data(str(folder), train, test, train.classes, image_size)
+
+
+def _open_folder(folder: Path, transform: Any) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder), transform=transform, loader=_open_image)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"data {str(folder)!r}: {str(error).splitlines()[0]}. Expected one folder a class with images in it."
+        ) from error
+
+
+def _open_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except OSError as error:  # what PIL raises for a file that is no image
+        raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
+
+
+def _of_timm(spec: str, root: Any, splits: tuple[str, str], moves: list[Any], image_size: tuple[int, int, int]) -> Data:
+    from timm.data import create_dataset
+
+    parts = []
+    mode = "L" if image_size[0] == 1 else "RGB"
+    for split, transform in zip(splits, moves, strict=True):
+        try:
+            part = create_dataset(spec, root=root, split=split, input_img_mode=mode)
+        except Exception as error:  # each reader raises in its own way, for a missing library or file
+            raise DataError(f"data {spec!r}, split {split!r}: {first_line(error)}") from error
+        if isinstance(part, IterableDataset):
+            raise DataError(f"data {spec!r} comes as a stream, which cannot be continued inside an epoch; download it")
+        part.transform = transform
+        parts.append(part)
+    return Data(spec, parts[0], parts[1], _classes_of(parts[0]), image_size)
+
+
+def _classes_of(part: Any) -> list[str]:
+    names = getattr(part, "classes", None) or getattr(getattr(part, "reader", None), "class_to_idx", None)
+    if isinstance(names, dict):
+        names = sorted(names, key=names.__getitem__)
+    if names:
+        return [str(name) for name in names]
+    features = getattr(getattr(getattr(part, "reader", None), "dataset", None), "features", None) or {}
+    label = next((f for f in features.values() if hasattr(f, "names")), None)
+    if label is None:
+        raise DataError("the data set does not say what its classes are")
+    return [str(name) for name in label.names]
+
+
+def _transform(size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None) -> Any:
+    """timm's transform of the model; small images (up to 64 pixels) are shifted and flipped rather than cropped out."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    mean, deviation = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
+    if channels == 1:
+        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
+    gray = [transforms.Grayscale()] if channels == 1 else []
+    if size <= 64:
+        moves = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()] if training else []
+        moves += [_augmentation(augment, size, mean)] if training and augment else []
+        steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
+        return transforms.Compose([*gray, *steps])
+    jitter = 0.0 if channels == 1 else 0.4
+    if augment:
+        _augmentation(augment, size, mean)  # told now if timm does not know it
+    return transforms.Compose([
+        *gray, create_transform((channels, size, size), is_training=training, mean=mean, std=deviation,
+                                interpolation="bicubic", color_jitter=jitter, auto_augment=augment)
+    ])  # fmt: skip
+
+
+def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in mean)}
+    try:
+        return makers.get(augment.split("-")[0], auto_augment_transform)(augment, settings)
+    except Exception as error:  # timm checks with asserts
+        raise UsageError(
+            f"--augment: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 ({first_line(error)})"
+        ) from error

@@ -1,0 +1,103 @@
+"""Batches that do not depend on how often a run was interrupted, or on how many processes load them."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from sphereify.errors import DataError
+from sphereify.finetune.settings import Settings
+
+Key = tuple[int, int]
+"""Epoch and index of an image."""
+
+
+class Batches(Sampler[list[Key]]):
+    """The order of images: shuffled by seed and epoch, or as they are; from some batch on; this process's share.
+
+    A batch of all processes together is a run of the order, so that two processes see what one with the double batch
+    would.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1):
+        super().__init__()
+        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.epoch = 0
+        self.start = 0
+        """Batches that are behind us."""
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = torch.arange(self.length)
+        if self.seed is not None:
+            order = torch.randperm(
+                self.length, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            )
+        whole = self.batch_size * self.world
+        for place in range(self.start, len(self)):
+            mine = order[place * whole : (place + 1) * whole][self.rank :: self.world]
+            yield [(self.epoch, index) for index in mine.tolist()]
+
+    def __len__(self) -> int:
+        """Batches in an epoch. In training a last, smaller one is left out: its gradient would be noisier."""
+        whole = self.batch_size * self.world
+        rounded = self.length // whole
+        return rounded if self.seed is not None and rounded else -(-self.length // whole)
+
+
+class _Seeded(Dataset):
+    """Images by (epoch, index), with augmentation drawn from the seed and the key alone."""
+
+    def __init__(self, images: Dataset, seed: int, strict: bool):
+        self.images, self.seed, self.strict = images, seed, strict
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, index = key
+        mixed = (self.seed * 1_000_003 + epoch) * 16_777_619 + index
+        states = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mixed % 2**63)
+                random.seed(mixed)
+                np.random.seed(mixed % 2**32)
+                return self.images[index]
+        except DataError:
+            if self.strict:
+                raise
+            return None  # an image that cannot be read
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _collate(items: list[Any]) -> tuple[Any, int]:
+    """A batch, None if nothing of it could be read, and how many images could not."""
+    read = [item for item in items if item is not None]
+    return (default_collate(read) if read else None), len(items) - len(read)
+
+
+def make_loader(images: Dataset, batches: Batches, settings: Settings, device: torch.device) -> DataLoader:
+    """A loader over `batches`, which may be set to another epoch or start between two passes."""
+    return DataLoader(
+        _Seeded(images, settings.seed, settings.strict),
+        batch_sampler=batches,
+        num_workers=settings.workers,
+        collate_fn=_collate,
+        persistent_workers=settings.workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else each pass would draw from the generator that dropout uses
+    )
+
+
+def on_device(batch: tuple[Any, int], device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor] | None:
+    """Images and targets of a batch where the model is; None if none could be read."""
+    if batch[0] is None:
+        return None
+    images, targets = batch[0]
+    images = images.to(device, non_blocking=True)
+    if channels_last and images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, targets.to(device, non_blocking=True)
