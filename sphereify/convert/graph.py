@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from sphereify.convert.running import Call, Inputs, Run, run
+from sphereify.convert.running import Call, Inputs, Run, run, unchanged
 from sphereify.convert.wiring import Wiring
 from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead
@@ -93,6 +93,8 @@ class Site:
     angular: bool = False
     direct: bool | None = None
     """Whether its product is an output as it is, with nothing in between; None where no run tells."""
+    processed: bool = False
+    """For a classifier: whether more is done to its scores than what leaves each its class."""
     heads: int = 0
     """For a classifier: how many separate outputs of the model end in a site."""
 
@@ -121,8 +123,7 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     with contextlib.suppress(Exception):  # whatever a user's __deepcopy__ raises: names alone then describe the model
         bones = skeleton(model)
     if bones is not None:
-        facts = _facts(skeleton(model))  # a copy of its own: a forward may store the proxies that it is traced with
-        seen = run(bones, example_inputs)
+        facts, seen = _facts(bones), run(bones, example_inputs)
         if seen.error and example_inputs is not None:  # control flow on values, which only a real pass can follow
             real = run(bones, example_inputs, on_shapes=False)
             seen = real if not real.error else seen
@@ -132,7 +133,8 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
              for name, (module, aliases) in site_modules(model).items()]  # fmt: skip
     sites = _with_calls(sites, model, facts, seen, bones)
     if "" in facts.untraced:
-        sites = _with_ends(sites, seen) if seen.ends else _guess_classifier(model, sites, seen.output)
+        guess = seen.error or not (seen.outputs or seen.ends)
+        sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
     order = facts.order if seen.error else seen.order
     return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
 
@@ -291,7 +293,8 @@ def _trace(root: nn.Module) -> tuple[fx.Graph | None, str, dict[fx.Node, str]]:
     while True:
         tracer = _make_tracer(opaque)
         try:
-            return tracer.trace(root, concrete_args=_defaults(root)), "", tracer.node_to_qualname
+            with unchanged(root):
+                return tracer.trace(root, concrete_args=_defaults(root)), "", tracer.node_to_qualname
         except Exception as error:  # a traced forward may raise anything
             culprit = next((m for m in reversed(tracer.entered) if type(m) not in opaque), None)
             if culprit is None or culprit is root or isinstance(culprit, type(root)):
@@ -362,7 +365,7 @@ def _read(
         else:
             facts.norms.setdefault(name, _join(prefix, norm))
             facts.fed.setdefault(_join(prefix, norm), []).append(name)
-        if node.op == "call_function":
+        if node.op != "call_module":
             call = wiring.call(node)
             facts.calls.append(replace(call, owner=_join(prefix, homes[node]).rstrip("."),
                                        parameter=_join(prefix, call.parameter or "")))  # fmt: skip
@@ -432,24 +435,35 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
     computed = [call for call in [*calls, *seen.fixed] if call.parameter is None]
     for call in calls:
         owner = model.get_submodule(call.owner)
-        if call.owner in by_name and is_swapped(owner):
+        if call.owner in by_name and is_swapped(owner) and call.kind != "product":
             continue  # the layer's own call, perhaps with a weight that another one is tied to
+        switched = call in seen.not_in_both
         call, unclear = _localized(call, model, computed)
+        if switched:
+            unclear = unclear or "the call is made in one of training and evaluation only"
         home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
         site = by_name.get(home)
         if site is not None and site.module is not None:
+            if call.kind == "product" and call.parameter is None:
+                continue
             if site.call is not None and site.call != call:
                 unclear = "its forward makes more than one convolution or linear map"
+            elif not (call.owner in site.names or _within(site.name, call.owner)) and any(
+                name in seen.order for name in site.names
+            ):
+                unclear = f"it is called, and its weight is used by {call.owner or 'the model'} as well"
             if call.kind == "product":
                 unclear = "its weight is multiplied by other means (einsum, bmm, W @ x)"
-            _replace(sites, by_name, replace(site, call=call, called=True, unclear=unclear))
-        else:
-            name = call.parameter or _join(call.owner, "computed")
-            while name in extra and call.parameter is None:
-                name += "'"
-            extra[name] = Site(name, call.kind, call.shape, role=facts.roles.get(name, "hidden"),
-                               norm=facts.norms.get(name), called=True, call=call, unclear=unclear,
-                               heads=facts.outputs)  # fmt: skip
+            _replace(sites, by_name, replace(site, call=call, called=True, unclear=site.unclear or unclear))
+            continue
+        name = call.parameter or _join(call.owner, "computed")
+        while name in extra and call.parameter is None:
+            name += "'"
+        if name in extra and extra[name].call != call:
+            unclear = "several calls use this weight, each in its own way"
+        extra[name] = Site(name, call.kind, call.shape, role=facts.roles.get(name, "hidden"),
+                           norm=facts.norms.get(name), called=True, call=call, unclear=unclear,
+                           heads=facts.outputs)  # fmt: skip
     for call in seen.fixed:
         if call.owner not in by_name:
             name = _join(call.owner, "fixed")
@@ -563,14 +577,18 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
 
 def _with_ends(sites: list[Site], seen: Run) -> list[Site]:
     """Without a trace of the whole model: what a run shows its outputs to be made of."""
-    ends = frozenset().union(*seen.ends)
     outputs = 1 if seen.output is not None else len(seen.ends)
+    kept = frozenset().union(*(end.weights for end in seen.ends if end.kept))
+    ends = frozenset().union(*(end.weights for end in seen.ends))
 
-    def is_end(site: Site) -> bool:
-        weights = {f"{name}.{own}" for name in site.names for own in ("weight", "computed")}
-        return bool(ends & {*site.names, *weights}) or (site.call is not None and site.call.parameter in ends)
+    def weights_of(site: Site) -> set[str]:
+        own = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")}
+        return {*site.names, *own, *([site.call.parameter] if site.call is not None and site.call.parameter else [])}
 
-    return [replace(s, role="classifier", heads=outputs) if is_end(s) else s for s in sites]
+    return [
+        replace(s, role="classifier", heads=outputs, processed=not weights_of(s) & kept) if weights_of(s) & ends else s
+        for s in sites
+    ]
 
 
 def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:

@@ -426,6 +426,8 @@ class _Planner:
             return "output convolution: an angular head takes the place of a linear classifier only"
         if site.call is not None:
             return "classifier in a functional call: an angular head takes the place of an nn.Linear only"
+        if site.processed:
+            return "more is done to its scores before the output: an angular head would change what that means"
         if self.options.head != "auto":
             return None
         if self.graph.output is not None and len(self.graph.output) != 2:
@@ -439,7 +441,7 @@ class _Planner:
         return None
 
     def _is_head(self, site: Site) -> bool:
-        linear = site.kind == "linear" and site.module is not None and site.call is None
+        linear = site.kind == "linear" and site.module is not None and site.call is None and not site.processed
         return isinstance(site.module, AngularHead) or (site.role == "classifier" and linear)
 
     def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
@@ -506,7 +508,7 @@ def _cannot_convert(site: Site) -> str | None:
         return site.unclear
     if site.called is False:
         return "never called by the model's forward"
-    if site.call is not None and re.search(r"rel(ative)?_|_rel|pos(ition)?_|_pos", site.call.parameter or ""):
+    if site.call is not None and site.attention is None and _is_position_table(site.call):
         return "table of positions: its products are attention scores, not features"
     if site.kind not in SWAPPED.values():
         return next(reason for kind, reason in _OTHER_KINDS.items() if site.kind.startswith(kind))
@@ -515,6 +517,14 @@ def _cannot_convert(site: Site) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return f"{class_name(module)} is a subclass, and no single convolution or linear map was seen in its forward"
+
+
+def _is_position_table(call: Call) -> bool:
+    own = (call.parameter or "").rpartition(".")[2]
+    return (
+        call.kind in ("linear", "product")
+        and re.search(r"(^|_)(rel|relative|pos|position|positional)(_|$)", own) is not None
+    )
 
 
 def _call(plain: dict[str, Any] | None) -> Call | None:

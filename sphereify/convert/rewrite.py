@@ -187,9 +187,12 @@ def _start_beta(beta: torch.Tensor, weight: torch.Tensor, operator: Any) -> None
 
 def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
     """dg/dcos at θ = π/2, for each filter; 1 where an operator of the user's own has none to divide by."""
-    cos = torch.zeros(1, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(operator(cos).sum(), cos)
+    with torch.inference_mode(False), torch.enable_grad():
+        cos = torch.zeros(1, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
+        try:
+            (slope,) = torch.autograd.grad(operator(cos).sum(), cos)
+        except RuntimeError:  # not differentiable, or its parameters were made in inference mode
+            slope = torch.ones_like(cos)
     return torch.where((slope > 0) & slope.isfinite(), slope, torch.ones_like(slope))[0]
 
 

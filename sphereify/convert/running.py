@@ -4,19 +4,21 @@ A trace shows how modules are wired. A run shows what is called in modules that 
 passed to functions.
 """
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shapes
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
+from sphereify.convert.flow import End, Flow, tensors_in
+from sphereify.convert.operations import word
 from sphereify.errors import first_line
 from sphereify.nn.calls import FUNCTIONS
 
@@ -52,9 +54,12 @@ class Run:
     """Calls with a weight that is no parameter's: buffers, or computed from activations."""
     output: tuple[int, ...] | None = None
     """Shape of what the model returns in evaluation, if that is one tensor."""
-    ends: list[frozenset[str]] = field(default_factory=list)
-    """For each output in evaluation: the weights from whose products it is made without another site or normalization
-    on the way. An output is a tensor that the model returns, or one that it uses without its gradient."""
+    ends: list[End] = field(default_factory=list)
+    """The different outputs in evaluation that end in sites."""
+    outputs: int = 0
+    """How many tensors the model returns in evaluation."""
+    not_in_both: set[Call] = field(default_factory=set)
+    """Calls that one of the two passes makes and the other does not, though it runs the owner."""
     direct: frozenset[str] = frozenset()
     """Weights whose products are outputs as they are, with nothing in between; in training, if that pass succeeded."""
     error: str = ""
@@ -70,12 +75,14 @@ def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = Tr
     candidates = [_as_tuple(example_inputs)] if example_inputs is not None else assumed_inputs(model)
     errors = []
     for inputs in candidates:
-        seen = Run(error="no pass was tried")
+        seen, passes = Run(error="no pass was tried"), []
         for training in (False, True):
             model.train(training)
             attempt = Run()
             try:
-                _run_once(model, inputs, attempt, on_shapes)
+                with unchanged(model), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    _run_once(model, inputs, attempt, on_shapes)
             except Exception as error:  # a forward may raise anything; it may need values, or other inputs
                 errors.append(first_line(error))
                 continue
@@ -83,13 +90,28 @@ def run(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = Tr
                 seen.direct = attempt.direct
             seen.error = ""
             if not training:
-                seen.output, seen.ends = attempt.output, attempt.ends
+                seen.output, seen.ends, seen.outputs = attempt.output, attempt.ends, attempt.outputs
             for name in ("order", "calls", "fixed"):
                 known = getattr(seen, name)
                 known.extend(item for item in dict.fromkeys(getattr(attempt, name)) if item not in known)
+            passes.append(attempt)
         if not seen.error:
+            seen.not_in_both = _not_in_both(passes)
             return seen
     return Run(error=errors[0])
+
+
+def _not_in_both(passes: list[Run]) -> set[Call]:
+    """A weight may be computed in training only, as DropConnect does it; its call would be angular in one mode."""
+    if len(passes) < 2:
+        return set()
+    first, second = passes
+    return {
+        call
+        for one, other in ((first, second), (second, first))
+        for call in one.calls
+        if call not in other.calls and (call.owner in other.order or not call.owner)
+    }
 
 
 def assumed_inputs(model: nn.Module) -> list[tuple[Any, ...]]:
@@ -117,6 +139,19 @@ def _required_arguments(model: nn.Module) -> int:
     return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What modules keep of a pass (masks, caches, proxies of a trace) is forgotten after it."""
+    states = [(module, {key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+                        for key, value in vars(module).items()}) for module in model.modules()]  # fmt: skip
+    try:
+        yield
+    finally:
+        for module, state in states:
+            vars(module).clear()
+            vars(module).update(state)
+
+
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
@@ -140,38 +175,36 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
     # On shapes alone, a size that depends on values is taken as large as it can be.
     largest = shapes.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     output = None
+    left: set[str] = set()
     try:
-        with torch.random.fork_rng(devices=[]), largest, _stacked(model, stack, seen), watch:
+        with torch.random.fork_rng(devices=[]), largest, _stacked(model, stack, seen, left), watch:
             output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
     except Exception:
-        if not (on_shapes and _all_entered(model, seen)):
+        if not (on_shapes and _all_left(model, left)):
             raise
         # Every layer has run: what failed is the reading of the results, boxes drawn from scores for one.
-        watch.cut = watch.made
+        watch.flow.cut = watch.flow.made
     seen.output = tuple(output.shape) if isinstance(output, Tensor) else None
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    seen.direct = frozenset(watch.products[tensor] for tensor in tensors if tensor in watch.products)
-    ends = [watch.origins(tensor) - watch.read_on for tensor in tensors]
-    rest = watch.cut - watch.read_on - frozenset().union(*ends)
-    seen.ends = [end for end in [*ends, *(frozenset([name]) for name in sorted(rest))] if end]
+    seen.ends, seen.direct = watch.flow.ends(output), watch.flow.direct(output)
+    seen.outputs = sum(1 for _ in tensors_in(output))
 
 
-def _all_entered(model: nn.Module, seen: Run) -> bool:
-    entered = set(seen.order)
+def _all_left(model: nn.Module, left: set[str]) -> bool:
+    """Whether every module with parameters has been run to its end."""
     layers = (n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
-    return all(name in entered for name in layers)
+    return all(name in left for name in layers)
 
 
-NORMALIZATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm}
-OTHER_SITES = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear, F.multi_head_attention_forward,
-               torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # fmt: skip
-"""What has weights and is no convolution or linear map: it, too, reads features rather than outputs."""
+def _is_turned(view: Tensor, base: Tensor) -> bool:
+    """Whether a view of a matrix, or the matrix itself, has its rows and columns swapped."""
+    if view is base or view.dim() != 2:
+        return False
+    return view.shape != base.shape or (view.shape[0] > 1 and view.shape[1] > 1 and view.stride() != base.stride())
 
-PRODUCTS = {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum}
+
+PRODUCTS = {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm,
+            torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv}  # fmt: skip
 """Products that are no linear map of rows, or not seen to be one."""
-
-POOL_BOXES = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
-"""Functions, by name, that are differentiable in their first argument alone."""
 
 VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
     "nms": lambda boxes, *_, **__: torch.arange(len(boxes), device=boxes.device),
@@ -181,8 +214,11 @@ VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
 
 
 @contextmanager
-def _stacked(model: nn.Module, stack: list[list[Any]], seen: Run) -> Iterator[None]:
-    """Keeps `stack` at the modules whose forward is running: name, and computed weights seen so far in this pass."""
+def _stacked(model: nn.Module, stack: list[list[Any]], seen: Run, left: set[str]) -> Iterator[None]:
+    """Keeps `stack` at the modules whose forward is running: name, and computed weights seen so far in this pass.
+
+    Those that have come to their end are in `left`.
+    """
     handles = []
     for name, module in model.named_modules():
 
@@ -191,7 +227,7 @@ def _stacked(model: nn.Module, stack: list[list[Any]], seen: Run) -> Iterator[No
             seen.order.append(name)
 
         def leave(*_: Any) -> None:
-            stack.pop()
+            left.add(stack.pop()[0])
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave))
@@ -213,20 +249,7 @@ class _Watch(TorchFunctionMode):
         self.alive: list[Any] = []  # an id is only good while its tensor lives
         self.stack = stack
         self.seen = seen
-        self.flow = WeakIdKeyDictionary()
-        """Tensor -> the weights that `origins` speaks of."""
-        self.products = WeakIdKeyDictionary()
-        """Results of sites -> the weight."""
-        self.read_on: set[str] = set()
-        """Weights whose products another site or a normalization reads."""
-        self.cut: set[str] = set()
-        """Weights whose products are read without their gradient: detached, or as indices."""
-        self.made: set[str] = set()
-        """Weights that have been used."""
-
-    def origins(self, tensor: Tensor) -> frozenset[str]:
-        """The weights whose products a tensor is made of, with no site or normalization in between."""
-        return self.flow.get(tensor, frozenset())  # type: ignore[no-any-return]
+        self.flow = Flow()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -236,49 +259,28 @@ class _Watch(TorchFunctionMode):
             return answer(*args, **kwargs)
         result = func(*args, **kwargs)
         leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self._follow(leaves, result)
-        self._trace_flow(func, leaves, result, name)
+        self._follow(func, leaves, result)
+        self.flow.note(func, leaves, result, name)
         return result
-
-    def _trace_flow(self, func: Any, leaves: list[Tensor], result: Any, site: str) -> None:
-        """Note what the result of a function is made of."""
-        if getattr(func, "__name__", "") in POOL_BOXES:
-            leaves, boxes = leaves[:1], leaves[1:]
-            self.cut |= frozenset().union(*map(self.origins, boxes))
-        read = frozenset().union(*map(self.origins, leaves))
-        if site or func in NORMALIZATIONS or func in OTHER_SITES:
-            self.read_on |= read
-            read = frozenset([site]) if site else frozenset()
-            self.made |= read
-            if site:
-                self.products[result] = site
-        elif func in (Tensor.detach, Tensor.detach_, Tensor.data.__get__):  # type: ignore[attr-defined]
-            self.cut |= read
-            read = frozenset()
-        if func is Tensor.__setitem__:
-            result = leaves[0]
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-                if read or tensor in self.flow:
-                    self.flow[tensor] = read
-            elif isinstance(tensor, Tensor):
-                self.cut |= read
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         """Note a call of a convolution, a linear map, or another product with a parameter, and return its name."""
         function = FUNCTIONS.get(func)
-        call = function.arguments(*args, **kwargs) if function is not None else None
-        if function is None or call is None or (function.any_product and not self._is_matrix(call.source)):
-            return self._note_product(args) if func in PRODUCTS else ""
+        call = function.read(args, kwargs) if function is not None else None
+        multiplies = function is not None and function.any_product
+        if function is None or call is None or (multiplies and not self._is_matrix(call.source)):
+            return self._note_product(args, kwargs) if func in PRODUCTS else ""
+        if id(call.x) in self.names or id(call.x) in self.computed or id(call.x) in self.constant:
+            return ""  # of parameters alone: a weight is computed here
         base = call.source if id(call.source) in self.names else call.source._base
         whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
         name = self.names.get(id(base)) if whole else None
-        transposed = name is not None and base is not None and call.weight.stride() != base.stride()
+        columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
         owner, nth = self.stack[-1]
         self.stack[-1][1] += name is None
         self.seen.order.append(name or f"{owner}.computed")
         noted = Call(owner, function.kind, name, tuple(call.weight.shape), call.bias is not None,
-                     0 if name else nth, transposed)  # fmt: skip
+                     0 if name else nth, columns)  # fmt: skip
         learned = name is not None or id(call.source) in self.computed
         (self.seen.calls if learned else self.seen.fixed).append(noted)
         return self.seen.order[-1]
@@ -295,29 +297,31 @@ class _Watch(TorchFunctionMode):
         whole = base is not None and id(base) in self.names and base.numel() == tensor.numel() and base.dim() == 2
         return tensor.dim() == 2 and whole
 
-    def _note_product(self, args: tuple) -> str:
+    def _note_product(self, args: tuple, kwargs: dict[str, Any]) -> str:
         """Other products with a parameter are no sites that can be made angular; they are told."""
-        for tensor in torch.utils._pytree.tree_leaves(args):
+        operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if all(id(t) in self.names or id(t) in self.computed or id(t) in self.constant for t in operands):
+            return ""
+        for tensor in operands:
             name = self._parameter(tensor)
-            if name is not None and tensor.dim() >= 2:
-                self.seen.order.append(name)
+            if tensor.dim() >= 2 and (name is not None or id(tensor) in self.computed):
+                self.seen.order.append(name or f"{self.stack[-1][0]}.computed")
                 self.seen.calls.append(Call(self.stack[-1][0], "product", name, tuple(tensor.shape), False))
-                return name
+                return ""
         return ""
 
-    def _follow(self, leaves: list[Tensor], result: Any) -> None:
+    def _follow(self, func: Any, leaves: list[Tensor], result: Any) -> None:
         """A result is computed from parameters if all its tensors are parameters, constants, or so computed."""
+        if word(func) == "setitem":
+            result = leaves[0]
         if not isinstance(result, Tensor):
             return
-        learned = [id(t) in self.names or id(t) in self.computed for t in leaves]
-        if (
-            leaves
-            and any(learned)
-            and all(yes or id(t) in self.constant for yes, t in zip(learned, leaves, strict=True))
-        ):
-            if id(result) not in self.names:
-                self.computed.add(id(result))
-                self.alive.append(result)
-        elif all(id(t) in self.constant for t in leaves):
-            self.constant.add(id(result))
+        is_learned = [id(t) in self.names or id(t) in self.computed for t in leaves]
+        known = all(yes or id(t) in self.constant for yes, t in zip(is_learned, leaves, strict=True))
+        if not known:
+            for written in (result, result._base):  # features may be written into what was a constant
+                self.constant.discard(id(written))
+                self.computed.discard(id(written))
+        elif id(result) not in self.names:
+            (self.computed if any(is_learned) else self.constant).add(id(result))
             self.alive.append(result)

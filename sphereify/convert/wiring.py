@@ -6,25 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sphereify.convert.operations import ADD, KEEPS_CLASSES, PRODUCTS, SAME_VALUES, SCALE
 from sphereify.convert.running import Call
 from sphereify.nn.calls import FUNCTIONS
 
-SAME_VALUES = {
-    "contiguous", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "to",
-    "float", "type", "type_as", "getitem", "clone", "chunk", "unbind", "movedim", "getattr", "dropout", "identity",
-    "t", "_assert", "sym_size", "drop_path", "dropout1d", "dropout2d", "dropout3d", "droppath", "rearrange",
-    "alphadropout",
-}  # fmt: skip
-"""Operations that move values without mixing channels, by name: function, method, or module class."""
-KEEPS_CLASSES = {
-    "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
-    "selectadaptivepool2d",
-}  # fmt: skip
-"""Operations between the classifier and the output of a model that leave each channel its class."""
-PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
-ADD = {"add", "iadd", "add_"}
-SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
 UPSAMPLE = {
     "interpolate", "upsample", "pixel_shuffle", "pixelshuffle", "convtranspose1d", "convtranspose2d", "convtranspose3d",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
@@ -32,7 +17,8 @@ UPSAMPLE = {
 SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
 FUNCTIONAL_NORMS = {F.batch_norm: 3, F.layer_norm: 2, F.group_norm: 2}
 """And the place of the weight among their arguments."""
-TRANSPOSE = {"t", "transpose", "permute", "to", "getattr"}
+TURNED = {"t", "transpose", "permute", "to", "type_as", "float", "getattr"}
+"""Operations after which a weight is still that weight, turned or in another dtype."""
 
 
 class Wiring:
@@ -68,13 +54,34 @@ class Wiring:
         """The parameter that a functional convolution or linear map uses, if it is one."""
         place = 2 if self.name(node) == "addmm" else 1
         weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
-        while isinstance(weight, fx.Node) and self.name(weight) in TRANSPOSE and weight.op.startswith("call_"):
-            weight = weight.args[0]
+        weight = self._source(weight)
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
         parameter = self.parameters.get(str(weight.target))  # and no buffer
         usable = parameter is not None and (parameter.dim() == 2 or not self._multiplies_columns(node))
         return weight if usable else None
+
+    def _source(self, node: Any) -> Any:
+        """What a weight was before it was turned or cast."""
+        while isinstance(node, fx.Node) and self.name(node) in TURNED and node.op.startswith("call_"):
+            node = node.args[0]
+        return node
+
+    def _is_transposed(self, node: Any) -> bool:
+        """Whether what lies between a matrix and its use swaps rows and columns."""
+        swapped = False
+        while isinstance(node, fx.Node) and self.name(node) in TURNED and node.op.startswith("call_"):
+            name = self.name(node)
+            rest: list[Any] = [a for arg in node.args[1:] for a in (arg if isinstance(arg, tuple) else (arg,))]
+            turns = (
+                name == "t"
+                or (name == "transpose" and {a % 2 for a in rest} == {0, 1})
+                or (name == "permute" and [a % 2 for a in rest] == [1, 0])
+                or (name == "getattr" and rest[0] in ("T", "mT"))
+            )
+            swapped = swapped != turns
+            node = node.args[0]
+        return swapped
 
     def call(self, node: fx.Node) -> Call:
         """A functional site as a call; its owner is for the caller to say."""
@@ -85,7 +92,7 @@ class Wiring:
         place = 0 if is_addmm else 2
         bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
         passed = node.args[2 if is_addmm else 1] if len(node.args) > 1 else node.kwargs.get("weight")
-        transposed = parameter.dim() == 2 and self._multiplies_columns(node) != (passed is not weight)
+        transposed = parameter.dim() == 2 and self._multiplies_columns(node) != self._is_transposed(passed)
         shape = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
         kind = FUNCTIONS[node.target].kind if node.target in FUNCTIONS else "linear"
         return Call("", kind, str(weight.target), shape, bias is not None, transposed=transposed)
@@ -95,8 +102,11 @@ class Wiring:
         for node in self.graph.nodes:
             multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCTS
             for source in node.all_input_nodes if multiplies and node not in self.sites else ():
-                if source.op == "get_attr" and str(source.target) in self.parameters:
-                    yield node, str(source.target)
+                origin = self._source(source)
+                while isinstance(origin, fx.Node) and self.name(origin) in ("getitem", "view", "reshape", "contiguous"):
+                    origin = self._source(origin.args[0])
+                if isinstance(origin, fx.Node) and origin.op == "get_attr" and str(origin.target) in self.parameters:
+                    yield node, str(origin.target)
 
     def name(self, node: fx.Node) -> str:
         """What a node does, in one lower-case word."""

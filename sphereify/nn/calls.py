@@ -48,24 +48,34 @@ def _addmm_arguments(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float =
     return Arguments(mat1, mat2.t(), input if beta == 1 else input * beta, (), mat2)
 
 
-def _matmul_arguments(input: Tensor, other: Tensor) -> Arguments:
-    return Arguments(input, other.t() if other.dim() == 2 else other, None, (), other)
+def _matmul_arguments(input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None) -> Arguments:
+    matrix = cast(Tensor, mat2 if other is None else other)
+    return Arguments(input, matrix.t() if matrix.dim() == 2 else matrix, None, (), matrix)
 
 
 class Function(NamedTuple):
     kind: str
     arguments: Callable[..., Arguments]
     angular: Callable[..., Tensor]
+    columns: bool = False
+    """Whether the filters are the columns of the matrix that it takes."""
     any_product: bool = False
     """Whether it multiplies all sorts of things, and is a linear map only with a learned matrix on the right."""
+
+    def read(self, args: tuple, kwargs: dict[str, Any]) -> Arguments | None:
+        """The arguments of a call, or None if it is made in a way that has no angular answer, such as with `out`."""
+        try:
+            return self.arguments(*args, **kwargs)
+        except (TypeError, AttributeError):
+            return None
 
 
 FUNCTIONS: dict[Any, Function] = {
     F.linear: Function("linear", _linear_arguments, sphere_linear),
-    torch.addmm: Function("linear", _addmm_arguments, sphere_linear),
-    Tensor.addmm: Function("linear", _addmm_arguments, sphere_linear),
+    torch.addmm: Function("linear", _addmm_arguments, sphere_linear, columns=True),
+    Tensor.addmm: Function("linear", _addmm_arguments, sphere_linear, columns=True),
     **{
-        f: Function("linear", _matmul_arguments, sphere_linear, any_product=True)
+        f: Function("linear", _matmul_arguments, sphere_linear, columns=True, any_product=True)
         for f in (torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
     },
     **{f: Function("conv1d", _conv_arguments, sphere_conv1d) for f in (F.conv1d, torch.conv1d)},
@@ -136,6 +146,7 @@ class _Answer(TorchFunctionMode):
     def __init__(self, owner: nn.Module):
         super().__init__()
         self.owner = owner
+        self.with_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.calls: Any = getattr(owner, CALLS)
         self.weights = [(key, _resolve(owner, key)) for key in self.calls]
 
@@ -144,10 +155,12 @@ class _Answer(TorchFunctionMode):
             return _attend(self, *args, **(kwargs or {}))
         function = FUNCTIONS.get(func)
         if function is not None:
-            call = function.arguments(*args, **(kwargs or {}))
-            answer = self.answer_to(call.source, may_be_computed=not function.any_product)
-            if answer is not None and call.source.dim() >= 2:
-                _refuse_checkpoint(self.owner)
+            call = function.read(args, kwargs or {})
+            source = call.source if call is not None else None
+            answer = self.answer_to(source, may_be_computed=not function.any_product)
+            if call is not None and answer is not None and call.source.dim() >= 2:
+                if self.with_gradient:
+                    _refuse_checkpoint(self.owner)
                 return answer(function, call)
         return func(*args, **(kwargs or {}))
 
@@ -165,8 +178,6 @@ class _Answer(TorchFunctionMode):
 
 def _refuse_checkpoint(owner: nn.Module) -> None:
     """In the backward pass, a checkpoint would repeat the owner's calls without their answers."""
-    if not owner.training or torch.compiler.is_compiling():
-        return
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _AnswersCalls.forward.__code__:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":

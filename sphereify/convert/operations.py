@@ -1,0 +1,26 @@
+"""What operations do to features, by their names: of a function, a method, or a module's class, in lower case."""
+
+SAME_VALUES = {
+    "contiguous", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "to",
+    "float", "type", "type_as", "getitem", "clone", "chunk", "unbind", "movedim", "getattr", "dropout", "identity",
+    "t", "_assert", "sym_size", "drop_path", "dropout1d", "dropout2d", "dropout3d", "droppath", "rearrange",
+    "alphadropout",
+}  # fmt: skip
+"""Operations that move values without mixing channels."""
+KEEPS_CLASSES = {
+    "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
+    "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
+    "selectadaptivepool2d",
+}  # fmt: skip
+"""Operations between the classifier and the output of a model that leave each channel its class."""
+ADD = {"add", "iadd", "add_"}
+SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
+PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
+
+
+def word(function: object) -> str:
+    """The name of a function or method: `add` of `__radd__`, `getattr` of a property."""
+    name = getattr(function, "__name__", "").lower()
+    bare = name.strip("_") if name.startswith("__") else name
+    reflected = {"radd": "add", "rmul": "mul", "rtruediv": "truediv", "rmatmul": "matmul", "get": "getattr"}
+    return reflected.get(bare, bare)
