@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sphereify import __version__, choices
-from sphereify.errors import SphereifyError, UsageError
+from sphereify.errors import Interrupted, SphereifyError, UsageError
 
 app = typer.Typer(
     name="sphereify",
@@ -43,9 +43,10 @@ def main() -> None:
             traceback.print_exception(error)
             sys.exit(getattr(error, "exit_code", 1))
         known = isinstance(error, SphereifyError)
-        prefix = "error" if known else f"error: {type(error).__name__}"
+        prefix = "error: " if known else f"error: {type(error).__name__}: "
+        prefix = "" if isinstance(error, Interrupted) else prefix
         hint = "" if known else "\nThis was not foreseen; --debug shows the traceback."
-        print(f"{prefix}: {error}{hint}", file=sys.stderr)
+        print(f"{prefix}{error}{hint}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -51,7 +51,7 @@ def new_figure(*, width: float = 7.0, height: float = 4.0, **subplots: Any) -> t
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write the picture to `path`; the format follows its ending."""
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:  # no such folder; an ending that is no format
         raise UsageError(f"{path}: cannot write the picture ({error})") from error
     return Path(path)

@@ -18,7 +18,7 @@ from torch import nn
 from sphereify import __version__, cli, load, plan_conversion, save, sphereify
 from sphereify.artifact import read_document
 from sphereify.datasets import load_data
-from sphereify.finetune import Terms, accuracy
+from sphereify.finetune import Epoch, Result, Settings, Terms, accuracy
 from sphereify.nn import AngularHead
 from sphereify.sources import build_model, find_model
 
@@ -473,14 +473,17 @@ def test_finetune_trains_an_artifact_and_saves_it_with_its_accuracy(run, artifac
     assert (code, err) == (0, "")
     *epochs, last = out.splitlines()
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert all(re.search(r"loss \d+\.\d{4}  test accuracy \d+\.\d{2}%$", line) for line in epochs)
-    training = read_document("trained")["training"]
+    assert all(re.search(r"loss \d+\.\d{4}  test accuracy \d+\.\d{2}%  \d+ images/s$", line) for line in epochs)
+    training = read_document("trained/last")["training"]
     assert training["data"] == "digits"
     assert training["classes"] == [str(digit) for digit in range(10)]
     assert training["epochs"] == 2
     assert training["image_size"] == [1, 32, 32]
-    assert last == f"test accuracy {training['accuracy']:.2%}, saved to trained/"
-    model = load("trained")
+    best = read_document("trained/best")["training"]
+    assert last == (f"test accuracy {training['accuracy']:.2%}, saved to trained/last; best {best['accuracy']:.2%} in "
+                    f"epoch {best['epochs']}, saved to trained/best")  # fmt: skip
+    assert best["accuracy"] >= training["accuracy"]
+    model = load("trained/last")
     test = torch.utils.data.DataLoader(load_data("digits", channels=1).test, 90)
     assert accuracy(model, test) == pytest.approx(training["accuracy"])
     assert model.conversion_plan == load(artifact).conversion_plan
@@ -503,11 +506,11 @@ def test_finetune_converts_a_plain_model_for_the_classes_of_the_data(run, shapes
     code, out, err = run("finetune", TINY, "--data", shapes, "--epochs", 1, "--batch-size", 6, "--img-size", 32,
                          "--device", "cpu")  # fmt: skip
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1].endswith("saved to test_resnet-finetuned/")
-    model = load("test_resnet-finetuned")
+    assert out.splitlines()[-1].endswith("saved to test_resnet-finetuned/best")
+    model = load("test_resnet-finetuned/last")
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 2)
     assert isinstance(model.fc, AngularHead)
-    assert read_document("test_resnet-finetuned")["training"]["classes"] == ["bright", "dark"]
+    assert read_document("test_resnet-finetuned/last")["training"]["classes"] == ["bright", "dark"]
 
 
 @pytest.fixture
@@ -515,28 +518,51 @@ def sizes(monkeypatch):
     """The data and settings that the loop is called with, in place of training."""
     seen = {}
 
-    def loop(model, data, settings, **callbacks):
-        seen.update(model=model, data=data, settings=settings)
-        from sphereify.finetune import Epoch
-
-        return [Epoch(1, 0.5, 0.25)]
+    def loop(model, data, settings, **others):
+        seen.update(model=model, data=data, settings=settings, **others)
+        return Result([Epoch(1, 0.5, 0.25), Epoch(2, 0.4, 0.125)], None)
 
     monkeypatch.setattr("sphereify.finetune.finetune", loop)
     return seen
 
 
+TERMS = {
+    "label_smoothing": 0.1, "margin_anneal": False, "mhe": 0.5, "mhe_s": 2.0, "mhe_half_space": True,
+    "orthogonality": 0.01,
+}  # fmt: skip
+SETTINGS = {
+    "epochs": 3, "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
+    "weight_decay": 0.125, "layer_decay": 0.75, "accumulate": 2, "clip_grad": 1.5, "ema": 0.5, "mixup": 0.2,
+    "cutmix": 1.0, "amp": "bf16", "channels_last": True, "compile": True, "freeze": ("conv1", "layer1.*"),
+    "warmup_head_epochs": 1, "teacher_weight": 0.25, "teacher_temperature": 4.0, "seed": 7, "deterministic": True,
+    "workers": 2, "device": "cpu", "strict": True, "checkpoint_minutes": 0.5,
+}  # fmt: skip
+
+
+def words(options: dict) -> list[str]:
+    """As on the command line."""
+    found = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            found += [option if value else f"--no-{option[2:]}"]
+        else:
+            found += [word for item in (value if isinstance(value, tuple) else [value]) for word in (option, str(item))]
+    return found
+
+
 def test_each_option_of_finetune_reaches_the_loop(run, artifact, sizes):
-    code, out, _ = run("finetune", artifact, "--data", "digits", "--epochs", 3, "--batch-size", 5, "--lr", 0.25,
-                       "--weight-decay", 0.125, "--seed", 7, "--workers", 2, "--device", "cpu", "--img-size", 24,
-                       "--label-smoothing", 0.1, "--no-margin-anneal", "--mhe", 0.5, "--mhe-s", 2, "--mhe-half-space",
-                       "--orthogonality", 0.01, "-o", "out")  # fmt: skip
+    given = words(SETTINGS | TERMS)
+    code, out, _ = run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")
     assert code == 0
-    assert vars(sizes["settings"]) == {
-        "epochs": 3, "batch_size": 5, "lr": 0.25, "weight_decay": 0.125, "seed": 7, "workers": 2, "device": "cpu",
-        "terms": Terms(0.1, margin_anneal=False, mhe=0.5, mhe_s=2.0, mhe_half_space=True, orthogonality=0.01),
-    }  # fmt: skip
+    assert vars(sizes["settings"]) == {**SETTINGS, "terms": Terms(**TERMS)}
+    assert SETTINGS.keys() | {"terms"} == vars(Settings()).keys()
+    assert TERMS.keys() == vars(Terms()).keys()
+    assert not [name for name, value in (SETTINGS | TERMS).items() if name != "device"
+                and value in (getattr(Settings(), name, None), getattr(Terms(), name, None))]  # fmt: skip
     assert sizes["data"].image_size == (1, 24, 24)
-    assert out == "test accuracy 25.00%, saved to out/\n"
+    assert (sizes["output"], sizes["resume"], sizes["teacher"]) == (Path("out"), False, None)
+    assert out == "test accuracy 12.50%, saved to out/last; best 25.00% in epoch 1, saved to out/best\n"
 
 
 def test_the_seed_of_finetune_is_that_of_the_weights_of_a_plain_model_too(run, sizes, own):
@@ -827,10 +853,9 @@ def test_a_wrong_setting_of_finetune_is_wrong_use(refused, monkeypatch, artifact
 
 
 def test_finetune_without_data_is_wrong_use(refused):
-    refused(["finetune", TINY], 2, "Missing option '--data'")
+    refused(["finetune", TINY], 2, "--data: is missing; digits, a folder with train/ and val/ (or test/), or a name of")
 
 
-# Fails at present: _network_and_data reads the data for its classes before anybody looks for the model.
 def test_an_unknown_model_is_told_before_the_data_is_read(refused):
     refused(["finetune", "resnet81", "--data", "nowhere"], 2, "model 'resnet81': not found")
 
@@ -859,11 +884,13 @@ def test_data_of_other_classes_than_the_model_is_a_failure(refused, artifact, sh
             "the model has 10 classes, shapes has 2: convert it again with --num-classes 2")  # fmt: skip
 
 
-def test_a_loss_that_is_not_finite_is_a_failure(refused, artifact):
-    refused_text = refused(
-        ["finetune", artifact, "--data", "digits", "--lr", "1e20", "--epochs", 1, "-o", "out", "--device", "cpu"], 1
-    )
-    assert re.search(r"^error: the loss is (nan|inf) at step \d+\. Try a smaller --lr\.$", refused_text)
+def test_a_loss_that_is_not_finite_is_a_failure(run, artifact):
+    code, out, err = run("finetune", artifact, "--data", "digits", "--lr", "1e20", "--epochs", 1, "-o", "out",
+                         "--device", "cpu")  # fmt: skip
+    assert (code, out) == (1, "")
+    assert re.search(r"^error: the loss is (nan|inf) at step \d+; the first layer with a value that is not finite is \S+ "
+                     r"\(its \w+\)\. Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
+    assert written(Path("out")) == {"run.json"}
 
 
 # --------------------------------------------------------------------------------------------- errors nobody foresaw

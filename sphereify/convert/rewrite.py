@@ -166,7 +166,7 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
         operator.to(device=weight.device, dtype=weight.dtype)
     call = AngularCall(decision.kind, decision.shape[0], operator, rescale=decision.rescale,
                        has_bias=decision.call.has_bias, eps=decision.eps or DEFAULT_EPS,
-                       columns=decision.call.transposed,
+                       columns=decision.call.transposed, groups=decision.call.groups,
                        device=weight.device, dtype=weight.dtype)  # fmt: skip
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight

@@ -39,6 +39,8 @@ class Call:
     has_bias: bool
     nth: int = 0
     """Of the calls with a computed weight that one pass through the owner makes, which."""
+    groups: int = 1
+    """Of a convolution."""
     transposed: bool = False
     """Whether the filters are the columns of the parameter, as in `torch.addmm(bias, x, weight)`."""
 
@@ -279,8 +281,9 @@ class _Watch(TorchFunctionMode):
         owner, nth = self.stack[-1]
         self.stack[-1][1] += name is None
         self.seen.order.append(name or f"{owner}.computed")
+        groups = call.geometry[3] if call.geometry else 1
         noted = Call(owner, function.kind, name, tuple(call.weight.shape), call.bias is not None,
-                     0 if name else nth, columns)  # fmt: skip
+                     0 if name else nth, groups, columns)  # fmt: skip
         learned = name is not None or id(call.source) in self.computed
         (self.seen.calls if learned else self.seen.fixed).append(noted)
         return self.seen.order[-1]

@@ -95,7 +95,9 @@ class Wiring:
         transposed = parameter.dim() == 2 and self._multiplies_columns(node) != self._is_transposed(passed)
         shape = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
         kind = FUNCTIONS[node.target].kind if node.target in FUNCTIONS else "linear"
-        return Call("", kind, str(weight.target), shape, bias is not None, transposed=transposed)
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        groups = groups if isinstance(groups, int) and kind != "linear" else 1
+        return Call("", kind, str(weight.target), shape, bias is not None, groups=groups, transposed=transposed)
 
     def products(self) -> Iterator[tuple[fx.Node, str]]:
         """Other products with a parameter, by its name; none of them can be made angular."""

@@ -1,5 +1,6 @@
 """Which parameters an optimizer decays, and how fast each layer learns."""
 
+import fnmatch
 from typing import Any
 
 from torch import nn
@@ -54,8 +55,12 @@ def _undecayed(model: nn.Module) -> set[str]:
         for parameter in module.parameters()
     } | {id(parameter) for module in model.modules() for parameter in angular_weights(module)}
     own = getattr(model, "no_weight_decay", None)
-    named = set(own()) if callable(own) else set()
-    return {name for name, p in model.named_parameters() if p.dim() < 2 or id(p) in scale_free or name in named}
+    patterns = list(own()) if callable(own) else []  # timm takes them as globs
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.dim() < 2 or id(p) in scale_free or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
 
 
 def _by_layer(

@@ -96,6 +96,7 @@ class AngularCall(nn.Module):
         has_bias: whether the call passes a bias, which then is γ.
         eps: as `SphereConv2d`.
         columns: whether the filters are the columns of the weight that is passed.
+        groups: of the convolution.
     """
 
     beta: nn.Parameter | None
@@ -111,12 +112,14 @@ class AngularCall(nn.Module):
         has_bias: bool,
         eps: float,
         columns: bool = False,
+        groups: int = 1,
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__()
         self.kind = kind
         self.columns = columns
+        self.groups = groups
         self.operator = operator
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
@@ -309,11 +312,12 @@ def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Name, weight and filters (N, ...) of an owner's angular calls, where the weight is a parameter as a whole."""
+    """Name, weight and filters (groups, N, fan_in) of an owner's angular calls on a whole parameter."""
     for key, call in getattr(owner, CALLS).items() if answers_calls(owner) else ():
         weight = _resolve(owner, key)
         if isinstance(weight, nn.Parameter):
-            yield parameter_name(key), weight, weight.t() if call.columns else weight
+            rows = weight.t() if call.columns else weight.flatten(1)
+            yield parameter_name(key), weight, rows.unflatten(0, (call.groups, -1))
 
 
 def call_key(parameter: str | None) -> str:

@@ -10,7 +10,16 @@ from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.nn.functional import Operator, no_autocast, sphere_linear
 from sphereify.nn.layers import adopted
-from sphereify.nn.operators import CURVES, CosineOperator, inner_acos, is_built_in, make_operator, with_value
+from sphereify.nn.operators import (
+    CURVES,
+    AngularOperator,
+    CosineOperator,
+    inner_acos,
+    is_built_in,
+    make_operator,
+    overwrite,
+    with_value,
+)
 
 HEAD_EPS = 1e-12
 """Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
@@ -165,7 +174,7 @@ class AngularHead(nn.Module):
             logits = sphere_linear(features, weight.to(precise), operator, None, eps)
             logits = logits * (self.scale if self.kind == "s-softmax" else _length(features, eps))
             if bias is not None:
-                logits = logits + bias.to(precise)
+                logits = overwrite(logits, "add", bias.to(precise))
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
 
     def target_logit(self, x: Tensor, targets: Tensor, annealing: Tensor | float = 0.0) -> Tensor:
@@ -210,7 +219,13 @@ class AngularHead(nn.Module):
         """ψ(θ) = g(mθ - jπ) - 2j with j = ⌊mθ/π⌋: g(mθ), made to fall over all of [0, π]."""
         turns = (margin * theta.detach() / math.pi).floor()
         phi = margin * theta - turns * math.pi
-        g = CURVES[self.operator.name].at(phi, k) if is_built_in(self.operator) else self.operator(phi.cos())
+        operator = self.operator
+        if is_built_in(operator):
+            g = CURVES[operator.name].at(phi, k)
+        elif getattr(type(operator), "forward", None) is AngularOperator.forward:  # a subclass, with k of these classes
+            g = operator.with_k(phi.cos(), k)
+        else:
+            g = operator(phi.cos())
         return g - 2 * turns
 
     def extra_repr(self) -> str:

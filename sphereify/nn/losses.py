@@ -119,11 +119,9 @@ class AngularLoss(nn.Module):
             raise UsageError(f"annealing: the head is a {self.head.kind}, which has no margin")  # type: ignore[union-attr]
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight)
-            if self.head is not None and class_weight.shape != (self.head.num_classes,):
-                raise UsageError(
-                    f"class_weight: got shape {tuple(class_weight.shape)}, expected ({self.head.num_classes},)"
-                )
         self.register_buffer("class_weight", class_weight, persistent=False)
+        if self.head is not None:
+            self._check_weight(self.head.num_classes)
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
         self.annealing = annealing
         self.separation, self.separation_s = separation, separation_s
@@ -156,6 +154,9 @@ class AngularLoss(nn.Module):
                 raise UsageError("AngularLoss: got an AngularOutput, but was made from a model without an AngularHead")
             if output.logits is None and self.chunk_size is None:
                 raise UsageError("AngularLoss: the head has training_logits off, so chunk_size is needed")
+            if output.features.dim() != 2:
+                shape = tuple(output.features.shape)
+                raise UsageError(f"AngularLoss: got features of shape {shape}, expected (batch, features)")
             return output.logits, output.features
         if not isinstance(output, Tensor):
             raise UsageError(f"AngularLoss: got {type(output).__name__}, expected an AngularOutput or logits")
@@ -175,12 +176,15 @@ class AngularLoss(nn.Module):
         if len(targets) != 3:
             raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
         first, second, share = targets
-        share = torch.as_tensor(share, device=first.device)
+        share = torch.as_tensor(share, device=first.device, dtype=None if isinstance(share, Tensor) else torch.float64)
+        if share.shape not in ((), (size,)):
+            raise UsageError(f"targets: got a share of shape {tuple(share.shape)}, expected a number or ({size},)")
         if not torch.compiler.is_compiling() and not bool(((share >= 0) & (share <= 1)).all()):
             raise UsageError("targets: the share of (y_a, y_b, share) must lie in [0, 1]")
         losses = [self._per_sample(logits, features, y, size) for y in (first, second)]
-        parts = [(loss * s, weight * s) for (loss, weight), s in zip(losses, (share, 1 - share), strict=True)]
-        return self._reduced(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+        shares = [s.to(losses[0][0].dtype) for s in (share, 1 - share)]
+        parts = [self._reduced(loss * s, weight) for (loss, weight), s in zip(losses, shares, strict=True)]
+        return parts[0] + parts[1]
 
     def _soft(self, logits: Tensor | None, features: Tensor | None, targets: Tensor) -> Tensor:
         if targets.dim() == 1:
@@ -194,6 +198,7 @@ class AngularLoss(nn.Module):
             )
         if targets.shape != logits.shape:
             raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {tuple(logits.shape)}")
+        self._check_weight(logits.shape[1])
         weight = self.class_weight
         return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, weight,
                                reduction=self.reduction, label_smoothing=self.label_smoothing)  # fmt: skip
@@ -206,6 +211,7 @@ class AngularLoss(nn.Module):
         """Loss and weight of each sample, both (B,); both are 0 where it is ignored."""
         classes = self.head.num_classes if logits is None and self.head is not None else logits.shape[1]  # type: ignore[union-attr]
         self._check(targets, size, classes)
+        self._check_weight(classes)
         counts = targets != self.ignore_index
         safe = targets.clamp(0, classes - 1)
         if self.chunk_size is not None and features is not None:
@@ -261,8 +267,11 @@ class AngularLoss(nn.Module):
 
     def _separation(self, targets: Tensor) -> Tensor:
         """For each sample the mean energy between its class and the others, (B,)."""
+        classes = cast(AngularHead, self.head).weight[None]
+        if torch.compiler.is_compiling():  # how many classes a batch has is not known then
+            return pair_energy(classes, s=self.separation_s, rows=targets)[0]
         unique, place = torch.unique(targets, return_inverse=True)
-        return pair_energy(cast(AngularHead, self.head).weight, s=self.separation_s, rows=unique)[place]
+        return pair_energy(classes, s=self.separation_s, rows=unique)[0, place]
 
     # ---------------------------------------------------------------------------------------------------- the border
 
@@ -277,6 +286,10 @@ class AngularLoss(nn.Module):
         wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
         if len(wrong):
             raise UsageError(f"targets: got class {int(wrong[0])}, expected 0 to {classes - 1}")
+
+    def _check_weight(self, classes: int) -> None:
+        if self.class_weight is not None and self.class_weight.shape != (classes,):
+            raise UsageError(f"class_weight: got shape {tuple(self.class_weight.shape)}, expected ({classes},)")
 
     def _reduced(self, loss: Tensor, weight: Tensor) -> Tensor:
         if self.reduction == "none":

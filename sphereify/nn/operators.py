@@ -84,7 +84,8 @@ def _tanh(x: Any) -> Any:
 
 
 def _sigmoid_value(cos: Tensor, k: Any) -> Tensor:
-    return overwrite(overwrite(cos, "asin") / (2 * k), "tanh") / _tanh(math.pi / (4 * k))
+    a = overwrite(overwrite(cos, "asin"), "div", 2 * k)
+    return overwrite(overwrite(a, "tanh"), "div", _tanh(math.pi / (4 * k)))
 
 
 def _sigmoid_slope(g: Tensor, k: Any, sin_floor: float) -> Slope:

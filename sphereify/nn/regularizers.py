@@ -129,9 +129,9 @@ class HypersphericalEnergy(nn.Module):
         return LayerEnergy(bank.layer, groups, filters, fan_in, energy, self._least(bank), bank.is_output)
 
     def _least(self, bank: Bank) -> float | None:
-        """The energy of a simplex, which is the least there is for up to fan_in + 1 filters in the full space."""
+        """The energy of a simplex: the least there is for up to fan_in + 1 filters, Euclidean, in the full space."""
         _, count, fan_in = bank.filters.shape
-        if (self.half_space and not bank.is_output) or count > fan_in + 1:
+        if (self.distance == "angular" and count > 2) or (self.half_space and not bank.is_output) or count > fan_in + 1:
             return None
         cos = -1 / (count - 1)
         z = math.acos(cos) if self.distance == "angular" else math.sqrt(2 - 2 * cos)
@@ -153,7 +153,8 @@ class LayerEnergy:
     fan_in: int
     energy: float
     least: float | None
-    """What the best placed filters would have, where that is known: at most fan_in + 1 of them, in the full space."""
+    """What the best placed filters would have, where that is known: at most fan_in + 1 of them, Euclidean distances, in
+    the full space."""
     is_output: bool
 
 
@@ -167,13 +168,16 @@ class EnergyReport:
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.layer) for row in self.layers))
-        lines = [f"hyperspherical energy ({self.measure})", f"{'layer':<{width}}  filters  fan-in   energy    least"]
+        wide = max(8, *(len(f"{row.energy:.4f}") for row in self.layers))
+        lines = [
+            f"hyperspherical energy ({self.measure})",
+            f"{'layer':<{width}}  {'filters':>9}  fan-in  {'energy':>{wide}}  {'least':>8}",
+        ]
         for row in self.layers:
             filters = f"{row.groups}×{row.filters}" if row.groups > 1 else str(row.filters)
             least = "" if row.least is None else f"{row.least:.4f}"
-            lines.append(
-                f"{row.layer:<{width}}  {filters:>7}  {row.fan_in:>6}  {row.energy:>7.4f}  {least:>7}".rstrip()
-            )
+            numbers = f"{filters:>9}  {row.fan_in:>6}  {row.energy:>{wide}.4f}  {least:>8}"
+            lines.append(f"{row.layer:<{width}}  {numbers}".rstrip())
         return "\n".join(lines)
 
 
@@ -265,12 +269,12 @@ def pair_energy(
 
 def _whole_banks(unit: Tensor) -> tuple[Tensor, ...]:
     """As many banks at a time as have room for all their pairs, at least one."""
-    return unit.split(max(1, ROOM // unit.shape[1] ** 2))
+    return unit.split(max(1, ROOM // max(1, unit.shape[1] ** 2)))
 
 
 def _row_sums(unit: Tensor, own: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Σ_j≠i f(z_ij) of the rows i in `own`, (groups, R), as many rows at a time as there is room for."""
-    parts = own.split(max(1, ROOM // (len(unit) * unit.shape[1])))
+    parts = own.split(max(1, ROOM // max(1, len(unit) * unit.shape[1])))
     if len(parts) == 1:
         return _block(unit, own, s, distance, half_space)
     # The pairs of a block are computed again in the backward pass; only its sums are kept.
@@ -302,12 +306,21 @@ def _repulsion(cos: Tensor, s: float, distance: str) -> Tensor:
 def _unit(filters: Tensor) -> Tensor:
     """The filters at length 1; one of length 0 stays where it is, and no gradient pushes it in a random direction."""
     filters = _precise(filters)
-    is_zero = (filters.detach() == 0).all(-1, keepdim=True)
-    return torch.where(is_zero, 0, torch.nn.functional.normalize(torch.where(is_zero, 1, filters), dim=-1, eps=0))
+    largest = filters.detach().abs().amax(-1, keepdim=True)
+    is_zero = largest == 0
+    # Divided by their largest value first: squares of 1e-30 are 0 in fp32, and those of 1e30 infinite.
+    scaled = torch.where(is_zero, 1, filters) / torch.where(is_zero, 1, largest)
+    return torch.where(is_zero, 0, torch.nn.functional.normalize(scaled, dim=-1, eps=0))
 
 
 def _precise(filters: Tensor) -> Tensor:
-    return filters.to(torch.promote_types(filters.dtype, torch.float32))
+    precise = filters.to(torch.promote_types(filters.dtype, torch.float32))
+    if filters.dtype is torch.float16 and precise.requires_grad:
+        precise.register_hook(lambda grad: grad.clamp(-HALF_MAX, HALF_MAX))  # what fp16 cannot hold would be infinite
+    return precise
+
+
+HALF_MAX = 6e4
 
 
 # ------------------------------------------------------------------------------------------------- filters of a model
@@ -324,11 +337,11 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
     if not isinstance(model, nn.Module):
         raise UsageError(f"got {type(model).__name__}, expected a model or a tensor of filters")
     outputs = _output_layers(model, output)
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # kept alive: a parametrization computes its weight anew each time
     for name, module in model.named_modules():
         for own, weight, filters in _filters(module):
             if id(weight) not in seen and (single or filters.shape[1] > 1) and filters.shape[2] > 0:
-                seen.add(id(weight))
+                seen[id(weight)] = weight
                 yield Bank(f"{name}.{own}".strip("."), filters, module in outputs)
 
 
@@ -342,13 +355,18 @@ def _filters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     elif isinstance(module, (nn.Linear, AngularHead)):
         yield "", module.weight, module.weight[None]
     for name, weight, filters in filters_of_calls(module):
-        yield name, weight, filters.flatten(1)[None]
+        holder, _, own = name.rpartition(".")
+        is_layer = own == "weight" and isinstance(module.get_submodule(holder), LAYERS)
+        yield holder if is_layer else name, weight, filters
+
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def _output_layers(model: nn.Module, output: str | None) -> set[nn.Module]:
     modules = dict(model.named_modules())
     if output is not None:
-        if output not in modules:
+        if output not in modules or not any(True for _ in _filters(modules[output])):
             raise UsageError(f"output: {type(model).__name__} has no layer {output!r}")
         return {modules[output]}
     heads = {module for module in modules.values() if isinstance(module, AngularHead)}

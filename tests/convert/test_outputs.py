@@ -133,7 +133,9 @@ def test_each_of_two_heads_of_an_untraceable_model_is_an_output_and_kept(wiring,
     found = decisions(model, **GIVEN[given])
     assert named("classifier", found) == {"scores", "boxes"}
     assert {name for name, d in found.items() if d.action == "keep"} == {"scores", "boxes"}
-    assert all(re.search(r"one of \d+ outputs|more is done to its scores", found[name].reason) for name in ("scores", "boxes"))
+    assert all(
+        re.search(r"one of \d+ outputs|more is done to its scores", found[name].reason) for name in ("scores", "boxes")
+    )
     angular = sphereify(model, **GIVEN[given])
     assert type(angular.body) is SphereLinear
     assert type(angular.scores) is type(angular.boxes) is nn.Linear

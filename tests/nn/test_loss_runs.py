@@ -27,7 +27,7 @@ class LargeTensors(TorchDispatchMode):
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.alive, self.peak, self.largest = size, {}, 0, 0
+        self.size, self.alive, self.peak, self.largest = size, {}, 0, 0  # `largest` in elements, of all tensors
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -52,11 +52,8 @@ def little_room(monkeypatch):
 
 def memory_of_forward(kind, operator, bias=False, batch=64, classes=20_000, **options):
     """How many tensors of batch × classes are held after the forward pass of head and loss, and at most during it."""
-    head, x = (
-        AngularHead(4, classes, kind=kind, operator=operator, bias=bias),
-        torch.randn(batch, 4, requires_grad=True),
-    )
-    loss = AngularLoss(head, **options)
+    head = AngularHead(4, classes, kind=kind, operator=operator, bias=bias)
+    loss, x = AngularLoss(head, **options), torch.randn(batch, 4, requires_grad=True)
     with LargeTensors(batch * classes) as large:
         value = loss(head(x), torch.arange(batch))
         kept = large.now()
@@ -193,7 +190,7 @@ WAYS = [{"annealing": MarginAnnealing(3, rate=1)}, {"operator": "learnable-sigmo
 
 
 def run_of(options, batch, wrap=lambda model: model):
-    """Gradients of two steps, and the loss, whose model computes the features and the head's output."""
+    """Gradients of the second of two steps, and the state of the loss."""
     net = Net(**copy.deepcopy(options))
     model = wrap(nn.Sequential(net.body, net.head))
     x, y = normal(8, 5)[batch], (torch.arange(8) % 4)[batch]

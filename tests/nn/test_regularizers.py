@@ -787,6 +787,13 @@ def test_penalty_of_a_model_is_the_sum_over_groups_and_hidden_layers_without_the
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+def test_penalty_of_groups_with_more_filters_than_inputs_is_the_sum_over_the_groups(normalize):
+    conv = nn.Conv1d(4, 10, 1, groups=2).double()
+    expected = sum(slow_penalty(w, normalize) for w in conv.weight.split(5))
+    close(OrthogonalityPenalty(normalize)(nn.Sequential(conv, nn.Linear(10, 3))), expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("sizes", [(3, 5), (5, 3)])
 def test_gradcheck_of_the_penalty(sizes, normalize):
     assert torch.autograd.gradcheck(OrthogonalityPenalty(normalize), (normal(*sizes).requires_grad_(),))
