@@ -220,6 +220,7 @@ class _Calls(TorchFunctionMode):
         self.own = {id(p): n for n, p in state.items()}
         self.of_layers = {id(state[n]) for n in self._layer_weights()}
         buffers = {n: b.to("meta").clone() for n, b in self.model.named_buffers()}
+        self.fixed = {id(t): t for t in (*state.values(), *buffers.values())}  # held, for an id dies with its tensor
         self.running.clear()
         try:
             with torch.no_grad(), self:
@@ -241,17 +242,26 @@ class _Calls(TorchFunctionMode):
                 torch.baddbmm, torch.einsum)  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        for operand in torch.utils._pytree.tree_leaves(args) if func in self.PRODUCTS else ():
+        operands = tensors_of((args, kwargs))
+        of_data = any(id(t) not in self.fixed for t in operands)
+        for operand in operands if func in self.PRODUCTS and of_data else ():
             for tensor in (operand, getattr(operand, "_base", None)):
                 if id(tensor) in self.own and operand.dim() > 1 and id(tensor) not in self.of_layers:
                     self.seen.add(self.own[id(tensor)])
-        if func in self.FUNCTIONS:
+        if func in self.FUNCTIONS and of_data:
             weight = args[2 if "addmm" in func.__name__ else 1] if len(args) > 1 else kwargs["weight"]
             weight = weight if id(weight) in self.own or weight._base is None else weight._base
             inside = self.running[-1]
             if id(inside) not in self.layers and id(weight) not in self.of_layers:
                 self.seen.add(self.own.get(id(weight), id(inside)))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result) or operands[:1]:  # an assignment returns nothing and writes into the first
+            if not of_data:
+                self.fixed[id(tensor)] = tensor
+            else:
+                for written in (tensor, tensor._base):
+                    self.fixed.pop(id(written), None)
+        return result
 
 
 def main() -> int:
