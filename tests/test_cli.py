@@ -626,7 +626,10 @@ WRONG_OPTIONS = {
     "unknown operator": (["--operator", "cosin"], "operator: got 'cosin', expected one of linear, cosine, sigmoid, "
                          "learnable-sigmoid. Did you mean 'cosine'?"),
     "unknown head operator": (["--head-operator", "sin"], "got 'sin', expected one of linear, cosine"),
-    "unknown head": (["--head", "softmax"], "head: got 'softmax', expected one of auto, keep, w-softmax, ga-softmax, a-softmax, s-softmax"),
+    "unknown head": (
+        ["--head", "softmax"],
+        "head: got 'softmax', expected one of auto, keep, w-softmax, ga-softmax, a-softmax, s-softmax",
+    ),
     "unknown rescale": (["--rescale", "maybe"], "rescale: got 'maybe', expected one of auto, always, never"),
     "unknown norm": (["--norm", "drop"], "norm: got 'drop', expected one of keep, replace"),
     "unknown attention": (["--attention", "angular"], "attention: got 'angular', expected one of keep, convert"),
@@ -888,8 +891,8 @@ def test_a_loss_that_is_not_finite_is_a_failure(run, artifact):
     code, out, err = run("finetune", artifact, "--data", "digits", "--lr", "1e20", "--epochs", 1, "-o", "out",
                          "--device", "cpu")  # fmt: skip
     assert (code, out) == (1, "")
-    assert re.search(r"^error: the loss is (nan|inf) at step \d+; the first layer with a value that is not finite is \S+ "
-                     r"\(its \w+\)\. Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
+    assert re.search(r"^error: the loss is (nan|inf) at step \d+; the first layer with a value that is not finite is "
+                     r"\S+ \(its \w+\)\. Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
     assert written(Path("out")) == {"run.json"}
 
 

@@ -182,7 +182,7 @@ def test_state_dict_has_one_k_per_class():
     [
         (
             {"kind": "w-sofmax"},
-            "head: got 'w-sofmax', expected one of w-softmax, ga-softmax, a-softmax, s-softmax.*Did you mean 'w-softmax'",
+            "head: got 'w-sofmax', expected one of w-softmax, ga-softmax, a-softmax, s-softmax.*mean 'w-softmax'",
         ),
         ({"kind": "auto"}, "head: got 'auto', expected one of w-softmax, ga-softmax, a-softmax, s-softmax"),
         ({"operator": "lineal"}, "operator: got 'lineal'.*Did you mean 'linear'"),
