@@ -221,12 +221,11 @@ class _Calls(TorchFunctionMode):
         self.of_layers = {id(state[n]) for n in self._layer_weights()}
         buffers = {n: b.to("meta").clone() for n, b in self.model.named_buffers()}
         self.fixed = {id(t): t for t in (*state.values(), *buffers.values())}  # held, for an id dies with its tensor
+        inputs = assumed_inputs(self.model)[-1]
         self.running.clear()
         try:
             with torch.no_grad(), self:
-                torch.func.functional_call(
-                    self.model.train(training), {**state, **buffers}, assumed_inputs(self.model)[-1]
-                )
+                torch.func.functional_call(self.model.train(training), {**state, **buffers}, inputs)
             self.succeeded = True
         finally:
             for handle in handles:
