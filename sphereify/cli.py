@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sphereify import __version__, choices
-from sphereify.errors import Interrupted, SphereifyError, UsageError
+from sphereify.errors import ArtifactError, Interrupted, SphereifyError, UsageError
 
 app = typer.Typer(
     name="sphereify",
@@ -224,11 +224,18 @@ def _training(
     batch_size: Annotated[int, _training_option("Images a step on each device.")] = 64,
     lr: Annotated[float, _training_option("Peak learning rate; usual with adamw: 1e-4 to 1e-3.")] = 1e-3,
     opt: Annotated[str, _training_option("An optimizer of timm's: adamw, sgd, lamb, …")] = "adamw",
-    sched: Annotated[str, _training_option("A schedule of timm's: cosine, step, poly, plateau, …")] = "cosine",
+    sched: Annotated[str, _training_option("A schedule of timm's: cosine, step, multistep, poly, wsd, …")] = "cosine",
     warmup_epochs: Annotated[
         float | None, _training_option("Epochs in which the rate rises; default a tenth of all.")
     ] = None,
     min_lr: Annotated[float, _training_option("Where the schedule ends.")] = 0.0,
+    decay_epochs: Annotated[
+        float | None, _training_option("Epochs between two falls of step, or of the fall of wsd.")
+    ] = None,
+    milestones: Annotated[
+        list[int] | None, _training_option("An epoch after which multistep falls; repeatable.")
+    ] = None,
+    decay_rate: Annotated[float, _training_option("Factor of a fall of step and multistep.")] = 0.1,
     weight_decay: Annotated[float, _training_option("On plain weights; angular ones have none.")] = 0.05,
     layer_decay: Annotated[
         float | None, _training_option("Rate of each layer relative to the next one's; usual: 0.65 to 0.9.")
@@ -259,7 +266,7 @@ def _training(
     checkpoint_minutes: Annotated[float, _training_option("Between checkpoints inside an epoch.")] = 10.0,
 ) -> dict[str, Any]:
     """What `sphereify.finetune.Settings` takes, but for the terms of the loss."""
-    return {**locals(), "freeze": tuple(freeze or ())}
+    return {**locals(), "freeze": tuple(freeze or ()), "milestones": tuple(milestones or ())}
 
 
 def _images(
@@ -372,7 +379,10 @@ def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     record = folder / "run.json"
     if not record.is_file():
         raise UsageError(f"--resume: {folder} is not the folder of a run, there is no run.json in it")
-    before = json_library.loads(record.read_text())
+    try:
+        before = json_library.loads(record.read_text())
+    except ValueError as error:
+        raise ArtifactError(f"{record}: cannot be read ({error}); the checkpoints beside it hold the weights") from None
     given = {n for n in values if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"} - {"resume"}
     plain = _plain(values)
     changed = [f"--{n.replace('_', '-')}: {before.get(n)} before, {plain[n]} now"
@@ -422,12 +432,14 @@ def finetune(
     settings = Settings(**training, terms=Terms(**terms))
     network, original, data = _network_and_data(model, images, source, options)
     followed = _teacher(teacher, teacher_weights, original, len(data.classes))
-    if resume is None:
+
+    def begin() -> None:
         _clear(folder)
         write_text(folder / "run.json", json_library.dumps(context.obj, indent=1) + "\n")
+
     with _Progress(settings.epochs) as progress:
         result = train(network, data, settings, output=folder, resume=resume is not None, teacher=followed,
-                       on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
+                       on_start=begin, on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
     best = result.best
     print(f"test accuracy {result.accuracy:.2%}, saved to {folder}/last; best {best.accuracy:.2%} in epoch "
           f"{best.number}, saved to {folder}/best")  # fmt: skip

@@ -5,6 +5,7 @@ from collections import namedtuple
 
 import pytest
 import timm
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -240,6 +241,18 @@ def test_one_single_step_has_a_rate(optimizer):
     assert rate == pytest.approx(0.25)  # in the middle of a cosine from 0.5 to 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sched": "step", "decay_epochs": 2, "decay_rate": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"sched": "multistep", "milestones": (1, 4)}, [1, 0.1, 0.1, 0.1, 0.01]),
+    ],
+)
+def test_the_rate_falls_where_it_is_told_to(optimizer, settings, expected):
+    finetune(net(), images(24), Settings(epochs=5, batch_size=8, lr=1.0, warmup_epochs=0, **settings, **CPU))
+    assert [rate for (rate,) in optimizer["rates"]] == pytest.approx([rate for rate in expected for _ in range(3)])
+
+
 def test_angular_weights_are_not_decayed_and_plain_ones_are(optimizer):
     model = net(exclude="3")
     finetune(model, images(), Settings(epochs=1, weight_decay=0.3, **CPU))
@@ -335,7 +348,9 @@ def test_other_classes_than_the_data_has_are_told_before_training(classes):
 
 
 @pytest.mark.parametrize(
-    ("last", "kind"), [(nn.Unflatten(1, (3, 1)), "Tensor"), (nn.LSTM(3, 3), "tuple")], ids=["three dimensions", "tuple"]
+    ("last", "kind"),
+    [(nn.Unflatten(1, (3, 1)), r"Tensor of shape \(1, 3, 1\)"), (nn.LSTM(3, 3), "tuple")],
+    ids=["three dimensions", "tuple"],
 )
 def test_a_model_that_returns_no_logits_is_an_error(last, kind):
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3), last)
@@ -375,6 +390,10 @@ def test_fewer_images_than_a_batch_are_trained_on_all_the_same():
         ("weight_decay", -0.1, "--weight-decay: got -0.1, expected at least 0"),
         ("lr", 0.0, "--lr: got 0.0, expected a number above 0; a usual value is 1e-3"),
         ("lr", -1.0, "--lr: got -1.0, expected a number above 0"),
+        ("sched", "plateau", "--sched: plateau cannot be continued after a stop"),
+        ("sched", "multistep", "--milestones: none given, expected the epochs after which multistep falls"),
+        ("decay_epochs", 0.0, "--decay-epochs: got 0.0, expected a number above 0"),
+        ("decay_rate", 0.0, "--decay-rate: got 0.0, expected a number above 0 and at most 1"),
         ("lr", math.nan, "--lr: got nan, expected a number above 0"),
     ],
 )

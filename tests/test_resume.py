@@ -71,14 +71,13 @@ WAYS = {
     "lamb": ({}, {"opt": "lamb"}),
     "lamb, channels last, clipped": ({}, {"opt": "lamb", "channels_last": True, "clip_grad": 0.1}),
     "sgd, step": ({}, {"opt": "sgd", "sched": "step"}),
-    "plateau": ({}, {"sched": "plateau", "warmup_epochs": 0}),
+    "multistep": ({}, {"sched": "multistep", "milestones": (1, 2)}),
     "half precision": ({}, {"amp": "bf16"}),
     "layer decay, head first": ({}, {"layer_decay": 0.5, "warmup_head_epochs": 2}),
     "frozen": ({}, {"freeze": ("0", "1")}),
 }
 
 
-@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
 @pytest.mark.parametrize("at", [2, 4])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_crashed_run_goes_on_as_if_it_had_not(tmp_path, way, at):
@@ -98,18 +97,6 @@ def test_a_crashed_run_goes_on_as_if_it_had_not(tmp_path, way, at):
     assert same(state(model), state(continued))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [{**row, "images_per_second": None} for row in rows] == expected
-
-
-@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
-def test_the_patience_of_plateau_is_not_forgotten(tmp_path):
-    """After ten epochs without progress the rate falls, interrupted or not."""
-    data = images(4)
-    settings = usual(epochs=16, sched="plateau", warmup_epochs=0, lr=1e-12, checkpoint_minutes=60)
-    rates = [epoch.lr for epoch in finetune(net(), data, settings).epochs]
-    assert rates[0] > rates[-1]
-    with pytest.raises(Crash):
-        finetune(net(), data, settings, output=tmp_path, on_step=crash_at(8))
-    assert [epoch.lr for epoch in finetune(net(), data, settings, output=tmp_path, resume=True).epochs] == rates
 
 
 @pytest.mark.parametrize("workers", [0, 2])

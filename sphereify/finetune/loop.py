@@ -99,6 +99,7 @@ def finetune(
     output: str | Path | None = None,
     resume: bool = False,
     teacher: nn.Module | None = None,
+    on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Result:
@@ -112,6 +113,7 @@ def finetune(
             `best.safetensors`), checkpoints, metrics, curves and a summary. None: nothing is written.
         resume: continue from the last checkpoint in `output`, bit by bit as if the run had never stopped.
         teacher: a model whose scores are followed as well; usually the original network.
+        on_start: called once when everything has been checked, before anything is written; not if resumed.
         on_step: called after optimizer steps; after each one on a CPU.
         on_epoch: called after each epoch.
 
@@ -129,6 +131,9 @@ def finetune(
         run = _Run(model, data, settings, processes, None if output is None else Path(output), teacher)
         if resume:
             run.restore()
+        elif processes.writes:
+            on_start()
+        run.open_record()
         while run.epoch < settings.epochs:
             run.train(stop, on_step)
             run.finish_epoch()
@@ -185,11 +190,15 @@ class _Run:
             raise UsageError(
                 f"--opt: got {settings.opt!r}, expected an optimizer of timm's ({first_line(error)})"
             ) from None
-        warmup = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+        warmup: Any = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+        falls: dict[str, Any] = {"decay_rate": settings.decay_rate, "decay_milestones": settings.milestones}
+        if settings.decay_epochs is not None:
+            falls["decay_epochs"] = settings.decay_epochs
         try:
             self.scheduler, _ = create_scheduler_v2(
-                self.optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=warmup, warmup_lr=0.0,  # type: ignore[arg-type]
+                self.optimizer, settings.sched, num_epochs=settings.epochs, warmup_epochs=warmup, warmup_lr=0.0,
                 warmup_prefix=False, min_lr=settings.min_lr, step_on_epochs=False, updates_per_epoch=self.updates,
+                **falls,
             )  # fmt: skip
         except Exception as error:
             raise UsageError(
@@ -207,8 +216,16 @@ class _Run:
         self.step = 0
         self.history: list[Epoch] = []
         self.meter = _Meter(self.device)
-        self.record = Record(output, settings.to_json()) if output is not None and processes.writes else None
+        self.record: Record | None = None
         self.saved = time.monotonic()
+
+    def open_record(self) -> None:
+        """From here on metrics are written."""
+        if self.output is None or not self.processes.writes:
+            return
+        self.record = Record(self.output, self.settings.to_json())
+        if self.history:  # the run may have stopped between a checkpoint and its metrics
+            self.record.epochs([dataclasses.asdict(epoch) for epoch in self.history])
 
     # ------------------------------------------------------------------------------------------------------ an epoch
 
@@ -306,7 +323,6 @@ class _Run:
         self.history.append(
             Epoch(self.epoch + 1, loss, accuracy, lr, rate, skipped, self.step, _learned_k(tested), _energies(tested))
         )
-        self.scheduler.step(self.epoch + 1, metric=accuracy)
         self.epoch += 1
         self.batches.start = 0
         self.meter = _Meter(self.device)
@@ -504,13 +520,16 @@ def check_classes(model: nn.Module, data: Data, device: torch.device) -> None:
     try:
         with torch.no_grad():
             logits = logits_of(model.eval()(torch.zeros(1, *data.image_size, device=device)))
+    except DataError:
+        raise
     except Exception as error:  # a model may refuse a size in its own way
         raise DataError(
             f"the model does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
             f"{first_line(error)}. Try another --img-size."
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise DataError(f"the model returns {type(logits).__name__}, expected logits of shape (batch, classes)")
+    if logits.dim() != 2:
+        shape = tuple(logits.shape)
+        raise DataError(f"the model returns Tensor of shape {shape}, expected logits of shape (batch, classes)")
     if logits.shape[1] != len(data.classes):
         raise DataError(
             f"the model has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "

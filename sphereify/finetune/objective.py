@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError
+from sphereify.errors import DataError, UsageError
 from sphereify.nn import (
     AngularHead,
     AngularLoss,
@@ -81,5 +81,7 @@ def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
     """The output of the classifier, and those of auxiliary classifiers."""
     if isinstance(output, (Tensor, AngularOutput)):
         return output, []
-    main, *auxiliary = (part for part in output if part is not None)
-    return main, auxiliary
+    parts = [part for part in output if part is not None] if isinstance(output, (tuple, list)) else []
+    if not parts or not all(isinstance(part, (Tensor, AngularOutput)) for part in parts):
+        raise DataError(f"the model returns {type(output).__name__}, expected logits of shape (batch, classes)")
+    return parts[0], parts[1:]

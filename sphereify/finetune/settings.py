@@ -32,10 +32,16 @@ class Settings:
     opt: str = "adamw"
     """An optimizer of timm's."""
     sched: str = "cosine"
-    """A schedule of timm's, updated after each step."""
+    """A schedule of timm's, updated after each step; plateau, whose state timm does not save, is refused."""
     warmup_epochs: float | None = None
     """Epochs in which the rate rises from 0; None: a tenth of all."""
     min_lr: float = 0.0
+    decay_epochs: float | None = None
+    """Epochs between two falls of step, or of the fall of wsd; None: timm's own, 90 and a fifth of all."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which multistep falls."""
+    decay_rate: float = 0.1
+    """Factor of a fall of step and multistep, in (0, 1]."""
     weight_decay: float = 0.05
     """On plain weights only; angular ones have no length to decay."""
     layer_decay: float | None = None
@@ -83,7 +89,7 @@ class Settings:
             raise UsageError(f"--lr: got {self.lr}, expected a number above 0; a usual value is 1e-3")
         if self.warmup_epochs is not None and not self.warmup_epochs >= 0:
             raise UsageError(f"--warmup-epochs: got {self.warmup_epochs}, expected at least 0")
-        for name in ("ema", "layer_decay"):
+        for name in ("ema", "layer_decay", "decay_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"--{_option(name)}: got {value}, expected a number above 0 and at most 1")
@@ -96,6 +102,14 @@ class Settings:
             )
         if self.amp not in AMP:
             raise choose("--amp", self.amp, AMP)
+        if self.sched == "plateau":
+            raise UsageError("--sched: plateau cannot be continued after a stop, for timm does not save its patience; "
+                             "take cosine, step or wsd")  # fmt: skip
+        if self.sched == "multistep" and not self.milestones:
+            raise UsageError("--milestones: none given, expected the epochs after which multistep falls")
+        if self.decay_epochs is not None and not self.decay_epochs > 0:
+            raise UsageError(f"--decay-epochs: got {self.decay_epochs}, expected a number above 0")
+        _ = self.chosen_device
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(
                 f"--device: got {self.device!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'."
@@ -116,7 +130,14 @@ class Settings:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "Settings":
-        return cls(**{**plain, "freeze": tuple(plain["freeze"]), "terms": Terms(**plain["terms"])})
+        return cls(
+            **{
+                **plain,
+                "freeze": tuple(plain["freeze"]),
+                "milestones": tuple(plain["milestones"]),
+                "terms": Terms(**plain["terms"]),
+            }
+        )
 
 
 WITHOUT_EFFECT = ("workers", "device", "checkpoint_minutes")
