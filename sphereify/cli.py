@@ -287,6 +287,10 @@ def _images(
     augment: Annotated[
         str | None, typer.Option(help="Augmentation of timm's, such as rand-m9-mstd0.5.", rich_help_panel=DATA)
     ] = None,
+    train_images: Annotated[
+        int | None, typer.Option(help="Train on so many images only, drawn once and for all.", rich_help_panel=DATA)
+    ] = None,
+    test_images: Annotated[int | None, typer.Option(help="Test on so many images only.", rich_help_panel=DATA)] = None,
 ) -> dict[str, Any]:
     """Which images, for `_load_images`."""
     if data is None:
@@ -588,7 +592,8 @@ def _load_images(images: dict[str, Any], model: Any) -> Any:
 
     return load_data(images["data"], channels=input_channels(model), img_size=images["img_size"],
                      config=getattr(model, "pretrained_cfg", None), root=images["data_root"],
-                     augment=images["augment"])  # fmt: skip
+                     augment=images["augment"], train_images=images["train_images"],
+                     test_images=images["test_images"])  # fmt: skip
 
 
 def _teacher(spec: str | None, weights: Path | None, original: Any, classes: int) -> Any:

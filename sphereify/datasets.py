@@ -1,12 +1,13 @@
 """Labelled images by name: handwritten digits, folders, and the data sets that timm reads."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from sphereify.errors import DataError, UsageError, first_line
 
@@ -35,6 +36,8 @@ def load_data(
     root: str | Path | None = None,
     splits: tuple[str, str] = ("train", "validation"),
     augment: str | None = None,
+    train_images: int | None = None,
+    test_images: int | None = None,
 ) -> Data:
     """A data set by name.
 
@@ -48,11 +51,31 @@ def load_data(
         root: where a data set of timm's lies.
         splits: names of its training and test part.
         augment: timm's automatic augmentation of training images, such as "rand-m9-mstd0.5".
+        train_images, test_images: take so many of each part only, drawn once and for all; default: all.
 
     Raises:
         DataError: no such data, no classes, no images, a library missing, or data that comes as a stream.
-        UsageError: an augmentation that timm does not know, or a size below 1.
+        UsageError: an augmentation that timm does not know, a size below 1, or more images than there are.
     """
+    data = _load(spec, channels, img_size, config or {}, root, splits, augment)
+    for part, count in (("train", train_images), ("test", test_images)):
+        if count is not None:
+            data = _some(data, part, count)
+    return data
+
+
+def _some(data: Data, part: str, count: int) -> Data:
+    """Only so many images of a part."""
+    whole: Any = getattr(data, part)
+    if not 1 <= count <= len(whole):
+        raise UsageError(f"--{part}-images: got {count}, expected 1 to {len(whole)}, which is what {data.name} has")
+    drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:count]
+    chosen: Any = Subset(whole, drawn.tolist())
+    return dataclasses.replace(data, name=f"{data.name}, {count} {part} images", **{part: chosen})
+
+
+def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any], root: Any,
+          splits: tuple[str, str], augment: str | None) -> Data:  # fmt: skip
     if img_size is not None and img_size < 1:
         raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
     if channels not in (1, 3):
@@ -61,7 +84,6 @@ def load_data(
         if augment:
             raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
         return _digits(channels, img_size or 32)
-    config = config or {}
     size = img_size or (config.get("input_size") or (3, 224, 224))[-1]
     moves = [_transform(size, channels, config, training=training, augment=augment) for training in (True, False)]
     if spec.startswith(TIMM_READERS):

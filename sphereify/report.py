@@ -59,8 +59,7 @@ def print_evaluation(out: Console, found: Evaluation, classes: list[str], rows: 
 
 def comparison_table(found: Comparison) -> Table:
     """One network a line, the original first."""
-    columns = ["", "test accuracy, %", f"steps to {found.reach:.1%}", "images/s", "ratio", "peak memory"]
-    table = Table(*columns, header_style="bold")
+    table = Table(*found.columns(), header_style="bold")
     for row in found.rows():
         table.add_row(*row)
     return table

@@ -76,11 +76,21 @@ class Comparison:
 
     def markdown(self) -> str:
         """A table, one variant a line."""
-        head = f"| | test accuracy, % | steps to {self.reach:.1%} | images/s | ratio | peak memory |\n{'|---' * 6}|\n"
+        columns = self.columns()
+        head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         return head + "".join(f"| {' | '.join(row)} |\n" for row in self.rows())
 
+    def columns(self) -> list[str]:
+        """What `rows` holds; the memory of a GPU, if there was one."""
+        memory = ["peak memory"] if self._on_gpu else []
+        return ["", "test accuracy, %", f"steps to {self.reach:.1%}", "images/s", "ratio", *memory]
+
+    @property
+    def _on_gpu(self) -> bool:
+        return any(runs.peak_memory is not None for runs in self.runs)
+
     def rows(self) -> list[list[str]]:
-        """The cells of the table: name, accuracy, steps, images/s, its ratio to the first variant's, memory."""
+        """The cells of the table, a variant a row; the ratio is that of its images/s to the first variant's."""
         base = self.runs[0].images_per_second
         return [
             [
@@ -89,7 +99,7 @@ class Comparison:
                 "not reached" if (steps := runs.steps_to(self.reach)) is None else f"{steps:.0f}",
                 f"{runs.images_per_second:.0f}",
                 f"{runs.images_per_second / base:.2f}",
-                "" if runs.peak_memory is None else f"{runs.peak_memory / 2**20:.0f} MiB",
+                *([f"{(runs.peak_memory or 0) / 2**20:.0f} MiB"] if self._on_gpu else []),
             ]
             for runs in self.runs
         ]

@@ -57,7 +57,7 @@ class Record:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, settings
         self.rows: list[dict[str, Any]] = []
-        self.board = _tensorboard(folder / "tensorboard")
+        self.board: Any = None
 
     def epochs(self, rows: list[dict[str, Any]]) -> None:
         """All epochs so far; files are written anew, so that a continued run leaves none twice."""
@@ -69,9 +69,10 @@ class Record:
         table.writeheader()
         table.writerows(flat)
         write_text(self.folder / "metrics.csv", text.getvalue())
+        self.board = self.board or _tensorboard(self.folder / "tensorboard")
         if self.board is not None:
             for key, value in flat[-1].items():
-                self.board.add_scalar(key, value, rows[-1]["number"])
+                self.board.add_scalar(key, value, rows[-1]["step"])
             self.board.flush()
 
     def close(self, best: int, data: str, peak_memory: int | None) -> None:
