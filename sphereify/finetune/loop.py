@@ -253,6 +253,7 @@ class _Run:
                 self.batches.start = number
                 self._between_steps(placed, stop, on_step)
         self._look(placed)
+        self.meter.stop()
 
     def _between_steps(self, placed: Any, stop: "_Stop", on_step: Callable[[Step], None]) -> None:
         """Tell, save, stop, as it is time."""
@@ -468,11 +469,14 @@ class _Meter:
         self.newest = torch.zeros((), device=device)
         self.bad = torch.zeros((), dtype=torch.int64, device=device)
         self.count = self.skipped = self.timed = 0
-        self.before = 0.0
         self.began = time.monotonic()
+        self.ended: float | None = None
 
     def start(self) -> None:
-        self.began = time.monotonic()
+        self.began, self.ended = time.monotonic(), None
+
+    def stop(self) -> None:
+        self.ended = time.monotonic()
 
     def add(self, loss: Tensor, count: int, step: int) -> None:
         self.total += loss * count
@@ -491,7 +495,7 @@ class _Meter:
 
     def rate(self, world: int) -> float:
         """Images a second, of all processes."""
-        return self.timed * world / max(time.monotonic() - self.began, 1e-9)
+        return self.timed * world / max((self.ended or time.monotonic()) - self.began, 1e-9)
 
     def means(self, processes: Processes) -> tuple[float, float, int]:
         """Loss, images a second and images left out, over all processes."""
