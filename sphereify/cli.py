@@ -250,6 +250,9 @@ def _training(
     amp: Annotated[str, _training_option("Half precision: none, bf16, fp16.")] = "none",
     channels_last: Annotated[bool, _training_option("Keep images channels last.", "--channels-last")] = False,
     compile: Annotated[bool, _training_option("Compile the model with torch.compile.", "--compile")] = False,
+    fsdp: Annotated[
+        bool, _training_option("Spread the network over torchrun's processes (FSDP2) instead of copying it.", "--fsdp")
+    ] = False,
     freeze: Annotated[list[str] | None, _training_option("Layers that do not train: a glob; repeatable.")] = None,
     warmup_head_epochs: Annotated[
         int, _training_option("Epochs at first in which only k, β, γ and the head train.")
@@ -444,6 +447,8 @@ def finetune(
     with _Progress(settings.epochs) as progress:
         result = train(network, data, settings, output=folder, resume=resume is not None, teacher=followed,
                        on_start=begin, on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
+    if not _speaks():
+        return
     best = result.best
     print(f"test accuracy {result.accuracy:.2%}, saved to {folder}/last; best {best.accuracy:.2%} in epoch "
           f"{best.number}, saved to {folder}/best")  # fmt: skip
@@ -651,6 +656,11 @@ def _show_energy(network: Any, picture: Path | None) -> None:
         print(f"drawn to {plot_energy(report, picture)}")
 
 
+def _speaks() -> bool:
+    """Whether this is the one process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _Progress:
     """A bar with loss, rate and speed in a terminal; one line an epoch everywhere."""
 
@@ -667,7 +677,7 @@ class _Progress:
         self.accuracy = ""
 
     def __enter__(self) -> "_Progress":
-        if not int(os.environ.get("RANK", "0")):
+        if _speaks():
             self.bar.start()
         return self
 

@@ -27,8 +27,10 @@ from sphereify.finetune.objective import Objective, logits_of
 from sphereify.finetune.processes import Processes, join
 from sphereify.finetune.record import Record, save_model
 from sphereify.finetune.settings import Settings, differences, frozen_layers
+from sphereify.finetune.sharding import Shards
 from sphereify.nn import AngularHead, HypersphericalEnergy
 from sphereify.nn.calls import AngularCall
+from sphereify.nn.functional import gathered
 from sphereify.nn.layers import AngularLayer
 
 READ_EVERY = 20
@@ -117,7 +119,8 @@ def finetune(
         on_step: called after optimizer steps; after each one on a CPU.
         on_epoch: called after each epoch.
 
-    In processes that torchrun started, each trains on its share of every batch, and the first writes.
+    In processes that torchrun started, each trains on its share of every batch, and the first writes. With
+    `settings.fsdp` the model stays in shards after the run, and what it has learned is in `output`.
 
     Raises:
         DataError: the model has another number of classes than the data.
@@ -156,11 +159,13 @@ class _Run:
         self.device = processes.device
         _seed_all(settings.seed)
         layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
-        model.to(self.device, **layout)
-        check_classes(model, data, self.device)
+        placed = torch.device("cpu") if settings.fsdp else self.device  # shards move by themselves
+        model.to(placed, **layout)
+        check_classes(model, data, placed)
         self.frozen = frozen_layers(model, settings.freeze)
         for layer in self.frozen:
             layer.requires_grad_(False)
+        self.shards = Shards(model, processes) if settings.fsdp else None
         self.objective = Objective(model, settings.terms).to(self.device)
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.mixup = None
@@ -318,6 +323,8 @@ class _Run:
     def finish_epoch(self) -> None:
         """Test, note, save."""
         tested = self.model if self.ema is None else self.ema.module
+        if self.shards is not None:
+            self.shards.agree()
         accuracy = score(tested, self.test_loader, self.processes, self.settings).top1
         loss, rate, skipped = self.meter.means(self.processes)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -328,8 +335,9 @@ class _Run:
         self.batches.start = 0
         self.meter = _Meter(self.device)
         if self.output is not None:
+            whole = tested if self.shards is None else self.shards.whole()
             if self.processes.writes:
-                self._save_models(tested)
+                self._save_models(whole)  # type: ignore[arg-type]
             self.save()
         if self.record is not None:
             self.record.epochs([dataclasses.asdict(epoch) for epoch in self.history])
@@ -351,7 +359,7 @@ class _Run:
     def _wrapped(self) -> nn.Module:
         """The model as it is called: over several processes, compiled."""
         forward: Any = self.model
-        if self.processes.world > 1:
+        if self.processes.world > 1 and self.shards is None:
             forward = nn.parallel.DistributedDataParallel(
                 forward, device_ids=[self.device] if self.device.type == "cuda" else None
             )
@@ -409,15 +417,22 @@ class _Run:
         """A checkpoint of the present step."""
         self.saved = time.monotonic()
         states = self.processes.gather(_random_state())
+        meters = self.processes.gather(self.meter.state())
         self._look(None)
-        if self.output is None or not self.processes.writes:
+        if self.output is None:
+            return
+        if self.shards is None:
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        else:
+            model, optimizer = self.shards.state(), self.shards.optimizer_state(self.optimizer)
+        if not self.processes.writes:
             return
         write_checkpoint(self.output / "checkpoints", self.step, {
             "settings": self.settings.to_json(), "data": self.data.name, "world": self.processes.world,
-            "model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(), "scheduler": _plain(self.scheduler.state_dict()),
+            "model": model, "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": optimizer, "scheduler": _plain(self.scheduler.state_dict()),
             "scaler": self.scaler.state_dict(), "objective": self.objective.state_dict(), "random": states,
-            "epoch": self.epoch, "batch": self.batches.start, "step": self.step, "meter": self.meter.state(),
+            "epoch": self.epoch, "batch": self.batches.start, "step": self.step, "meter": meters,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
         })  # fmt: skip
 
@@ -437,15 +452,18 @@ class _Run:
         if changed:
             raise UsageError(f"{self.output}: cannot be continued otherwise than it began: {'; '.join(changed)}")
         _check_same_model(self.model, state["model"], found[-1])
-        self.model.load_state_dict(state["model"])
+        if self.shards is None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.shards.restore(self.optimizer, state["model"], state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"])
         self.epoch, self.step, self.batches.start = state["epoch"], state["step"], state["batch"]
-        self.meter.restore(state["meter"])
+        self.meter.restore(state["meter"][self.processes.rank])
         self.history = [Epoch(**row) for row in state["history"]]
         _set_random_state(state["random"][self.processes.rank])
 
@@ -505,7 +523,7 @@ class _Meter:
         return total / max(count, 1), rate, int(skipped)
 
     def state(self) -> dict[str, Any]:
-        return {"total": self.total, "count": self.count, "skipped": self.skipped}
+        return {"total": self.total.cpu(), "count": self.count, "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.total += state["total"].to(self.total.device)
@@ -600,7 +618,7 @@ def _new_parameters(model: nn.Module) -> set[int]:
 
 def _learned_k(model: nn.Module) -> dict[str, float]:
     return {
-        name: float(module.operator.k.detach().mean())
+        name: float(gathered(module.operator.k.detach()).mean())
         for name, module in model.named_modules()
         if isinstance(getattr(getattr(module, "operator", None), "k", None), Tensor)
     }

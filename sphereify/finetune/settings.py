@@ -59,6 +59,8 @@ class Settings:
     amp: str = "none"
     channels_last: bool = False
     compile: bool = False
+    fsdp: bool = False
+    """Spread parameters, gradients and the optimizer's state over the processes (FSDP2)."""
     freeze: tuple[str, ...] = ()
     """Globs over layer names whose parameters do not train."""
     warmup_head_epochs: int = 0
@@ -102,6 +104,10 @@ class Settings:
             )
         if self.amp not in AMP:
             raise choose("--amp", self.amp, AMP)
+        apart = {"ema": self.ema, "amp fp16": self.amp == "fp16", "warmup-head-epochs": self.warmup_head_epochs,
+                 "compile": self.compile}  # fmt: skip
+        if self.fsdp and any(apart.values()):
+            raise UsageError(f"--fsdp: does not go with --{next(name for name, on in apart.items() if on)}")
         if self.sched == "plateau":
             raise UsageError("--sched: plateau cannot be continued after a stop, for timm does not save its patience; "
                              "take cosine, step or wsd")  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sphereify.errors import UnsupportedModelError
-from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.nn.functional import Operator, gathered, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 
 CALLS = "angular_calls"
 """Where a module keeps its `AngularCall`s, by key."""
@@ -316,7 +316,8 @@ def filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tens
     for key, call in getattr(owner, CALLS).items() if answers_calls(owner) else ():
         weight = _resolve(owner, key)
         if isinstance(weight, nn.Parameter):
-            rows = weight.t() if call.columns else weight.flatten(1)
+            matrix = gathered(weight)
+            rows = matrix.t() if call.columns else matrix.flatten(1)
             yield parameter_name(key), weight, rows.unflatten(0, (call.groups, -1))
 
 

@@ -46,6 +46,11 @@ class Projection(NamedTuple):
     groups: int
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over processes (a DTensor, as FSDP makes parameters) as a whole; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def sphere_conv1d(
     x: Tensor,
     weight: Tensor,

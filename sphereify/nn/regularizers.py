@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose
 from sphereify.nn.calls import filters_of_calls
-from sphereify.nn.functional import no_autocast
+from sphereify.nn.functional import gathered, no_autocast
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.operators import SIN_FLOOR, inner_acos, with_value
 
@@ -348,12 +348,12 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
 def _filters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What stands for a layer below its name, the weight, and the filters of (groups, filters, fan_in)."""
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        grouped = module.weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
+        grouped = gathered(module.weight).unflatten(0, (module.groups, -1)).transpose(1, 2)
         yield "", module.weight, grouped.flatten(2)
     elif isinstance(module, nn.modules.conv._ConvNd):
-        yield "", module.weight, module.weight.flatten(1).unflatten(0, (module.groups, -1))
+        yield "", module.weight, gathered(module.weight).flatten(1).unflatten(0, (module.groups, -1))
     elif isinstance(module, (nn.Linear, AngularHead)):
-        yield "", module.weight, module.weight[None]
+        yield "", module.weight, gathered(module.weight)[None]
     for name, weight, filters in filters_of_calls(module):
         holder, _, own = name.rpartition(".")
         is_layer = own == "weight" and isinstance(module.get_submodule(holder), LAYERS)
