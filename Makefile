@@ -21,8 +21,8 @@ zoo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --real
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check sphereify tests examples
-	$(BIN)/ruff format --check sphereify tests examples
+	$(BIN)/ruff check sphereify tests examples benchmarks
+	$(BIN)/ruff format --check sphereify tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
