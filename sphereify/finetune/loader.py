@@ -54,23 +54,27 @@ class _Seeded(Dataset):
     def __init__(self, images: Dataset, seed: int, strict: bool):
         self.images, self.seed, self.strict = images, seed, strict
 
-    def __getitem__(self, key: Key) -> Any:
-        epoch, index = key
-        mixed = (self.seed * 1_000_003 + epoch) * 16_777_619 + index
-        states = random.getstate(), np.random.get_state()
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mixed % 2**63)
-                random.seed(mixed)
-                np.random.seed(mixed % 2**32)
-                return self.images[index]
-        except DataError:
-            if self.strict:
-                raise
-            return None  # an image that cannot be read
+            return [self._one(*key) for key in keys]
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def _one(self, epoch: int, index: int) -> Any:
+        """An image and its class; None if it cannot be read."""
+        mixed = (self.seed * 1_000_003 + epoch) * 16_777_619 + index
+        torch.default_generator.manual_seed(mixed % 2**63)  # torch.manual_seed would turn to GPUs, too, which is slow
+        random.seed(mixed)
+        np.random.seed(mixed % 2**32)
+        try:
+            return self.images[index]
+        except DataError:
+            if self.strict:
+                raise
+            return None
 
 
 def _collate(items: list[Any]) -> tuple[Any, int]:
