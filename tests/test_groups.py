@@ -201,7 +201,7 @@ def test_a_converted_model_keeps_its_learning_rates_and_angular_parameters_go_wi
     assert all(decay == 0 for decay, _ in after.values()), "no layer is plain"
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.7, 1.0])
+@pytest.mark.parametrize("layer_decay", [None, 1.0])
 def test_every_trained_parameter_is_in_exactly_one_group_of_any_model(layer_decay):
     shared = nn.Linear(4, 4)
     models = [
@@ -214,6 +214,26 @@ def test_every_trained_parameter_is_in_exactly_one_group_of_any_model(layer_deca
         model.get_parameter(next(n for n, _ in model.named_parameters())).requires_grad_(False)
         got = each(model, param_groups(model, 0.1, layer_decay=layer_decay))
         assert sorted(got) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_layers_that_a_model_does_not_name_cannot_be_decayed():
+    with pytest.raises(UsageError, match="layer_decay: Sequential does not say what its layers are"):
+        param_groups(nn.Sequential(nn.Linear(2, 2)), layer_decay=0.5)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.Sequential], ids=["compiled", "a part of another"])
+def test_what_a_wrapped_model_wants_without_decay_has_none(wrap):
+    plain = PLAIN["vit"]()
+    wrapped = wrap(plain)
+    kept = {id(p) for group in param_groups(wrapped, 0.1) if not group["weight_decay"] for p in group["params"]}
+    assert {id(plain.pos_embed), id(plain.cls_token)} <= kept
+
+
+def test_a_compiled_model_has_the_layers_of_the_plain_one():
+    plain = PLAIN["vit"]()
+    scales = [{id(p): g["lr_scale"] for g in param_groups(model, 0.1, layer_decay=0.7) for p in g["params"]}
+              for model in (plain, torch.compile(plain))]  # fmt: skip
+    assert scales[0] == scales[1]
 
 
 def test_layer_decay_of_one_is_no_layer_decay():

@@ -60,6 +60,14 @@ ATTENTION = nn.MultiheadAttention
 """Hands its weights to one function, and never calls the layer that holds the last of them."""
 
 
+PRODUCTS = {
+    "product": "its weight is multiplied by other means (einsum, bmm, W @ x)",
+    "own-backward": "its weight is used inside an autograd.Function, whose backward is its own",
+    "beneath": "its weight is used by torch.ops or in a scripted function",
+}
+"""Kinds of calls that have no angular answer, with what that means for the layer that holds the weight."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One convolution or linear map of a model: a module, or a functional call."""
@@ -77,7 +85,7 @@ class Site:
     norm: str | None = None
     """The normalization with an affine part that directly follows, by name."""
     norm_seen: bool = False
-    """Whether a trace shows that the norm alone reads this site's output; otherwise it is a guess."""
+    """Whether a trace shows that the norm alone reads this site's output, and leaves it as it is."""
     owns_norm: bool = False
     """Whether that normalization follows nothing else, and this site in one place only."""
     called: bool | None = None
@@ -126,7 +134,7 @@ def trace(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         facts, seen = _facts(bones), run(bones, example_inputs)
         if seen.error and example_inputs is not None:  # control flow on values, which only a real pass can follow
             real = run(bones, example_inputs, on_shapes=False)
-            seen = real if not real.error else seen
+            seen = replace(real, by_values=True) if not real.error else seen
         if seen.error and example_inputs is not None:
             raise UsageError(f"example_inputs: {type(model).__name__} does not run with them: {seen.error}")
     sites = [_module_site(name, aliases, module, model, facts, seen)
@@ -172,6 +180,11 @@ def is_affine_norm(module: nn.Module) -> bool:
     return named and getattr(module, "weight", None) is not None
 
 
+def _only_reads(norm: nn.Module) -> bool:
+    """Whether a normalization leaves its input as it is: one of a library's, without hooks of the user's."""
+    return type(norm).__module__.startswith(("torch.nn.", "timm.", "torchvision.")) and not norm._forward_pre_hooks
+
+
 def class_name(thing: Any) -> str:
     cls = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -191,11 +204,18 @@ def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters but nothing that a forward pass could change, and makes its calls plainly."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    shared.update(computed_tensors(model))
     copied = copy.deepcopy(model, shared)
     for module in copied.modules():
         make_plain(module)
         _drop_hooks(module)
     return copied
+
+
+def computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Tensors that modules keep from a computation, as old weight norms do, which deepcopy refuses: detached, by id."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def _drop_hooks(module: nn.Module) -> None:
@@ -404,7 +424,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
     traced = any(n in facts.called for n in names)
     called: bool | None = traced or (None if _inside(name, facts.untraced) else False)
     if not seen.error:
-        called = any(n in seen.order for n in names)
+        called = any(n in seen.order for n in names) or (None if seen.by_values else False)
     site = Site(
         name,
         kind_of(module),
@@ -413,7 +433,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
         aliases,
         role=first(facts.roles) or "hidden",
         norm=norm,
-        norm_seen=norm is not None,
+        norm_seen=norm is not None and _only_reads(model.get_submodule(norm)),
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
         angular=isinstance(module, (AngularLayer, AngularHead)),
@@ -435,7 +455,7 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
     computed = [call for call in [*calls, *seen.fixed] if call.parameter is None]
     for call in calls:
         owner = model.get_submodule(call.owner)
-        if call.owner in by_name and is_swapped(owner) and call.kind != "product":
+        if call.owner in by_name and is_swapped(owner) and call.kind not in PRODUCTS:
             continue  # the layer's own call, perhaps with a weight that another one is tied to
         switched = call in seen.not_in_both
         call, unclear = _localized(call, model, computed)
@@ -444,7 +464,7 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
         home = (call.parameter or "").rpartition(".")[0] if call.parameter else call.owner
         site = by_name.get(home)
         if site is not None and site.module is not None:
-            if call.kind == "product" and call.parameter is None:
+            if call.kind in PRODUCTS and call.parameter is None:
                 continue
             if site.call is not None and site.call != call:
                 unclear = "its forward makes more than one convolution or linear map"
@@ -452,8 +472,8 @@ def _with_calls(sites: list[Site], model: nn.Module, facts: _Facts, seen: Run, b
                 name in seen.order for name in site.names
             ):
                 unclear = f"it is called, and its weight is used by {call.owner or 'the model'} as well"
-            if call.kind == "product":
-                unclear = "its weight is multiplied by other means (einsum, bmm, W @ x)"
+            if call.kind in PRODUCTS:
+                unclear = PRODUCTS[call.kind]
             _replace(sites, by_name, replace(site, call=call, called=True, unclear=site.unclear or unclear))
             continue
         name = call.parameter or _join(call.owner, "computed")

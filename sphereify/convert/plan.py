@@ -493,6 +493,8 @@ _OTHER_KINDS = {
     "bilinear": "bilinear form of two inputs, not the angle to one",
     "recurrent": "recurrent layer: its kernels take plain weights",
     "embedding": "table that is looked up, not multiplied",
+    "own-backward": "product inside an autograd.Function, whose backward is its own and would stay plain",
+    "beneath": "product by torch.ops or in a scripted function, beneath the functions that can be answered",
     "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
 }
 

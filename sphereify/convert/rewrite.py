@@ -1,19 +1,24 @@
-"""Applies a plan to a model. Everything has been decided before; here modules are swapped."""
+"""Applies a plan to a model. Everything has been decided before; here layers become angular, in place.
+
+A layer keeps its identity and takes on the class and the state of its twin. So whatever refers to it, by another name,
+in a list of the user's own or from a function, has the angular layer.
+"""
 
 import copy
 import math
+from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sphereify.convert.graph import is_site, kind_of, relative_parameter, weight_of
+from sphereify.convert.graph import computed_tensors, is_site, kind_of, relative_parameter, weight_of
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.running import Call
-from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.calls import AngularCall, answer_call
+from sphereify.nn.calls import AngularCall, angular_class, answer_call
 from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
@@ -52,17 +57,19 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     calls = {d.name: _make_call(model, d, operators) for d in plan.converted if d.call}
     swaps = [d for d in plan.converted if not d.call]
     plain = {d.name: model.get_submodule(d.name) for d in swaps}
-    twins = {d.name: _share_hooks(_make_twin(plain[d.name], d, operators), plain[d.name]) for d in swaps}
-    norms = {d.norm: _without_norm(model.get_submodule(d.norm)) for d in swaps if d.drops_norm and d.norm}
+    twins = {d.name: _make_twin(plain[d.name], d, operators) for d in swaps}
+    norms = {d.norm: model.get_submodule(d.norm) for d in swaps if d.drops_norm and d.norm}
+    rests = {name: _without_norm(norm) for name, norm in norms.items()}
     for decision in swaps:
         if decision.drops_norm and decision.norm:
-            _take_over_norm(twins[decision.name], model.get_submodule(decision.norm))
+            _take_over_norm(twins[decision.name], norms[decision.norm])
+    for name in {d.call.owner for d in plan.converted if d.call}:
+        _check_class(name, model.get_submodule(name))
     # All is made; from here on nothing can fail half-way.
-    for decision in swaps:
-        for name in (decision.name, *decision.aliases):
-            model = _put(model, name, twins[decision.name])
-    for name, rest in norms.items():
-        model = _put(model, name, rest)
+    for name, twin in twins.items():
+        _become(plain[name], twin)
+    for name, rest in rests.items():
+        _become(norms[name], rest)
     for decision in (d for d in plan.converted if d.call):
         owner, parameter = decision.call.owner, decision.call.parameter  # type: ignore[union-attr]
         answer_call(model.get_submodule(owner), relative_parameter(owner, parameter), calls[decision.name])
@@ -109,7 +116,7 @@ def _check_parameter(model: nn.Module, call: Call, name: str, plan: ConversionPl
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, computed_tensors(model))
     except Exception as error:  # whatever a user's __deepcopy__ raises
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert it with inplace=True."
@@ -196,10 +203,22 @@ def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
     return torch.where((slope > 0) & slope.isfinite(), slope, torch.ones_like(slope))[0]
 
 
-def _share_hooks(twin: nn.Module, plain: nn.Module) -> nn.Module:
-    """The plain layer goes; a handle that it gave out before must still remove its hook."""
-    vars(twin).update({name: table for name, table in vars(plain).items() if name.endswith("_hooks")})
-    return twin
+def _become(module: nn.Module, twin: nn.Module) -> None:
+    """Take on the class and the state of the twin; a handle that was given out before can still remove its hook."""
+    hooks = {name: table for name, table in vars(module).items() if name.endswith("_hooks") and vars(twin).get(name)}
+    module.__class__ = type(twin)  # type: ignore[assignment]
+    vars(module).clear()
+    vars(module).update({**vars(twin), **hooks})
+
+
+def _check_class(name: str, owner: nn.Module) -> None:
+    try:
+        angular_class(cast(Hashable, type(owner)))
+    except Exception as error:  # a class may forbid subclasses in its own way
+        raise UnsupportedModelError(
+            f"{name or 'the model'}: {type(owner).__name__} allows no subclass, which its angular calls need "
+            f"({type(error).__name__}: {first_line(error)}). Keep its calls with exclude."
+        ) from error
 
 
 def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
@@ -221,15 +240,6 @@ def _without_norm(norm: nn.Module) -> nn.Module:
     parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]
     return nn.Sequential(*parts) if parts else nn.Identity()
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Set a submodule by its qualified name; the empty name is the model itself."""
-    if not name:
-        return module
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
-    return model
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shapes
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.convert.flow import End, Flow, tensors_in
 from sphereify.convert.operations import word
@@ -64,6 +65,8 @@ class Run:
     """Calls that one of the two passes makes and the other does not, though it runs the owner."""
     direct: frozenset[str] = frozenset()
     """Weights whose products are outputs as they are, with nothing in between; in training, if that pass succeeded."""
+    by_values: bool = False
+    """Whether values decide what is called, so that another input may call what these did not."""
     error: str = ""
     """Why no pass succeeded; empty if one did."""
 
@@ -179,7 +182,14 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
     output = None
     left: set[str] = set()
     try:
-        with torch.random.fork_rng(devices=[]), largest, _stacked(model, stack, seen, left), watch:
+        with (
+            torch.random.fork_rng(devices=[]),
+            largest,
+            _stacked(model, stack, seen, left),
+            _own_functions(watch),
+            _Beneath(watch),
+            watch,
+        ):
             output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
     except Exception:
         if not (on_shapes and _all_left(model, left)):
@@ -204,8 +214,12 @@ def _is_turned(view: Tensor, base: Tensor) -> bool:
     return view.shape != base.shape or (view.shape[0] > 1 and view.shape[1] > 1 and view.stride() != base.stride())
 
 
-PRODUCTS = {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm,
-            torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv}  # fmt: skip
+PRODUCTS = {
+    torch.linalg.multi_dot, torch.chain_matmul, torch.sparse.mm, torch.addmv, Tensor.addmv, Tensor.addmm_,
+    torch.addbmm, Tensor.addbmm, torch.convolution, torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm,
+    Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv,
+    Tensor.mv,
+}  # fmt: skip
 """Products that are no linear map of rows, or not seen to be one."""
 
 VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
@@ -213,6 +227,45 @@ VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
     "unique": lambda x, *_, **__: x.flatten()[:1],
 }
 """Functions, by name, whose result has a size that depends on values, with some result of the right kind."""
+
+
+@contextmanager
+def _own_functions(watch: "_Watch") -> Iterator[None]:
+    """Tells `watch` when an autograd.Function of the user's runs: it has a backward of its own."""
+    home = next(cls for cls in torch.autograd.Function.__mro__ if "apply" in vars(cls))
+    plain = vars(home)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own = not cls.__module__.startswith(("torch.", "sphereify."))
+        watch.own_functions += own
+        try:
+            return plain.__get__(None, cls)(*args, **kwargs)
+        finally:
+            watch.own_functions -= own
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if home is torch.autograd.Function:
+            home.apply = plain
+        else:
+            del torch.autograd.Function.apply
+
+
+class _Beneath(TorchDispatchMode):
+    """Sees products that no Python function makes: those of `torch.ops` and of scripted functions."""
+
+    OPERATIONS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "convolution")
+
+    def __init__(self, watch: "_Watch"):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not self.watch.depth and func.overloadpacket.__name__ in self.OPERATIONS:
+            self.watch.note_beneath(args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -252,6 +305,11 @@ class _Watch(TorchFunctionMode):
         self.stack = stack
         self.seen = seen
         self.flow = Flow()
+        self.depth = 0
+        """How many Python functions of torch are being run."""
+        self.own_functions = 0
+        """How many autograd.Functions of the user's are."""
+        self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -259,7 +317,12 @@ class _Watch(TorchFunctionMode):
         answer = VALUES_WANTED.get(getattr(func, "__name__", ""))
         if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
             return answer(*args, **kwargs)
-        result = func(*args, **kwargs)
+        is_function = not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+        self.depth += is_function
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= is_function
         leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._follow(func, leaves, result)
         self.flow.note(func, leaves, result, name)
@@ -277,6 +340,8 @@ class _Watch(TorchFunctionMode):
         base = call.source if id(call.source) in self.names else call.source._base
         whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
         name = self.names.get(id(base)) if whole else None
+        if self.own_functions:
+            return self._note_product(args, kwargs, "own-backward")
         columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
         owner, nth = self.stack[-1]
         self.stack[-1][1] += name is None
@@ -300,7 +365,15 @@ class _Watch(TorchFunctionMode):
         whole = base is not None and id(base) in self.names and base.numel() == tensor.numel() and base.dim() == 2
         return tensor.dim() == 2 and whole
 
-    def _note_product(self, args: tuple, kwargs: dict[str, Any]) -> str:
+    def note_beneath(self, args: tuple) -> None:
+        """A product was made where no Python function stands between."""
+        for tensor in args:
+            name = self.by_storage.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+            if name is not None and tensor.dim() >= 2:
+                self.seen.order.append(name)
+                self.seen.calls.append(Call(self.stack[-1][0], "beneath", name, tuple(tensor.shape), False))
+
+    def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
         """Other products with a parameter are no sites that can be made angular; they are told."""
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if all(id(t) in self.names or id(t) in self.computed or id(t) in self.constant for t in operands):
@@ -309,22 +382,20 @@ class _Watch(TorchFunctionMode):
             name = self._parameter(tensor)
             if tensor.dim() >= 2 and (name is not None or id(tensor) in self.computed):
                 self.seen.order.append(name or f"{self.stack[-1][0]}.computed")
-                self.seen.calls.append(Call(self.stack[-1][0], "product", name, tuple(tensor.shape), False))
+                self.seen.calls.append(Call(self.stack[-1][0], kind, name, tuple(tensor.shape), False))
                 return ""
         return ""
 
     def _follow(self, func: Any, leaves: list[Tensor], result: Any) -> None:
         """A result is computed from parameters if all its tensors are parameters, constants, or so computed."""
-        if word(func) == "setitem":
-            result = leaves[0]
-        if not isinstance(result, Tensor):
-            return
+        results = leaves[:1] if word(func) == "setitem" else [*tensors_in(result)]
         is_learned = [id(t) in self.names or id(t) in self.computed for t in leaves]
         known = all(yes or id(t) in self.constant for yes, t in zip(is_learned, leaves, strict=True))
-        if not known:
-            for written in (result, result._base):  # features may be written into what was a constant
-                self.constant.discard(id(written))
-                self.computed.discard(id(written))
-        elif id(result) not in self.names:
-            (self.computed if any(is_learned) else self.constant).add(id(result))
-            self.alive.append(result)
+        for made in results:
+            if not known:
+                for written in (made, made._base):  # features may be written into what was a constant
+                    self.constant.discard(id(written))
+                    self.computed.discard(id(written))
+            elif id(made) not in self.names:
+                (self.computed if any(is_learned) else self.constant).add(id(made))
+                self.alive.append(made)

@@ -28,8 +28,11 @@ def param_groups(
         lr: with `layer_decay`, also set each group's "lr" to lr · lr_scale, for optimizers and schedulers of torch.
 
     Raises:
-        UsageError: weight_decay < 0, a layer_decay outside (0, 1], lr without layer_decay.
+        UsageError: weight_decay < 0, a layer_decay outside (0, 1] or for a model that does not say what its layers
+            are, lr without layer_decay.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"param_groups: got {type(model).__name__}, expected a model")
     if not weight_decay >= 0:
         raise UsageError(f"weight_decay: got {weight_decay!r}, expected a number ≥ 0")
     if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -54,13 +57,17 @@ def _undecayed(model: nn.Module) -> set[str]:
         if isinstance(module, (AngularLayer, AngularHead, AngularCall))
         for parameter in module.parameters()
     } | {id(parameter) for module in model.modules() for parameter in angular_weights(module)}
-    own = getattr(model, "no_weight_decay", None)
-    patterns = list(own()) if callable(own) else []  # timm takes them as globs
-    return {
-        name
-        for name, p in model.named_parameters()
-        if p.dim() < 2 or id(p) in scale_free or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    }
+    named = {id(p) for p in _named_by(model)}
+    return {n for n, p in model.named_parameters() if p.dim() < 2 or id(p) in scale_free | named}
+
+
+def _named_by(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a model, or else the models that are parts of it or wrapped, want without weight decay."""
+    if not callable(getattr(type(module), "no_weight_decay", None)):
+        return [p for child in module.children() for p in _named_by(child)]
+    patterns = list(module.no_weight_decay())  # type: ignore[operator]  # timm takes them as globs
+    named = module.named_parameters(remove_duplicate=False)
+    return [p for name, p in named if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _by_layer(
@@ -68,9 +75,28 @@ def _by_layer(
 ) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay
 
-    groups = param_groups_layer_decay(model, weight_decay, tuple(undecayed), layer_decay=layer_decay)
+    if not any(p.requires_grad for p in model.parameters()):
+        return []
+    grouped = _unwrapped(model)
+    if layer_decay < 1 and not hasattr(grouped, "group_matcher"):
+        raise UsageError(
+            f"layer_decay: {type(grouped).__name__} does not say what its layers are, as models of timm do "
+            f"(group_matcher); leave it out"
+        )
+    prefix = next((n for n, p in model.named_parameters()), "").removesuffix(
+        next((n for n, p in grouped.named_parameters()), "")
+    )
+    undecayed = {name.removeprefix(prefix) for name in undecayed}
+    groups = param_groups_layer_decay(grouped, weight_decay, tuple(undecayed), layer_decay=layer_decay)
     for group in groups:
         group.pop("param_names", None)  # torch allows names for all groups of an optimizer or for none
         if lr is not None:
             group["lr"] = lr * group["lr_scale"]
     return groups  # type: ignore[no-any-return]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch.compile's or DDP's wrapping."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model

@@ -76,7 +76,7 @@ FUNCTIONS: dict[Any, Function] = {
     Tensor.addmm: Function("linear", _addmm_arguments, sphere_linear, columns=True),
     **{
         f: Function("linear", _matmul_arguments, sphere_linear, columns=True, any_product=True)
-        for f in (torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
+        for f in (torch.matmul, torch.linalg.matmul, Tensor.matmul, torch.mm, Tensor.mm)
     },
     **{f: Function("conv1d", _conv_arguments, sphere_conv1d) for f in (F.conv1d, torch.conv1d)},
     **{f: Function("conv2d", _conv_arguments, sphere_conv2d) for f in (F.conv2d, torch.conv2d)},
@@ -135,7 +135,8 @@ class AngularCall(nn.Module):
             g = g * self.beta[rows].to(g.dtype).view(channels)
         for shift in (self.gamma[rows] if self.gamma is not None else None, bias):
             if shift is not None:
-                g = g + shift.to(g.dtype).view(channels)
+                whole = shift.dim() > 1  # the addend of an addmm may be a matrix
+                g = g + (shift.to(g.dtype) if whole else shift.to(g.dtype).view(channels))
         unchanged = self.beta is None and self.gamma is None and bias is None
         return g.clone() if unchanged and g.requires_grad else g  # backward needs g as it is; see AngularLayer
 
@@ -169,14 +170,27 @@ class _Answer(TorchFunctionMode):
 
     def answer_to(self, weight: Tensor | None, *, may_be_computed: bool = True) -> "AngularCall | None":
         """The call that stands for this weight: a parameter, a view of one, or something computed."""
+        if weight is None:
+            return None
         for key, known in self.weights:
-            view = weight is not None and known is not None and weight._base is known
-            same = weight is known or (view and weight.numel() == known.numel())  # type: ignore[union-attr]
-            cast = known is not None and weight is not None and _is_cast(weight, known)
-            computed = may_be_computed and known is None and weight is not None and not isinstance(weight, nn.Parameter)
-            if same or cast or computed:
+            if known is not None and (weight is known or weight._base is known):
+                if weight.numel() != known.numel():
+                    if COMPUTED in self.calls:
+                        continue
+                    raise UnsupportedModelError(
+                        f"{_base(type(self.owner)).__name__} uses a part of {parameter_name(key)}, of shape "
+                        f"{tuple(weight.shape)}, as a weight, and was planned with all of it: keep it with exclude"
+                    )
+                return self.calls[key]  # type: ignore[no-any-return]
+        for key, known in self.weights:
+            fits = may_be_computed if known is None else _is_cast(weight, known)
+            if fits and not isinstance(weight, nn.Parameter) and not self._holds(weight):
                 return self.calls[key]  # type: ignore[no-any-return]
         return None
+
+    def _holds(self, tensor: Tensor) -> bool:
+        """Whether this is a parameter or buffer of the owner's as it is, plain where `torch.func` put it there."""
+        return any(tensor is one for one in (*self.owner.parameters(), *self.owner.buffers()))
 
 
 def _refuse_checkpoint(owner: nn.Module) -> None:

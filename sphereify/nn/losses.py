@@ -1,5 +1,6 @@
 """Cross entropy for angular heads: the margin at the target class, its annealing, and classes kept apart."""
 
+import copy
 import math
 from typing import Any, cast
 
@@ -106,7 +107,11 @@ class AngularLoss(nn.Module):
         for name, value in {"separation": separation, "separation_s": separation_s}.items():
             if not (value >= 0 and math.isfinite(value)):
                 raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
-        if chunk_size is not None and chunk_size < 1:
+        if annealing is not None and not isinstance(annealing, MarginAnnealing):
+            raise UsageError(f"annealing: got {type(annealing).__name__}, expected a MarginAnnealing, or None")
+        if type(ignore_index) is not int:
+            raise UsageError(f"ignore_index: got {ignore_index!r}, expected a class index; -100 ignores none")
+        if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
             raise UsageError(f"chunk_size: got {chunk_size!r}, expected at least 1 class, or None")
         # Kept out of the submodules: its parameters and state belong to the model.
         self._head = (_head_of(model_or_head),)
@@ -136,6 +141,7 @@ class AngularLoss(nn.Module):
     def forward(self, output: Tensor | AngularOutput, targets: Targets) -> Tensor:
         logits, features = self._unpacked(output)
         size = len(cast(Tensor, features if logits is None else logits))
+        targets = _checked(targets)
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
             if isinstance(targets, tuple):
                 loss = self._mixed(logits, features, targets, size)
@@ -196,6 +202,8 @@ class AngularLoss(nn.Module):
                 "targets: got probabilities, but a margin belongs to one target class. Give class indices, or for "
                 "mixup (y_a, y_b, share)"
             )
+        if not len(logits):
+            return logits.sum() * 0 if self.reduction != "none" else logits.sum(1)
         if targets.shape != logits.shape:
             raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {tuple(logits.shape)}")
         self._check_weight(logits.shape[1])
@@ -210,7 +218,7 @@ class AngularLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Loss and weight of each sample, both (B,); both are 0 where it is ignored."""
         classes = self.head.num_classes if logits is None and self.head is not None else logits.shape[1]  # type: ignore[union-attr]
-        self._check(targets, size, classes)
+        looked = self._check(targets, size, classes)
         self._check_weight(classes)
         counts = targets != self.ignore_index
         safe = targets.clamp(0, classes - 1)
@@ -232,6 +240,8 @@ class AngularLoss(nn.Module):
             # Times the weight, since the reduction divides by the sum of the weights.
             loss = loss + self.separation * self._separation(safe) * weight
         zero = torch.zeros((), dtype=new.dtype, device=new.device)
+        if not looked:  # a class that there is not: the loss is no number
+            loss = torch.where(targets == safe, loss, math.nan)
         return torch.where(counts, loss, zero), torch.where(counts, weight, zero)
 
     def _target_logit(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -275,17 +285,19 @@ class AngularLoss(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------- the border
 
-    def _check(self, targets: Tensor, size: int, classes: int) -> None:
+    def _check(self, targets: Tensor, size: int, classes: int) -> bool:
+        """Whether the values have been looked at as well."""
         if targets.dtype == torch.bool or targets.is_floating_point():
             raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
         if targets.shape != (size,):
             raise UsageError(f"targets: got shape {tuple(targets.shape)}, expected ({size},), one class a sample")
         if torch.compiler.is_compiling() or (self._checked and targets.device.type != "cpu") or not size:
-            return  # looking at values holds a GPU up; the first batch tells
+            return False  # looking at values holds a GPU up; the first batch tells
         self._checked = True
         wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
         if len(wrong):
             raise UsageError(f"targets: got class {int(wrong[0])}, expected 0 to {classes - 1}")
+        return True
 
     def _check_weight(self, classes: int) -> None:
         if self.class_weight is not None and self.class_weight.shape != (classes,):
@@ -300,9 +312,30 @@ class AngularLoss(nn.Module):
         weights = weight.sum()
         return total / torch.where(weights > 0, weights, torch.ones_like(weights))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AngularLoss":
+        """A copy that works with the same head, unless that is being copied with it."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            head = (memo.get(id(self.head), self.head),)
+            vars(copied)[name] = head if name == "_head" else copy.deepcopy(value, memo)
+        return copied
+
     def extra_repr(self) -> str:
         head = "none" if self.head is None else self.head.kind
         return f"head={head}, label_smoothing={self.label_smoothing:g}, separation={self.separation:g}"
+
+
+def _checked(targets: Any) -> Any:
+    """Targets as the loss takes them: int64 for any integers, a tuple for mixup."""
+    if isinstance(targets, (tuple, list)) and len(targets) == 3 and isinstance(targets[0], Tensor):
+        return _checked(targets[0]), _checked(targets[1]), targets[2]
+    if isinstance(targets, tuple):
+        raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
+    if not isinstance(targets, Tensor):
+        raise UsageError(f"targets: got {type(targets).__name__}, expected a tensor, or (y_a, y_b, share) for mixup")
+    is_index = targets.dtype != torch.bool and not targets.is_floating_point() and not targets.is_complex()
+    return targets.long() if is_index else targets
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:

@@ -5,12 +5,13 @@ Both work on any network, angular or not, and on a tensor of filters.
 
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose
@@ -65,7 +66,8 @@ class HypersphericalEnergy(nn.Module):
     above. N filters make N² pairs, of which at most 4 million are held at a time.
 
     Raises:
-        UsageError: s or a weight < 0, an unknown distance, a model without filters, an output that is no layer.
+        UsageError: s or a weight < 0, an unknown distance, a model without filters, an output that is no layer, a
+            pattern that matches none.
 
     >>> HypersphericalEnergy(s=2)(torch.eye(3)).item()
     0.5
@@ -111,9 +113,7 @@ class HypersphericalEnergy(nn.Module):
         return EnergyReport(rows, self.extra_repr())
 
     def _banks(self, model: nn.Module) -> list[Bank]:
-        banks = [
-            b for b in filter_banks(model, self.output) if not any(fnmatch.fnmatch(b.layer, p) for p in self.exclude)
-        ]
+        banks = _but(filter_banks(model, self.output), self.exclude)
         if not banks:
             raise UsageError(
                 f"{type(model).__name__}: no layer with two or more filters was found: nothing that could repel"
@@ -194,7 +194,7 @@ class OrthogonalityPenalty(nn.Module):
         a model, or a tensor of filters (N, ...) -> a scalar, at least in fp32.
 
     Raises:
-        UsageError: a model without filters.
+        UsageError: a model without filters, a pattern that matches no layer.
 
     >>> OrthogonalityPenalty()(2 * torch.eye(3)).item()
     0.0
@@ -209,8 +209,8 @@ class OrthogonalityPenalty(nn.Module):
     def forward(self, model_or_filters: nn.Module | Tensor) -> Tensor:
         if isinstance(model_or_filters, Tensor):
             return self._penalty(_as_filters(model_or_filters)[None])
-        banks = [b for b in filter_banks(model_or_filters, self.output, single=True)
-                 if not b.is_output and not any(fnmatch.fnmatch(b.layer, p) for p in self.exclude)]  # fmt: skip
+        every = _but(filter_banks(model_or_filters, self.output, single=True), self.exclude)
+        banks = [bank for bank in every if not bank.is_output]
         if not banks:
             raise UsageError(f"{type(model_or_filters).__name__}: no hidden convolution or linear layer was found")
         return torch.stack([self._penalty(bank.filters) for bank in banks]).sum()
@@ -294,7 +294,9 @@ def _block(unit: Tensor, own: Tensor, s: float, distance: str, half_space: bool)
 
 def _repulsion(cos: Tensor, s: float, distance: str) -> Tensor:
     """f(z) of the cosines; next to z = 0 value and slope are held where they are finite."""
-    floor = SIN_FLOOR[cos.dtype]
+    # z^-s and its slope in cos θ must stay in range, however large s is.
+    most = 1e250 if cos.dtype == torch.float64 else 1e30
+    floor = max(SIN_FLOOR[cos.dtype], most ** (-1 / (s + 2)))
     if distance == "angular":
         z = with_value(inner_acos(cos), cos.clamp(-1, 1).acos().clamp_min(floor))
         return -z.log() if s == 0 else z**-s
@@ -336,6 +338,8 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"got {type(model).__name__}, expected a model or a tensor of filters")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise UsageError(f"{type(model).__name__} has lazy layers without weights yet: run it once first")
     outputs = _output_layers(model, output)
     seen: dict[int, Tensor] = {}  # kept alive: a parametrization computes its weight anew each time
     for name, module in model.named_modules():
@@ -343,6 +347,16 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
             if id(weight) not in seen and (single or filters.shape[1] > 1) and filters.shape[2] > 0:
                 seen[id(weight)] = weight
                 yield Bank(f"{name}.{own}".strip("."), filters, module in outputs)
+
+
+def _but(banks: Iterable[Bank], patterns: tuple[str, ...]) -> list[Bank]:
+    """The banks whose layers match no pattern."""
+    found = [*banks]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(bank.layer, pattern) for bank in found):
+            names = ", ".join(bank.layer for bank in found[:3])
+            raise UsageError(f"exclude: {pattern!r} matches no layer; names look like {names}")
+    return [bank for bank in found if not any(fnmatch.fnmatch(bank.layer, pattern) for pattern in patterns)]
 
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

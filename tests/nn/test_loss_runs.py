@@ -311,7 +311,7 @@ def test_copy_of_model_and_loss_has_the_copied_head_and_the_same_value(kind, ope
     assert head.weight.grad is None
     assert head_2.weight.grad is not None
     alone = copied(loss)
-    assert alone.head is not head
+    assert (alone.head is head) == (copied is copy.deepcopy)  # the head that the model goes on training
     torch.testing.assert_close(alone.head.weight, head.weight)
 
 

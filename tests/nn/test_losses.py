@@ -400,3 +400,54 @@ def test_margin_output_tells_what_to_do_where_a_tensor_was_expected():
         output.scores  # noqa: B018
     assert not hasattr(output, "__array__")
     assert isinstance(output, AngularOutput)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_classes_may_be_any_integers(dtype):
+    head = AngularHead(6, 5, kind="a-softmax")
+    features, classes = torch.randn(4, 6), torch.tensor([0, 1, 4, 2])
+    loss = AngularLoss(head)
+    torch.testing.assert_close(loss(head(features), classes.to(dtype)), loss(head(features), classes), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("targets", [[0, 1], "ab", None, (torch.tensor([0]), torch.tensor([1]))])
+def test_targets_that_are_no_tensor_are_told(targets):
+    with pytest.raises(UsageError, match=r"targets: got .* expected"):
+        AngularLoss(nn.Linear(2, 2))(torch.zeros(2, 2), targets)
+
+
+def test_mixup_may_come_as_a_list():
+    logits, (a, b) = torch.randn(4, 3), torch.randint(3, (2, 4))
+    loss = AngularLoss(nn.Linear(3, 3))
+    torch.testing.assert_close(loss(logits, [a, b, 0.3]), loss(logits, (a, b, 0.3)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_of_an_empty_batch_cost_nothing(reduction):
+    logits = torch.zeros(0, 3, requires_grad=True)
+    loss = AngularLoss(nn.Linear(3, 3), reduction=reduction)(logits, torch.zeros(0, 3))
+    assert loss.sum() == 0
+    loss.sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["w-softmax", "a-softmax"])
+def test_a_class_out_of_range_makes_a_compiled_loss_no_number(kind):
+    head = AngularHead(6, 5, kind=kind)
+    loss = torch.compile(AngularLoss(head), backend="eager")
+    features = torch.randn(3, 6)
+    assert loss(head(features), torch.tensor([0, 1, 4])).isfinite()
+    assert loss(head(features), torch.tensor([0, 1, 7])).isnan()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"annealing": 5.0}, "annealing: got float, expected a MarginAnnealing"),
+        ({"chunk_size": 2.5}, "chunk_size: got 2.5, expected at least 1 class"),
+        ({"ignore_index": None}, "ignore_index: got None, expected a class index"),
+    ],
+)
+def test_options_of_another_type_are_told(options, text):
+    with pytest.raises(UsageError, match=text):
+        AngularLoss(AngularHead(6, 5, kind="a-softmax"), **options)

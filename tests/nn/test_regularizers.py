@@ -629,7 +629,6 @@ def test_output_that_is_no_layer_is_refused(regularizer, name):
         ("conv", ["up", "sphere", "volume", "linear", "head"]),
         (("*p", "sphere", "head"), ["conv", "volume", "linear"]),
         (["[cu]*"], ["sphere", "volume", "linear", "head"]),
-        ("nothing", ["conv", "up", "sphere", "volume", "linear", "head"]),
     ],
 )
 def test_layers_that_match_exclude_are_left_out(exclude, left):
@@ -975,3 +974,26 @@ def test_a_model_without_hidden_layers_is_refused_by_the_penalty(model):
 def test_what_is_neither_a_model_nor_filters_is_refused(regularizer, given, text):
     with pytest.raises(UsageError, match=text):
         regularizer(given)
+
+
+@pytest.mark.parametrize("term", [HypersphericalEnergy, OrthogonalityPenalty])
+def test_exclude_that_matches_no_layer_is_an_error(term):
+    with pytest.raises(UsageError, match=r"exclude: 'conf\*' matches no layer; names look like conv, "):
+        term(exclude="conf*")(make_model())
+
+
+@pytest.mark.parametrize("s", [12, 14, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_power_is_finite_for_filters_of_one_direction(s, dtype):
+    filters = torch.randn(5, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    filters[1] = filters[0]
+    filters.requires_grad_()
+    energy = HypersphericalEnergy(s)(filters)
+    energy.backward()
+    assert energy.isfinite()
+    assert filters.grad.isfinite().all()
+
+
+def test_lazy_layers_without_weights_are_told():
+    with pytest.raises(UsageError, match="has lazy layers without weights yet: run it once first"):
+        HypersphericalEnergy()(nn.Sequential(nn.LazyLinear(3)))
