@@ -517,7 +517,7 @@ def compare(
         raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
     settings = Settings(**training, terms=Terms(**terms))
     find_model(model)  # a wrong name is told before the data is read
-    source = _with_classes(source, images)
+    source = _with_classes(model, source, images)
     data = _load_images(images, _open_model(model, **source))
     names = [choices.canonical(name) for name in operators.split(",") if name.strip()]
     variants = [Variant("original", None), *(Variant(name, {**options, "operator": name}) for name in names)]
@@ -536,7 +536,7 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
     from sphereify.artifact import is_artifact, load
     from sphereify.sources import build_model, find_model, load_weights
 
-    if Path(spec).is_dir() or is_artifact(spec):
+    if spec and (Path(spec).is_dir() or is_artifact(spec)):
         given = {"--pretrained": pretrained, "--weights": weights, "--num-classes": num_classes, "--in-chans": in_chans}
         for option, value in given.items():
             if value is not None and value is not False:
@@ -577,16 +577,17 @@ def _network_and_data(spec: str, images: dict[str, Any], source: dict[str, Any],
         model = _open_model(spec, **source)
         return model, None, _load_images(images, model)
     find_model(spec)  # a wrong name is told before the data is read
-    plain = _open_model(spec, **_with_classes(source, images))
+    plain = _open_model(spec, **_with_classes(spec, source, images))
     data = _load_images(images, plain)
     return sphereify(plain, **options), copy.deepcopy(plain), data
 
 
-def _with_classes(source: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    """The source with as many classes as the data has, unless told otherwise."""
+def _with_classes(model: str, source: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+    """The source with as many classes as the data has, unless told otherwise, or unless the builder takes none."""
     from sphereify.datasets import class_count
+    from sphereify.sources import accepts
 
-    if source["num_classes"] is not None:
+    if source["num_classes"] is not None or not accepts(model, "num_classes"):
         return source
     return {**source, "num_classes": class_count(images["data"], root=images["data_root"])}
 

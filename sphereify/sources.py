@@ -61,11 +61,23 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
     if ":" in spec:
         _import_factory(spec)
         return Source("factory", spec, arguments)
+    if Path(spec).suffix == ".py":
+        raise UsageError(f"model {spec!r}: a file may hold several; add the function that makes it, {spec}:NAME")
+    if not spec:
+        raise UsageError("model: got nothing, expected a name, FILE.py:FUNCTION, or a saved artifact")
     import timm
 
     if not timm.is_model(spec):
         raise _unknown_model(spec, timm.list_models())
     return Source("timm", spec, arguments)
+
+
+def accepts(spec: str, argument: str) -> bool:
+    """Whether a model of the user's own takes this argument; those of timm and torchvision are asked by building."""
+    if ":" not in spec or spec.startswith("torchvision:"):
+        return True
+    parameters = inspect.signature(_import_factory(spec)).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
@@ -149,7 +161,7 @@ def _build_own(source: Source, pretrained: bool) -> nn.Module:
         return factory(**arguments)
     except TypeError:
         raise
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise SphereifyError(f"{source}: failed with {first_line(error)}") from error
 
 
@@ -177,10 +189,14 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
         raise UsageError(f"model {spec!r}: importing {place} failed: {first_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        near = difflib.get_close_matches(name, dir(module), n=1)
+        near = difflib.get_close_matches(name, [n for n in dir(module) if _makes_models(getattr(module, n))], n=1)
         hint = f"; did you mean {place}:{near[0]}?" if near else ""
         raise UsageError(f"model {spec!r}: {place} has no function {name!r}{hint}")
     return factory  # type: ignore[no-any-return]
+
+
+def _makes_models(thing: Any) -> bool:
+    return inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, nn.Module))
 
 
 def _module_name(file: Path) -> str:

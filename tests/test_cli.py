@@ -532,7 +532,7 @@ TERMS = {
 }  # fmt: skip
 SETTINGS = {
     "epochs": 3, "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
-    "fsdp": False, "decay_epochs": 1.5, "milestones": (1, 2), "decay_rate": 0.5,
+    "decay_epochs": 1.5, "milestones": (1, 2), "decay_rate": 0.5,
     "weight_decay": 0.125, "layer_decay": 0.75, "accumulate": 2, "clip_grad": 1.5, "ema": 0.5, "mixup": 0.2,
     "cutmix": 1.0, "amp": "bf16", "channels_last": True, "compile": True, "freeze": ("conv1", "layer1.*"),
     "warmup_head_epochs": 1, "teacher_weight": 0.25, "teacher_temperature": 4.0, "seed": 7, "deterministic": True,
@@ -556,10 +556,10 @@ def test_each_option_of_finetune_reaches_the_loop(run, artifact, sizes):
     given = words(SETTINGS | TERMS)
     code, out, _ = run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")
     assert code == 0
-    assert vars(sizes["settings"]) == {**SETTINGS, "terms": Terms(**TERMS)}
-    assert SETTINGS.keys() | {"terms"} == vars(Settings()).keys()
+    assert vars(sizes["settings"]) == {**SETTINGS, "fsdp": False, "terms": Terms(**TERMS)}
+    assert SETTINGS.keys() | {"fsdp", "terms"} == vars(Settings()).keys()
     assert TERMS.keys() == vars(Terms()).keys()
-    assert not [name for name, value in (SETTINGS | TERMS).items() if name not in ("device", "fsdp")
+    assert not [name for name, value in (SETTINGS | TERMS).items() if name != "device"
                 and value in (getattr(Settings(), name, None), getattr(Terms(), name, None))]  # fmt: skip
     assert sizes["data"].image_size == (1, 24, 24)
     assert (sizes["output"], sizes["resume"], sizes["teacher"]) == (Path("out"), False, None)

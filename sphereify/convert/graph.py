@@ -180,9 +180,11 @@ def is_affine_norm(module: nn.Module) -> bool:
     return named and getattr(module, "weight", None) is not None
 
 
-def _only_reads(norm: nn.Module) -> bool:
-    """Whether a normalization leaves its input as it is: one of a library's, without hooks of the user's."""
-    return type(norm).__module__.startswith(("torch.nn.", "timm.", "torchvision.")) and not norm._forward_pre_hooks
+def _only_reads(norm: str, model: nn.Module) -> bool:
+    """Whether a normalization leaves its input as it is: a function, or a library's layer without the user's hooks."""
+    layer = dict(model.named_modules()).get(norm)
+    of_library = type(layer).__module__.startswith(("torch.nn.", "timm.", "torchvision."))
+    return layer is None or (of_library and not layer._forward_pre_hooks)
 
 
 def class_name(thing: Any) -> str:
@@ -433,7 +435,7 @@ def _module_site(name: str, aliases: tuple[str, ...], module: nn.Module, model: 
         aliases,
         role=first(facts.roles) or "hidden",
         norm=norm,
-        norm_seen=norm is not None and _only_reads(model.get_submodule(norm)),
+        norm_seen=norm is not None and _only_reads(norm, model),
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
         angular=isinstance(module, (AngularLayer, AngularHead)),

@@ -18,7 +18,7 @@ from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.running import Call
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.calls import AngularCall, angular_class, answer_call
+from sphereify.nn.calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
@@ -213,7 +213,8 @@ def _become(module: nn.Module, twin: nn.Module) -> None:
 
 def _check_class(name: str, owner: nn.Module) -> None:
     try:
-        angular_class(cast(Hashable, type(owner)))
+        if not answers_calls(owner):
+            angular_class(cast(Hashable, type(owner)))
     except Exception as error:  # a class may forbid subclasses in its own way
         raise UnsupportedModelError(
             f"{name or 'the model'}: {type(owner).__name__} allows no subclass, which its angular calls need "

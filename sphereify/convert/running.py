@@ -6,10 +6,12 @@ passed to functions.
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -183,13 +185,8 @@ def _run_once(model: nn.Module, inputs: tuple[Any, ...], seen: Run, on_shapes: b
     left: set[str] = set()
     try:
         with (
-            torch.random.fork_rng(devices=[]),
-            largest,
-            _stacked(model, stack, seen, left),
-            _own_functions(watch),
-            _Beneath(watch),
-            watch,
-        ):
+            torch.random.fork_rng(devices=[]), largest, _stacked(model, stack, seen, left), _Beneath(watch), watch,
+        ):  # fmt: skip
             output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
     except Exception:
         if not (on_shapes and _all_left(model, left)):
@@ -229,28 +226,16 @@ VALUES_WANTED: dict[str, Callable[..., Tensor]] = {
 """Functions, by name, whose result has a size that depends on values, with some result of the right kind."""
 
 
-@contextmanager
-def _own_functions(watch: "_Watch") -> Iterator[None]:
-    """Tells `watch` when an autograd.Function of the user's runs: it has a backward of its own."""
-    home = next(cls for cls in torch.autograd.Function.__mro__ if "apply" in vars(cls))
-    plain = vars(home)["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        own = not cls.__module__.startswith(("torch.", "sphereify."))
-        watch.own_functions += own
-        try:
-            return plain.__get__(None, cls)(*args, **kwargs)
-        finally:
-            watch.own_functions -= own
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        if home is torch.autograd.Function:
-            home.apply = plain
-        else:
-            del torch.autograd.Function.apply
+def _own_functions() -> set[CodeType]:
+    """The code of `forward` of each autograd.Function of the user's, which has a backward of its own."""
+    found, waiting = set(), [torch.autograd.Function]
+    while waiting:
+        function = waiting.pop()
+        waiting += function.__subclasses__()
+        forward = getattr(function.forward, "__code__", None)
+        if forward is not None and not function.__module__.startswith(("torch.", "sphereify.")):
+            found.add(forward)
+    return found
 
 
 class _Beneath(TorchDispatchMode):
@@ -307,8 +292,7 @@ class _Watch(TorchFunctionMode):
         self.flow = Flow()
         self.depth = 0
         """How many Python functions of torch are being run."""
-        self.own_functions = 0
-        """How many autograd.Functions of the user's are."""
+        self.own_functions = _own_functions()
         self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -340,7 +324,7 @@ class _Watch(TorchFunctionMode):
         base = call.source if id(call.source) in self.names else call.source._base
         whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
         name = self.names.get(id(base)) if whole else None
-        if self.own_functions:
+        if self._in_own_function():
             return self._note_product(args, kwargs, "own-backward")
         columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
         owner, nth = self.stack[-1]
@@ -364,6 +348,15 @@ class _Watch(TorchFunctionMode):
         base = tensor if id(tensor) in self.names else tensor._base
         whole = base is not None and id(base) in self.names and base.numel() == tensor.numel() and base.dim() == 2
         return tensor.dim() == 2 and whole
+
+    def _in_own_function(self) -> bool:
+        """Whether an autograd.Function of the user's makes this call, within the innermost module."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+            if frame.f_code in self.own_functions:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
     def note_beneath(self, args: tuple) -> None:
         """A product was made where no Python function stands between."""
