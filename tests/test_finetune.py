@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sphereify import sphereify
 from sphereify.datasets import Data, load_data
 from sphereify.errors import DataError, TrainingError, UsageError
-from sphereify.finetune import Epoch, Result, Settings, Step, accuracy, finetune
+from sphereify.finetune import Epoch, Result, Settings, Step, Terms, accuracy, finetune
 
 CPU = {"device": "cpu"}
 
@@ -401,6 +401,12 @@ def test_fewer_images_than_a_batch_are_trained_on_all_the_same():
 def test_a_setting_out_of_range_is_told_with_its_option(setting, value, text):
     with pytest.raises(UsageError, match=text):
         Settings(**{setting: value})
+
+
+@pytest.mark.parametrize("setting", [{"mhe_s": 2.0}, {"mhe_half_space": True}])
+def test_a_kind_of_energy_without_its_weight_is_told(setting):
+    with pytest.raises(UsageError, match="have no effect without --mhe"):
+        Terms(**setting)
 
 
 def test_settings_at_their_limits_are_fine():

@@ -75,6 +75,10 @@ class Options:
             if not (isinstance(value, (int, float)) and value >= lowest and 0 < value < math.inf):
                 bound = f"of at least {lowest:g}" if lowest else "above 0"
                 raise UsageError(f"{name}: got {value!r}, expected a number {bound}")
+        for name, heads in {"margin": choices.MARGIN_HEADS, "scale": ("s-softmax",)}.items():
+            changed = getattr(self, name) != getattr(Options, name)
+            if changed and canonical["head"] not in heads:
+                raise UsageError(f"{name}: has no effect on head={self.head!r}; it belongs to {' and '.join(heads)}")
         # Made once to be checked: an unknown name, or a k that does not belong to it, fails now.
         made = make_operator(self.operator, k=self.k)
         if canonical["head"] == "a-softmax" and choices.canonical(str(self.head_operator or "cosine")) != "cosine":

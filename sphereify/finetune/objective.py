@@ -38,6 +38,8 @@ class Terms:
         for name in ("mhe", "mhe_s", "orthogonality"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number ≥ 0")
+        if not self.mhe and (self.mhe_s != 1.0 or self.mhe_half_space):
+            raise UsageError("--mhe-s, --mhe-half-space: have no effect without --mhe; its usual weight is 1")
         if not 0 <= self.label_smoothing <= 1:
             raise UsageError(f"--label-smoothing: got {self.label_smoothing}, expected a number from 0 to 1")
 

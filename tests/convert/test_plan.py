@@ -172,12 +172,25 @@ def test_shortcuts_are_kept_only_when_asked(skip):
 )
 def test_the_classifier_becomes_the_head_asked_for(head, kind):
     model = plain()
-    angular = sphereify(model, head=head, scale=12.0)
+    angular = sphereify(model, head=head, **({"scale": 12.0} if kind == "s-softmax" else {}))
     assert type(angular.fc) is AngularHead
     assert angular.fc.kind == kind
     assert kind != "s-softmax" or angular.fc.scale == 12.0
     torch.testing.assert_close(angular.fc.weight, model.fc.weight, rtol=0, atol=0)
     assert f"the head swapped for {kind}" in angular.conversion_plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"head": "keep", "margin": 3}, "margin: has no effect on head='keep'; it belongs to ga-softmax and a-softmax"),
+        ({"margin": 3}, "margin: has no effect on head='auto'"),
+        ({"head": "a-softmax", "scale": 10}, "scale: has no effect on head='a-softmax'; it belongs to s-softmax"),
+    ],
+)
+def test_a_setting_of_another_head_is_told(options, text):
+    with pytest.raises(UsageError, match=text):
+        plan_conversion(plain(), **options)
 
 
 def test_head_keep_leaves_the_classifier_and_says_so():
