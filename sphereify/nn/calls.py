@@ -120,6 +120,8 @@ class AngularCall(nn.Module):
         self.kind = kind
         self.columns = columns
         self.groups = groups
+        self.of_parametrization = False
+        """Whether torch computes the weight, until its parametrization is removed."""
         self.operator = operator
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
@@ -182,6 +184,9 @@ class _Answer(TorchFunctionMode):
                         f"{tuple(weight.shape)}, as a weight, and was planned with all of it: keep it with exclude"
                     )
                 return self.calls[key]  # type: ignore[no-any-return]
+        for key, _ in self.weights:
+            if self.calls[key].of_parametrization and weight is self.owner._parameters.get("weight"):
+                return self.calls[key]  # type: ignore[no-any-return]  # the parametrization has been removed
         for key, known in self.weights:
             fits = may_be_computed if known is None else _is_cast(weight, known)
             if fits and not isinstance(weight, nn.Parameter) and not self._holds(weight):
@@ -277,8 +282,18 @@ class _AnswersCalls:
 def angular_class(base: Hashable) -> Any:
     """The subclass of `base` whose functional calls are answered; one for each base."""
     assert isinstance(base, type)
-    about = {"__module__": base.__module__, "__doc__": base.__doc__}
+    about = {"__module__": base.__module__, "__doc__": base.__doc__, "_plain_class": base}
+    if _is_parametrized(base):
+        # torch takes the first base when the last parametrization is removed, so its class has to stay in front.
+        inner = angular_class(cast(Hashable, base.__bases__[0]))
+        own = {name: value for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")}
+        return type(f"Parametrized{inner.__name__}", (inner,), {**own, **about})
     return type(f"Angular{base.__name__}", (_AnswersCalls, base), about)
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether this is a class that torch makes for a module with parametrizations."""
+    return getattr(vars(cls).get("__getstate__"), "__module__", "") == "torch.nn.utils.parametrize"
 
 
 def _new(base: type[nn.Module], *arguments: Any) -> nn.Module:
@@ -287,7 +302,7 @@ def _new(base: type[nn.Module], *arguments: Any) -> nn.Module:
 
 
 def _base(cls: type) -> type:
-    return cls.__mro__[2]  # behind the class itself and the mixin
+    return cls._plain_class  # type: ignore[attr-defined, no-any-return]
 
 
 def make_plain(module: nn.Module) -> None:
@@ -308,6 +323,7 @@ def answer_call(owner: nn.Module, parameter: str | None, call: AngularCall) -> N
         parameter: qualified name of the weight, relative to the owner.
         call: what answers.
     """
+    call.of_parametrization = _is_parametrized(type(owner))
     if not answers_calls(owner):
         owner.__class__ = angular_class(cast(Hashable, type(owner)))
         owner.add_module(CALLS, nn.ModuleDict().train(owner.training))

@@ -1,12 +1,13 @@
 """A layer becomes angular for everything that refers to it; products that Python functions do not make are told."""
 
+import copy
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from sphereify import plan_conversion, sphereify
 from sphereify.errors import UnsupportedModelError
@@ -231,3 +232,18 @@ def test_a_class_that_allows_no_subclass_is_told_before_anything_changes():
     with pytest.raises(UnsupportedModelError, match="the model: Final allows no subclass, which its angular calls"):
         sphereify(model, example_inputs=torch.randn(2, 4), inplace=True)
     assert type(model.last) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+@pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_parametrization_can_be_removed_from_an_angular_layer(name, through):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    getattr(parametrizations, name)(model[0])
+    x = torch.randn(2, 4)
+    converted = through(sphereify(model, example_inputs=x)).eval()
+    before = converted(x)
+    parametrize.remove_parametrizations(converted[0], "weight")
+    assert not parametrize.is_parametrized(converted[0])
+    torch.testing.assert_close(converted(x), before, rtol=0, atol=1e-6)
+    plain = F.linear(x, converted[0].weight, converted[0].bias)
+    assert not torch.allclose(converted[0](x), plain)
