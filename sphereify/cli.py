@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the commands, so that `--help` answers a
 import functools
 import inspect as python_inspect
 import json as json_library
+import math
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from sphereify import __version__, choices
-from sphereify.errors import ArtifactError, Interrupted, SphereifyError, UsageError
+from sphereify.errors import ArtifactError, DataError, Interrupted, SphereifyError, UsageError
 
 app = typer.Typer(
     name="sphereify",
@@ -45,6 +46,8 @@ def main() -> None:
         known = isinstance(error, SphereifyError)
         prefix = "error: " if known else f"error: {type(error).__name__}: "
         prefix = "" if isinstance(error, Interrupted) else prefix
+        if isinstance(error, Interrupted) and not _speaks():
+            sys.exit(error.exit_code)
         hint = "" if known else "\nThis was not foreseen; --debug shows the traceback."
         print(f"{prefix}{error}{hint}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
@@ -438,7 +441,8 @@ def finetune(
 
     settings = Settings(**training, terms=Terms(**terms))
     network, original, data = _network_and_data(model, images, source, options)
-    followed = _teacher(teacher, teacher_weights, original, len(data.classes))
+    trained = source["pretrained"] or source["weights"] is not None
+    followed = _teacher(teacher, teacher_weights, original, len(data.classes), trained, source["pretrained"])
 
     def begin() -> None:
         _clear(folder)
@@ -470,22 +474,32 @@ def evaluate(
     ] = None,
 ) -> None:
     """Test a model, converted or not, on the held-out part of a data set."""
+    from sphereify.artifact import read_document
     from sphereify.finetune import Settings
     from sphereify.finetune import evaluate as test
     from sphereify.report import console, print_evaluation
 
+    if output is not None and output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is a file; --output names a folder")
     settings = Settings(batch_size=batch_size, workers=workers, device=device, amp=amp, strict=strict)
     network = _open_model(model, **source)
+    known = read_document(model).get("training") or {} if Path(model).is_dir() else {}
+    if images["img_size"] is None and known.get("image_size"):
+        images = {**images, "img_size": known["image_size"][-1]}
     data = _load_images(images, network)
+    if known.get("classes", data.classes) != data.classes and len(known["classes"]) == len(data.classes):
+        odd = sorted({*known["classes"]} ^ {*data.classes}) or ["in another order"]
+        raise DataError(f"{model}: was trained on other classes than {data.name} has: {', '.join(odd[:5])}")
     found = test(network, data, settings)
     print_evaluation(console(), found, data.classes)
     if output is not None:
         from sphereify.finetune.record import write_text
         from sphereify.plots import plot_confusion
 
+        shares = [None if math.isnan(share) else share for share in found.per_class]
         numbers = {"top1": found.top1, "top5": found.top5, "images": found.images, "skipped": found.skipped,
                    "images_per_second": found.images_per_second, "classes": data.classes,
-                   "per_class": found.per_class, "confusion": found.confusion.tolist()}  # fmt: skip
+                   "per_class": shares, "confusion": found.confusion.tolist()}  # fmt: skip
         write_text(output / "evaluation.json", json_library.dumps(numbers, indent=1) + "\n")
         picture = plot_confusion(found.confusion, data.classes, output / "confusion.png")
         print(f"written to {output / 'evaluation.json'}, drawn to {picture}")
@@ -519,18 +533,21 @@ def compare(
     find_model(model)  # a wrong name is told before the data is read
     source = _with_classes(model, source, images)
     data = _load_images(images, _open_model(model, **source))
-    names = [choices.canonical(name) for name in operators.split(",") if name.strip()]
+    names = [choices.canonical(name.strip()) for name in operators.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--operators: got none, expected some of " + ", ".join(choices.OPERATORS))
     variants = [Variant("original", None), *(Variant(name, {**options, "operator": name}) for name in names)]
     folder = output or Path(f"{Path(model.rpartition(':')[2]).name}-compared")
     with _Progress(settings.epochs) as progress:
-        found = run(lambda: _open_model(model, **source), data, variants, settings, output=folder, seeds=seeds,
-                    reach=reach, on_run=progress.run, on_step=progress.step, on_epoch=progress.epoch)  # fmt: skip
+        found = run(lambda: _open_model(model, **{**source, "seed": None}), data, variants, settings, output=folder,
+                    seeds=seeds, reach=reach, on_run=progress.run, on_step=progress.step,
+                    on_epoch=progress.epoch)  # fmt: skip
     console().print(comparison_table(found))
     print(f"written to {folder}/comparison.md, .json and .png")
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
-                in_chans: int | None = None, factory: str | None = None, seed: int = 0) -> Any:  # fmt: skip
+                in_chans: int | None = None, factory: str | None = None, seed: int | None = 0) -> Any:  # fmt: skip
     import torch
 
     from sphereify.artifact import is_artifact, load
@@ -548,7 +565,8 @@ def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = N
         )
     if pretrained and weights:
         raise UsageError("--pretrained and --weights: got both, expected one source of weights")
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     model = build_model(find_model(spec, num_classes=num_classes, in_chans=in_chans), pretrained=pretrained)
     if weights:
         load_weights(model, weights)
@@ -594,17 +612,27 @@ def _with_classes(model: str, source: dict[str, Any], images: dict[str, Any]) ->
 
 def _load_images(images: dict[str, Any], model: Any) -> Any:
     from sphereify.datasets import load_data
-    from sphereify.sources import input_channels
+    from sphereify.sources import data_config, input_channels
 
     return load_data(images["data"], channels=input_channels(model), img_size=images["img_size"],
-                     config=getattr(model, "pretrained_cfg", None), root=images["data_root"],
+                     config=data_config(model), root=images["data_root"],
                      augment=images["augment"], train_images=images["train_images"],
                      test_images=images["test_images"])  # fmt: skip
 
 
-def _teacher(spec: str | None, weights: Path | None, original: Any, classes: int) -> Any:
+def _teacher(
+    spec: str | None, weights: Path | None, original: Any, classes: int, trained: bool, pretrained: bool
+) -> Any:
+    """The network whose scores are followed. One with a classifier that nobody has trained is refused."""
+    if weights is not None and spec in (None, "original"):
+        raise UsageError("--teacher-weights: belong to a --teacher by name; the original has those of --weights")
     if spec is None:
         return None
+    if spec == "original" and original is not None:
+        if not trained:
+            raise UsageError("--teacher original: it has not been trained; bring its weights with --weights FILE")
+        if pretrained:
+            _check_classifier(original, classes)
     if spec == "original":
         if original is None:
             raise UsageError(
@@ -614,7 +642,25 @@ def _teacher(spec: str | None, weights: Path | None, original: Any, classes: int
         return original
     if Path(spec).is_dir():
         return _open_model(spec)
-    return _open_model(spec, pretrained=weights is None, weights=weights, num_classes=classes)
+    from sphereify.sources import accepts
+
+    if weights is None and ":" in spec and not spec.startswith("torchvision:"):
+        raise UsageError(f"--teacher: {spec} needs --teacher-weights")
+    wanted: dict[str, Any] = {"num_classes": classes} if accepts(spec, "num_classes") else {}
+    network = _open_model(spec, pretrained=weights is None, weights=weights, **wanted)
+    if weights is None:
+        _check_classifier(network, classes)
+    return network
+
+
+def _check_classifier(network: Any, classes: int) -> None:
+    """Pretrained weights for another number of classes leave the classifier as it was drawn."""
+    known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", classes)
+    if known != classes:
+        raise UsageError(
+            f"--teacher: its pretrained weights are for {known} classes, the data has {classes}: its classifier is new "
+            f"and knows nothing. Train it first, and bring its weights with --weights FILE"
+        )
 
 
 def _clear(folder: Path) -> None:
@@ -623,6 +669,8 @@ def _clear(folder: Path) -> None:
 
     for name in ("checkpoints", "last", "best", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "curves.png", "last.safetensors", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _default_output(model: str, operator: str) -> Path:

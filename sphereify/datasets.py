@@ -47,7 +47,7 @@ def load_data(
             `timm.data.create_dataset` knows, such as "torch/cifar10" or "hfds/…".
         channels: of the images, 1 or 3, as the model takes them.
         img_size: height and width in pixels; default 32 for digits, else what the model's config says, or 224.
-        config: a model's `pretrained_cfg`, for size, mean and standard deviation.
+        config: a model's `pretrained_cfg`, for size, mean and standard deviation, crop and interpolation.
         root: where a data set of timm's lies.
         splits: names of its training and test part.
         augment: timm's automatic augmentation of training images, such as "rand-m9-mstd0.5".
@@ -150,9 +150,20 @@ def _open_image(path: str) -> Any:
     from torchvision.datasets.folder import default_loader
 
     try:
-        return default_loader(path)
-    except OSError as error:  # what PIL raises for a file that is no image
+        return _eight_bits(path) or default_loader(path)
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
         raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
+
+
+def _eight_bits(path: str) -> Any:
+    """An image of 16 bits in 8, which PIL would cut off at 255; None for any other."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if not image.mode.startswith("I;16"):
+            return None
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
 
 
 def _of_timm(spec: str, root: Any, splits: tuple[str, str], moves: list[Any], image_size: tuple[int, int, int]) -> Data:
@@ -204,7 +215,9 @@ def _transform(size: int, channels: int, config: dict[str, Any], *, training: bo
         _augmentation(augment, size, mean)  # told now if timm does not know it
     return transforms.Compose([
         *gray, create_transform((channels, size, size), is_training=training, mean=mean, std=deviation,
-                                interpolation="bicubic", color_jitter=jitter, auto_augment=augment)
+                                interpolation=config.get("interpolation") or "bicubic", color_jitter=jitter,
+                                auto_augment=augment, crop_pct=config.get("crop_pct"),
+                                crop_mode=config.get("crop_mode"))
     ])  # fmt: skip
 
 

@@ -63,8 +63,6 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
         return Source("factory", spec, arguments)
     if Path(spec).suffix == ".py":
         raise UsageError(f"model {spec!r}: a file may hold several; add the function that makes it, {spec}:NAME")
-    if not spec:
-        raise UsageError("model: got nothing, expected a name, FILE.py:FUNCTION, or a saved artifact")
     import timm
 
     if not timm.is_model(spec):
@@ -312,6 +310,15 @@ def input_channels(model: nn.Module) -> int:
     """How many channels the first convolution of a model takes."""
     first = next((m for m in model.modules() if is_site(m) and m.weight.dim() > 2), None)  # type: ignore[union-attr, operator]
     return int(first.weight.shape[1]) * int(getattr(first, "groups", 1)) if first is not None else 3  # type: ignore[union-attr, index, arg-type]
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """How a model's images were prepared: a timm model's own configuration, ImageNet's usual one for torchvision's."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config is None and type(model).__module__.startswith("torchvision.models."):
+        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875,
+                "interpolation": "bilinear"}  # fmt: skip
+    return config or {}
 
 
 def example_inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:

@@ -893,8 +893,9 @@ def test_a_loss_that_is_not_finite_is_a_failure(run, artifact):
                          "--device", "cpu")  # fmt: skip
     assert (code, out) == (1, "")
     assert re.search(r"^error: the loss is (nan|inf) at step \d+; the first layer with a value that is not finite is "
-                     r"\S+ \(its \w+\)\. Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
-    assert written(Path("out")) == {"run.json"}
+                     r"\S+ \(its \w+\)\. The checkpoint of step 0 is kept\. "
+                     r"Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
+    assert written(Path("out")) == {"run.json", "checkpoints", "checkpoints/000000000.safetensors"}
 
 
 # --------------------------------------------------------------------------------------------- errors nobody foresaw
@@ -946,3 +947,69 @@ def test_a_mistake_in_the_users_own_factory_is_told(run, own):
     assert (code, out) == (1, "")
     assert "ZeroDivisionError: the user's own mistake" in err  # an ArithmeticError, but not the one about the loss
     assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------ teachers, evaluation
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            ["--teacher", "original"],
+            "--teacher original: it has not been trained; bring its weights with --weights FILE",
+        ),
+        (["--teacher-weights", "nowhere.pt"], "--teacher-weights: belong to a --teacher by name"),
+        (["--teacher", "own_networks.py:small"], "--teacher: own_networks.py:small needs --teacher-weights"),
+        (["--warmup-epochs", 5, "--epochs", 1], "--warmup-epochs: got 5.0, more than the 1 --epochs there are"),
+    ],
+)
+def test_a_teacher_that_knows_nothing_is_refused(refused, own, given, text):
+    refused(["finetune", f"{own}:small", "--data", "digits", *given], 2, text)
+
+
+def test_the_original_teaches_with_the_weights_it_was_given(run, sizes, own):
+    sys.path.insert(0, "")
+    import own_networks
+
+    saved = own_networks.small(10, 3)
+    torch.save(saved.state_dict(), "mine.pt")
+    code, _, err = run("finetune", f"{own}:small", "--data", "digits", "--weights", "mine.pt", "--teacher", "original",
+                       "-o", "out")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert torch.equal(sizes["teacher"][0].weight, saved[0].weight)
+
+
+def test_evaluate_takes_the_size_that_the_network_was_trained_at(run, own):
+    assert run("finetune", f"{own}:small", "--data", "digits", "--img-size", 16, "--epochs", 1, "-o", "out")[0] == 0
+    answers = [run("evaluate", "out/last", "--data", "digits", *given)[1].split(" of ")[0]
+               for given in ([], ["--img-size", 16])]  # fmt: skip
+    assert answers[0] == answers[1]
+
+
+def test_evaluate_on_other_classes_is_a_failure(run, shapes):
+    assert (
+        run("finetune", TINY, "--data", shapes, "--epochs", 1, "--batch-size", 6, "--img-size", 32, "-o", "out")[0] == 0
+    )
+    for part in ("train", "val"):
+        (shapes / part / "bright").rename(shapes / part / "light")
+    code, out, err = run("evaluate", "out/last", "--data", shapes)
+    assert (code, out) == (1, "")
+    assert "was trained on other classes than" in one_line(err)
+    assert "bright, light" in one_line(err)
+
+
+def test_an_evaluation_is_written_as_plain_json(run, artifact):
+    assert run("evaluate", artifact, "--data", "digits", "--test-images", 5, "--img-size", 24, "-o", "report")[0] == 0
+    numbers = json.loads(Path("report/evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert None in numbers["per_class"]
+    assert numbers["images"] == 5
+    assert Path("report/confusion.png").is_file()
+
+
+def test_a_new_run_by_force_leaves_nothing_of_the_old_one(run, own):
+    begin = ["finetune", f"{own}:small", "--data", "digits", "--img-size", 8, "--epochs", 1, "-o", "out"]
+    assert run(*begin)[0] == 0
+    assert Path("out/summary.json").is_file()
+    assert run(*begin, "--force", "--lr", "1e30")[0] == 1
+    assert not {"summary.json", "metrics.csv", "curves.png", "last"} & {path.name for path in Path("out").iterdir()}

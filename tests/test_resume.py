@@ -26,9 +26,14 @@ from tests.test_finetune import Augmented, images, same, state
 ROOT = Path(__file__).parents[1]
 
 
+class Layered(nn.Sequential):
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {"stem": r"^0", "blocks": r"^(\d+)"}
+
+
 def net(seed: int = 0, **options) -> nn.Module:
     torch.manual_seed(seed)
-    plain = nn.Sequential(
+    plain = Layered(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
         nn.Linear(24, 3),
     )  # fmt: skip
@@ -140,7 +145,7 @@ def test_two_checkpoints_are_kept(tmp_path):
         seen.append([int(path.stem) for path in checkpoints(tmp_path / "checkpoints")])
 
     finetune(net(), images(), usual(epochs=1), output=tmp_path, on_step=look)
-    assert seen == [[], [1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert seen == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
 
 
 def test_without_an_output_nothing_is_written(tmp_path, monkeypatch):
@@ -162,12 +167,14 @@ def test_a_signal_lets_the_step_end_and_says_how_to_go_on(tmp_path, number, code
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 3. Continue with: "
-                       f"sphereify finetune --resume {tmp_path}$") as caught:  # fmt: skip
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 3; resume=True, "
+                       f"or the same comparison again, continues it from {tmp_path}$") as caught:  # fmt: skip
         finetune(net(), images(), settings, output=tmp_path, on_step=on_step)
     assert signal.getsignal(number) is before
     assert caught.value.exit_code == code
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["000000003.safetensors"]
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+        "000000000.safetensors", "000000003.safetensors"
+    ]  # fmt: skip
     continued = net(99)
     finetune(
         continued, images(), settings, output=tmp_path, resume=True, on_step=lambda step: steps.append(step.number)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from sphereify.convert import sphereify
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
 from sphereify.finetune.checkpoint import checkpoints
-from sphereify.finetune.loop import Epoch, Result, Step, finetune
+from sphereify.finetune.loop import Epoch, Result, Step, check_mixup, finetune
 from sphereify.finetune.record import write_text
-from sphereify.finetune.settings import Settings
+from sphereify.finetune.settings import WITHOUT_EFFECT, Settings
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ def compare(
         raise UsageError(f"variants: got {names}, expected at least one, and each name once")
     if seeds < 1:
         raise UsageError(f"--seeds: got {seeds}, expected at least 1")
+    if reach is not None and not 0 < reach <= 1:
+        raise UsageError(f"--reach: got {reach}, expected an accuracy above 0 and at most 1, such as 0.9")
+    for variant in variants:  # what cannot be converted, or trained with these settings, is told before any training
+        _built(build, variant, settings)
     found = []
     for variant in variants:
         results = []
@@ -156,20 +161,43 @@ def compare(
 
 def _run(build: Callable[[], nn.Module], data: Data, variant: Variant, settings: Settings, folder: Path,
          on_step: Callable[[Step], None], on_epoch: Callable[[Epoch], None]) -> Result:  # fmt: skip
-    wanted = {"settings": settings.to_json(), "data": data.name, "options": repr(variant.options)}
+    model = _built(build, variant, settings)
+    lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
+    wanted = json.loads(json.dumps({
+        **lasting, "data": data.name, "classes": data.classes, "image_size": data.image_size,
+        "transform": str(getattr(data.train, "transform", "")), "conversion": repr(variant.options),
+        "model": _fingerprint(model),
+    }))  # fmt: skip
     known = folder / "variant.json"
-    if known.is_file() and json.loads(known.read_text()) != json.loads(json.dumps(wanted)):
-        raise UsageError(f"{folder}: holds a run with other settings; take another --output, or remove it")
+    before = json.loads(known.read_text()) if known.is_file() else wanted
+    if before != wanted:
+        changed = ", ".join(name for name in wanted if before.get(name) != wanted[name])
+        raise UsageError(f"{folder}: holds a run with another {changed}; take another --output, or remove it")
     if (folder / "summary.json").is_file():
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return Result([Epoch(**row) for row in rows], json.loads((folder / "summary.json").read_text())["peak_memory"])
     write_text(known, json.dumps(wanted, indent=1) + "\n")
+    resume = bool(checkpoints(folder / "checkpoints"))
+    return finetune(model, data, settings, output=folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+
+
+def _built(build: Callable[[], nn.Module], variant: Variant, settings: Settings) -> nn.Module:
+    """The network of a variant, as it is before training."""
     torch.manual_seed(settings.seed)
     model = build()
     if variant.options is not None:
         model = sphereify(model, inplace=True, **variant.options)
-    resume = bool(checkpoints(folder / "checkpoints"))
-    return finetune(model, data, settings, output=folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    check_mixup(model, settings)
+    return model
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """A checksum of the names, shapes and values of a model."""
+    found = 0
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found = zlib.crc32(values, zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found))
+    return found
 
 
 def _write(comparison: Comparison, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sphereify.datasets import Data
+from sphereify.errors import DataError
 from sphereify.finetune.loader import Batches, make_loader, on_device
 from sphereify.finetune.objective import logits_of
 from sphereify.finetune.processes import Processes
@@ -56,39 +57,40 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
     model.to(device, **layout)
     check_classes(model, data, device)
     batches = Batches(len(data.test), settings.batch_size, seed=None)  # type: ignore[arg-type]
-    return score(model, make_loader(data.test, batches, settings, device), Processes(0, 1, device), settings)
+    if not len(data.test):  # type: ignore[arg-type]
+        raise DataError(f"{data.name}: has no test images")
+    return score(model, make_loader(data.test, batches, settings, device), Processes(0, 1, device), settings, data)
 
 
 @torch.no_grad()
-def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: Settings) -> Evaluation:
+def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: Settings, data: Data) -> Evaluation:
     """As `evaluate`, over a loader of this package, whose share each process takes."""
     device = processes.device
     model.eval()
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     autocast = torch.autocast(device.type, kinds[settings.amp]) if settings.amp in kinds else nullcontext()
-    confusion: Tensor | None = None
+    classes = len(data.classes)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     among = torch.zeros((), dtype=torch.int64, device=device)
     skipped, began = 0, time.monotonic()
     for batch in loader:
         skipped += batch[1]
         placed = on_device(batch, device, settings.channels_last)
         if placed is None:
+            if settings.fsdp:  # the others wait for this process's part of the weights
+                model(torch.zeros(1, *data.image_size, device=device))
             continue
         images, targets = placed
         with autocast:
             logits = logits_of(model(images))
-        classes = logits.shape[1]
-        if confusion is None:
-            confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         confusion += torch.bincount(targets * classes + logits.argmax(1), minlength=classes * classes)
         among += (logits.topk(min(5, classes), 1).indices == targets[:, None]).sum()
-    if confusion is None:
-        confusion = torch.zeros(0, dtype=torch.int64, device=device)
     counts = processes.sum(torch.cat([confusion, among[None], among.new_tensor([skipped])]))
     seconds = max(time.monotonic() - began, 1e-9)
-    side = round((len(counts) - 2) ** 0.5)
-    table = counts[:-2].view(side, side).cpu()
+    table = counts[:-2].view(classes, classes).cpu()
     count = int(table.sum())
+    if not count:
+        raise DataError(f"{data.name}: not one of its test images could be read")
     return Evaluation(
         top1=int(table.diagonal().sum()) / max(count, 1),
         top5=int(counts[-2]) / max(count, 1),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sphereify.errors import DataError
+from sphereify.errors import DataError, first_line
 from sphereify.finetune.settings import Settings
 
 Key = tuple[int, int]
@@ -71,14 +71,16 @@ class _Seeded(Dataset):
         np.random.seed(mixed % 2**32)
         try:
             return self.images[index]
-        except DataError:
-            if self.strict:
-                raise
-            return None
+        except (DataError, OSError) as error:
+            told = error if isinstance(error, DataError) else DataError(f"image {index}: {first_line(error)}")
+            return told if self.strict else None  # an error raised in a worker would come with its traceback
 
 
 def _collate(items: list[Any]) -> tuple[Any, int]:
-    """A batch, None if nothing of it could be read, and how many images could not."""
+    """A batch, or the error that ends the run, None if nothing of it could be read; and how many images could not."""
+    errors = [item for item in items if isinstance(item, DataError)]
+    if errors:
+        return errors[0], len(errors)
     read = [item for item in items if item is not None]
     return (default_collate(read) if read else None), len(items) - len(read)
 
@@ -97,7 +99,13 @@ def make_loader(images: Dataset, batches: Batches, settings: Settings, device: t
 
 
 def on_device(batch: tuple[Any, int], device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor] | None:
-    """Images and targets of a batch where the model is; None if none could be read."""
+    """Images and targets of a batch where the model is; None if none could be read.
+
+    Raises:
+        DataError: an image that could not be read ends the run.
+    """
+    if isinstance(batch[0], DataError):
+        raise batch[0]
     if batch[0] is None:
         return None
     images, targets = batch[0]

@@ -130,13 +130,27 @@ def finetune(
         ArtifactError: nothing to continue from, or a file that cannot be written.
     """
     settings = settings or Settings()
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        return _finetune(model, data, settings, output, resume, teacher, on_start, on_step, on_epoch)
+    finally:  # a frozen layer is frozen for this run only
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+
+
+def _finetune(model: nn.Module, data: Data, settings: Settings, output: str | Path | None, resume: bool,
+              teacher: nn.Module | None, on_start: Callable[[], None], on_step: Callable[[Step], None],
+              on_epoch: Callable[[Epoch], None]) -> Result:  # fmt: skip
     with join(settings.chosen_device) as processes, _deterministic(settings), _signals() as stop:
         run = _Run(model, data, settings, processes, None if output is None else Path(output), teacher)
         if resume:
             run.restore()
         elif processes.writes:
             on_start()
+            run.check_output()
         run.open_record()
+        if not resume and output is not None:
+            run.save()  # whenever it is killed, there is something to go on from
         while run.epoch < settings.epochs:
             run.train(stop, on_step)
             run.finish_epoch()
@@ -158,6 +172,8 @@ class _Run:
         self.model, self.data, self.settings, self.processes, self.output = model, data, settings, processes, output
         self.device = processes.device
         _seed_all(settings.seed)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
         placed = torch.device("cpu") if settings.fsdp else self.device  # shards move by themselves
         model.to(placed, **layout)
@@ -166,11 +182,13 @@ class _Run:
         for layer in self.frozen:
             layer.requires_grad_(False)
         self.shards = Shards(model, processes) if settings.fsdp else None
-        self.objective = Objective(model, settings.terms).to(self.device)
-        self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
+        self.objective = Objective(model, settings.terms, settings.accumulate).to(self.device)
+        self.teacher = None if teacher is None else teacher.to(self.device).eval()
+        if self.teacher is not None:
+            check_classes(self.teacher, data, self.device, "the teacher")
         self.mixup = None
+        check_mixup(model, settings)
         if settings.mixup or settings.cutmix:
-            _check_mixup(model)
             self.mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.classes))
 
         share = {"rank": processes.rank, "world": processes.world}
@@ -184,11 +202,19 @@ class _Run:
             settings,
             self.device,  # type: ignore[arg-type]
         )
+        if train_size < processes.world or not test_size:
+            raise DataError(f"{data.name}: {train_size} training and {test_size} test images are too few")
+        if len(data.classes) < 2:
+            raise DataError(f"{data.name}: has one class only, {data.classes[0]}; there is nothing to tell apart")
+        if settings.batch_size < 2 and self.mixup is not None:
+            raise UsageError("--mixup, --cutmix: need pairs of images; take --batch-size 2 or more")
         self.updates = math.ceil(len(self.batches) / settings.accumulate)  # an epoch
 
         groups = param_groups(model, settings.weight_decay, layer_decay=settings.layer_decay)
         if not groups:
             raise UsageError("--freeze: nothing is left to train")
+        if settings.opt.lower() == "adahessian":
+            raise UsageError("--opt: adahessian needs second derivatives, which this loop does not make")
         try:
             self.optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
         except Exception as error:  # timm asserts
@@ -224,6 +250,13 @@ class _Run:
         self.record: Record | None = None
         self.saved = time.monotonic()
 
+    def check_output(self) -> None:
+        """A folder has room for one run."""
+        if self.output is not None and checkpoints(self.output / "checkpoints"):
+            raise UsageError(
+                f"{self.output}: holds a run already; resume it, remove its checkpoints/, or name another folder"
+            )
+
     def open_record(self) -> None:
         """From here on metrics are written."""
         if self.output is None or not self.processes.writes:
@@ -250,6 +283,9 @@ class _Run:
             together = min(every, batches - first)
             self.meter.skipped += batch[1]
             placed = on_device(batch, self.device, self.settings.channels_last)
+            if placed is None and self.processes.world > 1:
+                raise DataError("no image of a process's share of a batch could be read; repair them, or take a larger "
+                                "--batch-size")  # fmt: skip
             if placed is not None:
                 with self._quiet_unless(number == first + together):
                     self._backward(*placed, share=1 / together)
@@ -259,19 +295,21 @@ class _Run:
                 self._between_steps(placed, stop, on_step)
         self._look(placed)
         self.meter.stop()
+        if not self.meter.count:
+            raise DataError(f"{self.data.name}: not one training image could be read")
 
     def _between_steps(self, placed: Any, stop: "_Stop", on_step: Callable[[Step], None]) -> None:
         """Tell, save, stop, as it is time."""
-        stopped = self.processes.any(stop.wanted)
+        stopped = self.processes.largest(stop.signal)  # in whichever process it came
         due = time.monotonic() - self.saved > 60 * self.settings.checkpoint_minutes
         if stopped or self.device.type == "cpu" or self.step % READ_EVERY == 0:
             self._look(placed)
             if self.processes.writes:
                 on_step(self._progress())
-        if self.output is not None and (stopped or self.processes.any(due)):
+        if self.output is not None and (stopped > 0 or self.processes.any(due)):
             self.save()
         if stopped:
-            raise Interrupted(self._how_to_go_on(stop.name), stop.signal)
+            raise Interrupted(self._how_to_go_on(signal.Signals(stopped).name), stopped)
 
     def _backward(self, images: Tensor, targets: Tensor, share: float) -> None:
         count = len(targets)
@@ -323,10 +361,11 @@ class _Run:
     def finish_epoch(self) -> None:
         """Test, note, save."""
         tested = self.model if self.ema is None else self.ema.module
-        if self.shards is not None:
-            self.shards.agree()
-        accuracy = score(tested, self.test_loader, self.processes, self.settings).top1
+        self.processes.agree(tested)
+        found = score(tested, self.test_loader, self.processes, self.settings, self.data)
+        accuracy = found.top1
         loss, rate, skipped = self.meter.means(self.processes)
+        skipped += found.skipped
         lr = self.optimizer.param_groups[0]["lr"]
         self.history.append(
             Epoch(self.epoch + 1, loss, accuracy, lr, rate, skipped, self.step, _learned_k(tested), _energies(tested))
@@ -336,6 +375,7 @@ class _Run:
         self.meter = _Meter(self.device)
         if self.output is not None:
             whole = tested if self.shards is None else self.shards.whole()
+            self._check_weights()
             if self.processes.writes:
                 self._save_models(whole)  # type: ignore[arg-type]
             self.save()
@@ -370,7 +410,7 @@ class _Run:
         first = self.epoch < self.settings.warmup_head_epochs
         if first == self.only_new:
             return
-        new = _new_parameters(self.model)
+        new = _new_parameters(self.model) & self.trained or self.trained  # all, if nothing is new
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in self.trained and (not first or id(parameter) in new))
         self.only_new = first
@@ -395,12 +435,14 @@ class _Run:
         """Stop at a loss that is no number."""
         if (step := self.meter.first_bad()) is not None:
             where = _first_bad_layer(self.model, placed[0] if placed is not None else None)
-            kept = checkpoints(self.output / "checkpoints")[-1:] if self.output is not None else []
-            stays = f" The checkpoint of step {int(kept[0].stem)} is kept." if kept else ""
             raise TrainingError(
                 f"the loss is {self.meter.last:g} at step {step}; the first layer with a value that is not finite is "
-                f"{where}.{stays} Try a smaller --lr, or --clip-grad 1."
+                f"{where}.{self._stays()} Try a smaller --lr, or --clip-grad 1."
             )
+
+    def _stays(self) -> str:
+        kept = checkpoints(self.output / "checkpoints")[-1:] if self.output is not None else []
+        return f" The checkpoint of step {int(kept[0].stem)} is kept." if kept else ""
 
     def _progress(self) -> Step:
         lr = self.optimizer.param_groups[0]["lr"]
@@ -408,8 +450,13 @@ class _Run:
         return Step(self.step, steps, self.epoch + 1, self.meter.last, lr, self.meter.rate(self.processes.world))
 
     def _how_to_go_on(self, name: str) -> str:
-        done = f"stopped by {name} after step {self.step}"
-        return f"{done}. Continue with: sphereify finetune --resume {self.output}" if self.output else done
+        done, world = f"stopped by {name} after step {self.step}", self.processes.world
+        if self.output is None:
+            return done
+        if not (self.output / "run.json").is_file():  # not a run of the command line's
+            return f"{done}; resume=True, or the same comparison again, continues it from {self.output}"
+        command = "sphereify" if world == 1 else f"torchrun --nproc-per-node {world} -m sphereify"
+        return f"{done}. Continue with: {command} finetune --resume {self.output}"
 
     # ------------------------------------------------------------------------------------------------ what is written
 
@@ -421,10 +468,14 @@ class _Run:
         self._look(None)
         if self.output is None:
             return
+        self._check_weights()
+        optimizer: dict[str, Any] | None
         if self.shards is None:
             model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         else:
-            model, optimizer = self.shards.state(), self.shards.optimizer_state(self.optimizer)
+            # Asking an optimizer of shards that has not made a step for its state makes one.
+            optimizer = self.shards.optimizer_state(self.optimizer) if self.step else None
+            model = self.shards.state()
         if not self.processes.writes:
             return
         write_checkpoint(self.output / "checkpoints", self.step, {
@@ -436,6 +487,14 @@ class _Run:
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
         })  # fmt: skip
 
+    def _check_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not getattr(parameter, "_local_tensor", parameter).isfinite().all():
+                raise TrainingError(
+                    f"{name}: a value is not finite after step {self.step}.{self._stays()} Try a smaller --lr, or "
+                    f"--clip-grad 1."
+                )
+
     def restore(self) -> None:
         """Go back to the last checkpoint."""
         if self.output is None:
@@ -443,7 +502,11 @@ class _Run:
         found = checkpoints(self.output / "checkpoints")
         if not found:
             raise ArtifactError(f"{self.output}: there is no checkpoint to continue from")
-        state = read_checkpoint(found[-1])
+        try:
+            state = read_checkpoint(found[-1])
+        except ArtifactError as error:
+            older = f". Remove it to go on from step {int(found[-2].stem)}" if len(found) > 1 else ""
+            raise ArtifactError(f"{error}{older}") from error
         changed = differences(Settings.from_json(state["settings"]), self.settings)
         if state["data"] != self.data.name:
             changed.append(f"--data: {state['data']} before, {self.data.name} now")
@@ -533,7 +596,7 @@ class _Meter:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_classes(model: nn.Module, data: Data, device: torch.device) -> None:
+def check_classes(model: nn.Module, data: Data, device: torch.device, who: str = "the model") -> None:
     """One image through the model, before any time is spent.
 
     Raises:
@@ -546,22 +609,23 @@ def check_classes(model: nn.Module, data: Data, device: torch.device) -> None:
         raise
     except Exception as error:  # a model may refuse a size in its own way
         raise DataError(
-            f"the model does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
+            f"{who} does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
             f"{first_line(error)}. Try another --img-size."
         ) from error
     if logits.dim() != 2:
         shape = tuple(logits.shape)
-        raise DataError(f"the model returns Tensor of shape {shape}, expected logits of shape (batch, classes)")
+        raise DataError(f"{who} returns Tensor of shape {shape}, expected logits of shape (batch, classes)")
     if logits.shape[1] != len(data.classes):
         raise DataError(
-            f"the model has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
-            f"--num-classes {len(data.classes)}"
+            f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
+            f"--num-classes {len(data.classes)} (a plain model is built with it)"
         )
 
 
-def _check_mixup(model: nn.Module) -> None:
+def check_mixup(model: nn.Module, settings: Settings) -> None:
+    """Raises UsageError where images are mixed and a margin belongs to one class."""
     head = next((m for m in model.modules() if isinstance(m, AngularHead) and m.has_margin), None)
-    if head is not None:
+    if head is not None and (settings.mixup or settings.cutmix):
         raise UsageError(
             f"--mixup, --cutmix: the head is {head.kind}, whose margin belongs to one class an image. Take --head "
             f"w-softmax, or leave them out."
@@ -675,12 +739,11 @@ class _Stop:
 
     wanted = False
     signal = 0
-    name = ""
 
     def ask(self, number: int, frame: Any) -> None:
         if self.wanted:  # a second time: at once
             raise KeyboardInterrupt
-        self.wanted, self.signal, self.name = True, number, signal.Signals(number).name
+        self.wanted, self.signal = True, number
 
 
 @contextmanager

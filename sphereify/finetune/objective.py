@@ -50,11 +50,11 @@ class Objective(nn.Module):
     The annealing's count is its only state.
     """
 
-    def __init__(self, model: nn.Module, terms: Terms):
+    def __init__(self, model: nn.Module, terms: Terms, accumulate: int = 1):
         super().__init__()
         self._model = (model,)  # its parameters are not this module's
         margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
-        annealing = MarginAnnealing() if margins and terms.margin_anneal else None
+        annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
         self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
         self.energy = HypersphericalEnergy(terms.mhe_s, half_space=terms.mhe_half_space) if terms.mhe else None
         self.penalty = OrthogonalityPenalty() if terms.orthogonality else None

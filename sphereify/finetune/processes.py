@@ -33,6 +33,14 @@ class Processes:
         """Whether it is so in any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if self.world > 1 else flag
 
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
         if self.world == 1:
@@ -40,6 +48,11 @@ class Processes:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
+
+    def agree(self, model: torch.nn.Module) -> None:
+        """Buffers that each process keeps for itself, averages of BatchNorm, become those of the first."""
+        for buffer in model.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
         if self.world > 1:

@@ -82,6 +82,9 @@ class Settings:
     """What is minimised."""
 
     def __post_init__(self) -> None:
+        for name in ("freeze", "milestones"):  # a list, or one alone
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, (str, int)) else tuple(given))
         least = {"epochs": 1, "batch_size": 1, "workers": 0, "weight_decay": 0, "accumulate": 1, "mixup": 0,
                  "cutmix": 0, "warmup_head_epochs": 0, "min_lr": 0, "checkpoint_minutes": 0}  # fmt: skip
         for name, lowest in least.items():
@@ -91,6 +94,10 @@ class Settings:
             raise UsageError(f"--lr: got {self.lr}, expected a number above 0; a usual value is 1e-3")
         if self.warmup_epochs is not None and not self.warmup_epochs >= 0:
             raise UsageError(f"--warmup-epochs: got {self.warmup_epochs}, expected at least 0")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise UsageError(
+                f"--warmup-epochs: got {self.warmup_epochs}, more than the {self.epochs} --epochs there are"
+            )
         for name in ("ema", "layer_decay", "decay_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -127,8 +134,9 @@ class Settings:
         if name.startswith("meta"):
             raise UsageError("--device: got 'meta', which holds no values; take 'cpu' or 'cuda'")
         try:
+            torch.empty(0, device=name if name.split(":")[0] != "cuda" else "cpu")
             return torch.device(name)
-        except RuntimeError as error:
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
             raise UsageError(f"--device: got {name!r}: {str(error).splitlines()[0]}") from None
 
     def to_json(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sphereify.errors import UsageError
@@ -44,7 +43,7 @@ class Shards:
         """The whole state dict, on the CPU of the process that writes; all processes must ask."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        self.agree()
+        self.processes.agree(self.model)
         return get_model_state_dict(self.model, options=self.options)  # type: ignore[return-value]
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -58,12 +57,9 @@ class Shards:
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
         set_model_state_dict(self.model, model_state, options=self.options)
+        if optimizer_state is None:  # of before the first step
+            return
         set_optimizer_state_dict(self.model, optimizer, optimizer_state, options=self.options)
-
-    def agree(self) -> None:
-        """Buffers, which each process keeps for itself (averages of BatchNorm), become those of the first."""
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, 0)
 
     def whole(self) -> nn.Module | None:
         """The model with what it has learned, on the CPU of the process that writes; all processes must ask."""
