@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, LayerNorm2d
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sphereify import plan_conversion, sphereify
 from sphereify.nn import AngularHead, SphereConv2d, SphereLinear
@@ -462,7 +463,9 @@ def test_a_layer_that_does_more_than_its_base_stays_what_it_is_around_its_angula
     model = classifier_of(COMPUTING[block]())
     angular = sphereify(model, rescale="never")
     assert decisions(model)["block"].action == "convert"
-    assert isinstance(angular.block, type(model.block))
+    assert isinstance(angular.block, nn.Conv2d)
+    assert type(model.block).__name__.removeprefix("Parametrized") in type(angular.block).__name__
+    assert is_parametrized(angular.block) is is_parametrized(model.block)
     x = torch.randn(2, 4, 8, 8)
     assert _ignores_length(angular.block, x)
     assert not _ignores_length(model.block, x)
