@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sphereify.artifact import load, save
     from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
     from sphereify.convert.calibrate import calibrate
+    from sphereify.convert.suggest import suggest
     from sphereify.finetune.groups import param_groups
     from sphereify.nn import AngularLoss, HypersphericalEnergy, OrthogonalityPenalty
 
@@ -31,6 +32,7 @@ _HOMES = {
     "plan_conversion": "sphereify.convert",
     "save": "sphereify.artifact",
     "sphereify": "sphereify.convert",
+    "suggest": "sphereify.convert.suggest",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "plan_conversion",
     "save",
     "sphereify",
+    "suggest",
 ]
 
 

@@ -304,6 +304,43 @@ def _images(
     return locals()
 
 
+CALIBRATION = "Calibration"
+
+
+def _calibration_option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=CALIBRATION)
+
+
+def _calibration(
+    calibrate: Annotated[
+        str | None,
+        _calibration_option(
+            "Fit the layers to what a trained model computes on these images: digits, a folder of "
+            "images, or a name of timm's. No labels are used."
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None, _calibration_option("How many, of the training part; default 1024, usual: 500 to 2,000.")
+    ] = None,
+    calibrate_steps: Annotated[
+        int, _calibration_option("Optimizer steps towards the original's outputs afterwards; usual: 0, or 200 to 500.")
+    ] = 0,
+    data_root: Annotated[Path | None, _calibration_option("Where a data set of timm's lies.")] = None,
+    img_size: Annotated[
+        int | None, _calibration_option("Pixels of the images; default 32 for digits, else the model's.")
+    ] = None,
+) -> dict[str, Any]:
+    """Which images to calibrate on, for `_calibration_batches`."""
+    if calibrate is None:
+        for name, value in (("--calibration-images", calibration_images), ("--calibrate-steps", calibrate_steps),
+                            ("--data-root", data_root), ("--img-size", img_size)):  # fmt: skip
+            if value not in (None, 0):
+                raise UsageError(f"{name}: has no effect without --calibrate, which names the images")
+    if calibrate_steps < 0:
+        raise UsageError(f"--calibrate-steps: got {calibrate_steps}, expected 0 or more; usual: 200 to 500")
+    return {**locals(), "calibration_images": 1024 if calibration_images is None else calibration_images}
+
+
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; default MODEL-OPERATOR.", rich_help_panel=OUTPUT)
 ]
@@ -316,11 +353,12 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 
 
 @app.command()
-@_sharing(options=_conversion, source=_source)
+@_sharing(options=_conversion, source=_source, calibration=_calibration)
 def convert(
     model: Model,
     options: Any,
     source: Any,
+    calibration: Any,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -334,10 +372,17 @@ def convert(
 
     network = _open_model(model, **source)
     before = getattr(network, "conversion_plan", None)
-    converted = sphereify(network, inplace=True, **options)
+    batches = _calibration_batches(calibration, network) if calibration["calibrate"] is not None else None
+    converted = sphereify(network, inplace=batches is None, **options)
+    if batches is not None:
+        found = _calibrate(converted, network, batches, calibration["calibrate_steps"])
     save(converted, folder)
     _show_plan(converted.conversion_plan, json)
     if not json:
+        if batches is not None:
+            from sphereify.report import console, print_calibration
+
+            print_calibration(console(), found)
         if converted.conversion_plan == before:
             print("nothing new was converted: other options need the plain model, not its artifact")
         print(f"saved to {folder}/ (model.safetensors, conversion.json)")
@@ -373,6 +418,35 @@ def inspect(
     if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
         plan = getattr(network, "conversion_plan", plan)
     _show_plan(plan.verify(network) if verify else plan, json)
+
+
+@app.command()
+@_sharing(options=_conversion, source=_source, calibration=_calibration)
+def suggest(
+    model: Model,
+    options: Any,
+    source: Any,
+    calibration: Any,
+    accuracy_loss: Annotated[
+        float, typer.Option(help="Share of images that may get another class than from the original, in (0, 1).")
+    ] = 0.02,
+) -> None:
+    """Find which layers of a trained model to exclude, so that it keeps what it knows. Nothing is written."""
+    if calibration["calibrate"] is None:
+        raise UsageError("--calibrate: is missing; the images to measure on: digits, a folder, or a name of timm's")
+    if calibration["calibrate_steps"]:
+        raise UsageError("--calibrate-steps: suggest makes none; give them to convert")
+
+    from sphereify.convert import suggest as find
+    from sphereify.report import console, print_suggestion
+
+    network = _open_model(model, **source)
+    batches = _calibration_batches(calibration, network)
+
+    def tell(excluded: int, agreement: float) -> None:
+        console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
+
+    print_suggestion(console(), find(network, batches, loss=accuracy_loss, on_trial=tell, **options))
 
 
 def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -618,6 +692,39 @@ def _load_images(images: dict[str, Any], model: Any) -> Any:
                      config=data_config(model), root=images["data_root"],
                      augment=images["augment"], train_images=images["train_images"],
                      test_images=images["test_images"])  # fmt: skip
+
+
+def _calibration_batches(calibration: dict[str, Any], model: Any) -> Any:
+    if hasattr(model, "conversion_plan"):
+        raise UsageError("--calibrate: this model is converted already; it takes the plain one, with its --weights")
+    from sphereify.datasets import load_images
+    from sphereify.sources import data_config, input_channels
+
+    return load_images(calibration["calibrate"], calibration["calibration_images"], channels=input_channels(model),
+                       img_size=calibration["img_size"], config=data_config(model),
+                       root=calibration["data_root"])  # fmt: skip
+
+
+def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:
+    """Calibrate with a bar in a terminal, on the GPU where there is one."""
+    import torch
+    from rich.progress import Progress
+
+    from sphereify.convert.calibrate import calibrate
+    from sphereify.report import console
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    screen = console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as bar:
+        layers = bar.add_task("calibrating", total=len(converted.conversion_plan.converted))
+        walk = bar.add_task("steps", total=steps, visible=steps > 0)
+        found = calibrate(
+            converted.to(device), original.to(device), [batch.to(device) for batch in batches], steps=steps,
+            on_layer=lambda name, explained: bar.update(layers, advance=1, description=f"calibrating {name}"),
+            on_step=lambda step, loss: bar.update(walk, completed=step, description=f"steps, error {loss:.3f}"),
+        )  # fmt: skip
+    converted.cpu()
+    return found
 
 
 def _teacher(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from sphereify.errors import DataError, UsageError, first_line
@@ -76,10 +76,7 @@ def _some(data: Data, part: str, count: int) -> Data:
 
 def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any], root: Any,
           splits: tuple[str, str], augment: str | None) -> Data:  # fmt: skip
-    if img_size is not None and img_size < 1:
-        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
-    if channels not in (1, 3):
-        raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
+    _check_shape(spec, channels, img_size)
     if spec == "digits":
         if augment:
             raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
@@ -96,6 +93,67 @@ def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any]
     return _image_folder(folder, moves, (channels, size, size))
 
 
+def load_images(
+    spec: str,
+    count: int,
+    *,
+    channels: int = 3,
+    img_size: int | None = None,
+    config: dict[str, Any] | None = None,
+    root: str | Path | None = None,
+    split: str = "train",
+    batch_size: int = 64,
+) -> list[Tensor]:
+    """Training images without labels or augmentation, as a model sees them when it is tested; for a calibration.
+
+    Args:
+        spec: as for `load_data`; or a folder with images anywhere inside. Where the folder has train/, only that.
+        count: how many, ≥ 1, drawn once and for all; all of them where there are fewer.
+        channels, img_size, config, root: as for `load_data`.
+        split: name of the training part of a data set of timm's.
+        batch_size: images of one tensor.
+
+    Returns:
+        Tensors of shape (≤ batch_size, channels, img_size, img_size).
+
+    Raises:
+        DataError: no such data, no images in it, or one that cannot be read.
+        UsageError: a count below 1.
+    """
+    if count < 1:
+        raise UsageError(f"--calibration-images: got {count}, expected at least 1; usual: 500 to 2,000")
+    _check_shape(spec, channels, img_size)
+    if root is not None and not spec.startswith(TIMM_READERS):
+        raise UsageError(f"--data-root: has no effect on {spec!r}; it says where a data set of timm's lies")
+    if spec == "digits":
+        part: Any = _digits(channels, img_size or 32).train
+        total, image_of = len(part), lambda index: part[index][0]
+    else:
+        size = img_size or ((config or {}).get("input_size") or (3, 224, 224))[-1]
+        move = _transform(size, channels, config or {}, training=False, augment=None)
+        if spec.startswith(TIMM_READERS):
+            part = _of_timm(spec, root, (split,), [move], (channels, size, size)).train
+            total, image_of = len(part), lambda index: part[index][0]
+        else:
+            files = _image_files(spec)
+            total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return list(torch.stack([image_of(index) for index in drawn]).split(batch_size))
+
+
+def _image_files(spec: str) -> list[Path]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
+    within = folder / "train" if (folder / "train").is_dir() else folder
+    files = sorted(file for file in within.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise DataError(f"data {spec!r}: no images in {within}, expected files such as *.jpg or *.png, at any depth")
+    return files
+
+
 def class_count(spec: str, *, root: str | Path | None = None) -> int:
     """How many classes a data set has, without reading it where that is not needed.
 
@@ -105,6 +163,15 @@ def class_count(spec: str, *, root: str | Path | None = None) -> int:
     if spec != "digits" and (Path(spec) / "train").is_dir():
         return sum(entry.is_dir() for entry in (Path(spec) / "train").iterdir())
     return len(load_data(spec, root=root).classes)
+
+
+def _check_shape(spec: str, channels: int, img_size: int | None) -> None:
+    if not spec:
+        raise UsageError("data: got an empty name, expected digits, a folder, or a name of timm's")
+    if img_size is not None and img_size < 1:
+        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
+    if channels not in (1, 3):
+        raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
 
 
 def _digits(channels: int, size: int) -> Data:
@@ -166,7 +233,7 @@ def _eight_bits(path: str) -> Any:
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
 
 
-def _of_timm(spec: str, root: Any, splits: tuple[str, str], moves: list[Any], image_size: tuple[int, int, int]) -> Data:
+def _of_timm(spec: str, root: Any, splits: tuple[str, ...], moves: list[Any], image_size: tuple[int, int, int]) -> Data:
     from timm.data import create_dataset
 
     parts = []
@@ -180,7 +247,7 @@ def _of_timm(spec: str, root: Any, splits: tuple[str, str], moves: list[Any], im
             raise DataError(f"data {spec!r} comes as a stream, which cannot be continued inside an epoch; download it")
         part.transform = transform
         parts.append(part)
-    return Data(spec, parts[0], parts[1], _classes_of(parts[0]), image_size)
+    return Data(spec, parts[0], parts[-1], _classes_of(parts[0]), image_size)
 
 
 def _classes_of(part: Any) -> list[str]:

@@ -1,11 +1,12 @@
 """What a person reads in the terminal."""
 
 import sys
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
-from sphereify.convert import ConversionPlan, Decision
+from sphereify.convert import Calibration, ConversionPlan, Decision, LayerFit, Suggestion
 from sphereify.finetune import Comparison, Evaluation
 
 COLOURS = {"convert": "green", "keep": "yellow"}
@@ -39,6 +40,55 @@ def print_plan(out: Console, plan: ConversionPlan) -> None:
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
     out.print(plan.summary(), style="bold", markup=False)
+
+
+def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
+    """How much of each layer's original output is explained, before and after."""
+    table = Table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, header_style="bold")
+    for layer in layers:
+        colour = "green" if layer.after >= 0.8 else "yellow" if layer.after >= 0.5 else "red"
+        table.add_row(
+            layer.name, _share(layer.before), f"[{colour}]{_share(layer.after)}[/]", f"{layer.rows:,}",
+            f"{layer.unknowns:,}", layer.note,
+        )  # fmt: skip
+    table.caption = "share of the original layer's output that is explained (R²)"
+    return table
+
+
+def print_calibration(out: Console, found: Calibration) -> None:
+    """The table in the order of the layers, the notes, and what the steps brought."""
+    out.print(calibration_table(found.layers.values(), "calibration"))
+    for note in found.notes:
+        out.print(f"note: {note}", style="yellow", markup=False)
+    if found.layers:
+        worst = found.worst()[0]
+        mean = sum(found.values()) / len(found)
+        out.print(f"{len(found)} layers calibrated, R² {mean:.2f} on average, {worst.after:.2f} at {worst.name}",
+                  style="bold", markup=False)  # fmt: skip
+    if found.difference is not None:
+        before, after = found.difference
+        out.print(f"steps: the outputs' error fell from {before:.3f} to {after:.3f} of their variance", style="bold")
+
+
+def print_suggestion(out: Console, found: Suggestion) -> None:
+    """The layers by their cost, the trials, and the options to give."""
+    out.print(calibration_table(found.layers, "the least explained layers first"))
+    table = Table("layers excluded", "agreement with the original", header_style="bold")
+    for number, agreement in found.tried.items():
+        table.add_row(str(number), f"{agreement:.1%}")
+    out.print(table)
+    if not found.reached:
+        out.print(f"{found.wanted:.1%} was not reached; try --calibration-images with more images, another --operator, "
+                  f"or accept a greater loss", style="yellow", markup=False)  # fmt: skip
+    elif not found.exclude:
+        out.print(f"{found.agreement:.1%} with all layers converted: nothing to exclude", style="bold", markup=False)
+    if found.exclude:
+        options = " ".join(f"--exclude {name}" for name in found.exclude)
+        out.print(f"{found.agreement:.1%} with: {options}", style="bold", markup=False, soft_wrap=True)
+
+
+def _share(value: float) -> str:
+    return "< 0" if value < 0 else f"{value:.3f}"
 
 
 def print_evaluation(out: Console, found: Evaluation, classes: list[str], rows: int = 20) -> None:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify import apply_plan, plan_conversion, sphereify
-from sphereify.convert.calibrate import PATCH_BYTES, _set_scale, _unroll, calibrate
+from sphereify.convert.calibrate import calibrate
+from sphereify.convert.fitting import rows as fitting_rows
+from sphereify.convert.fitting.layer import _set_norm
+from sphereify.convert.fitting.rows import Geometry
 from sphereify.datasets import load_data
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
@@ -43,6 +46,15 @@ def conv(dim: int, kinds: dict = PLAIN, **geometry) -> nn.Module:
 def hidden(*layers: nn.Module) -> nn.Sequential:
     """The layers and an identity: a convolution that ends in the model's output would be kept as its classifier."""
     return nn.Sequential(*layers, nn.LeakyReLU(1.0))
+
+
+def unrolled(layer: nn.Module, x: Tensor) -> Tensor:
+    """(B, groups, positions, fan_in): every patch of a convolution."""
+    shape = tuple(layer.weight.shape)
+    vars(layer).setdefault("eps", 1e-4)
+    site = SimpleNamespace(layer=layer, decision=SimpleNamespace(kind=f"conv{len(shape) - 2}d", shape=shape))
+    patches = Geometry.of(site).patches(x).flatten(1, len(shape) - 2)
+    return patches.unflatten(2, (layer.groups, -1)).flatten(3).movedim(2, 1)
 
 
 def rows(output: Tensor) -> Tensor:
@@ -164,7 +176,7 @@ def test_unrolled_patches_are_those_of_unfold(groups, stride, dilation, kernel, 
     x = torch.randn(2, 4, 8, 9)
     unfolded = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)  # (B, positions, C · kernel)
     expected = torch.stack(unfolded.chunk(groups, dim=2), 1)
-    torch.testing.assert_close(_unroll(layer, x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(unrolled(layer, x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -175,7 +187,7 @@ def test_unrolled_patches_times_the_filters_are_the_convolution(dim, geometry):
     x = images(dim, 2)
     groups = layer.groups
     filters = layer.weight.flatten(1).unflatten(0, (groups, -1))  # (groups, filters of one, fan_in)
-    product = torch.einsum("bgpf,gof->bgop", _unroll(layer, x), filters).flatten(1, 2)
+    product = torch.einsum("bgpf,gof->bgop", unrolled(layer, x), filters).flatten(1, 2)
     torch.testing.assert_close(product, layer(x).flatten(2), rtol=1e-4, atol=1e-4)
 
 
@@ -199,7 +211,7 @@ def test_unrolled_patches_are_those_of_a_loop(dim, dilation, groups):
         for b in range(2)
     ]  # fmt: skip
     expected = torch.stack([torch.stack([torch.stack(group) for group in image]) for image in patches])
-    torch.testing.assert_close(_unroll(layer, x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(unrolled(layer, x), expected, rtol=0, atol=0)
 
 
 def test_the_bound_on_memory_changes_nothing(monkeypatch):
@@ -207,10 +219,9 @@ def test_the_bound_on_memory_changes_nothing(monkeypatch):
     original = hidden(nn.Conv2d(4, 8, 3, groups=2))
     x = images(2, 12)
     whole, pieces = sphereify(original), sphereify(original)
-    assert x.numel() * 9 * 4 < PATCH_BYTES
     calibrate(whole, original, [x])
-    # Not by its dotted path: sphereify.convert has a function of the module's name.
-    monkeypatch.setattr(sys.modules[calibrate.__module__], "PATCH_BYTES", 1)
+    monkeypatch.setattr(fitting_rows, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(fitting_rows, "CACHE_BYTES", 1)
     calibrate(pieces, original, [x])
     torch.testing.assert_close(pieces(x), whole(x), rtol=1e-4, atol=1e-4)
 
@@ -316,12 +327,12 @@ def test_beta_and_gamma_of_either_sign_move_into_the_norm(size, bias):
     beta, gamma = torch.randn(8).double() * size, torch.randn(8).double()
     assert (beta < 0).any()
     assert (beta > 0).any()
-    x = torch.randn(4, 3, 6, 6).double()
+    g = model[0](torch.randn(4, 3, 6, 6).double()).detach()
     with torch.no_grad():
-        g = model[0](x) - (model[0].bias.view(-1, 1, 1) if bias else 0)
-        expected = norm(beta.view(-1, 1, 1) * g + gamma.view(-1, 1, 1))
-        _set_scale(model, model.conversion_plan.converted[0], model[0], beta, gamma)
-        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+        _set_norm(norm, beta, gamma, rows(g).mean(0), rows(g).var(0, correction=0))
+        expected = beta.view(-1, 1, 1) * g + gamma.view(-1, 1, 1)
+        torch.testing.assert_close(norm(g), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(norm.train()(g), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -294,6 +294,7 @@ def test_verify_says_which_layers_are_called(run):
 def test_no_option_is_left_out_above(command):
     elsewhere = {"model", "output", "force", "json", "pretrained", "weights", "num_classes", "in_chans", "seed"}
     elsewhere |= {"attention", "verify", "factory", "energy", "energy_plot"}
+    elsewhere |= {"calibrate", "calibration_images", "calibrate_steps", "data_root", "img_size"}
     known = {parameter.name for parameter in COMMANDS[command].params} - {"help"} - elsewhere
     tested = {name.split()[0].replace("override", "overrides") for name in OPTIONS}
     assert known - {"override"} | {"overrides"} == tested
@@ -1013,3 +1014,73 @@ def test_a_new_run_by_force_leaves_nothing_of_the_old_one(run, own):
     assert Path("out/summary.json").is_file()
     assert run(*begin, "--force", "--lr", "1e30")[0] == 1
     assert not {"summary.json", "metrics.csv", "curves.png", "last"} & {path.name for path in Path("out").iterdir()}
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+
+def test_convert_calibrates_and_prints_how_well_each_layer_did(run, own):
+    code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 100,
+                         "--calibrate-steps", 2, "-o", "calibrated")  # fmt: skip
+    assert code == 0, err
+    assert "2 layers calibrated" in out
+    assert "the outputs' error fell from" in out
+    plain = build_model(find_model(f"{own}:small"))
+    calibrated = load("calibrated", factory=lambda: build_model(find_model(f"{own}:small")))
+    assert not torch.equal(calibrated[0].weight, plain[0].weight)
+
+
+def test_json_stays_alone_on_the_output_with_a_calibration(run, own):
+    code, out, _ = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 50, "--json")
+    assert code == 0
+    assert json.loads(out)["decisions"]
+
+
+def test_suggest_names_layers_and_writes_nothing(run, own, folder):
+    before = sorted(folder.iterdir())
+    code, out, err = run("suggest", f"{own}:small", "--calibrate", "digits", "--calibration-images", 100)
+    assert code == 0, err
+    assert "agreement with the original" in out
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_of_images_without_classes_calibrates_and_only_its_training_part(run, own, folder):
+    from PIL import Image
+
+    for name in ("a.png", "deep/er/b.png"):
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (90, 20, 200)).save(folder / "photos" / name)
+    code, _, err = run("convert", f"{own}:small", "--calibrate", "photos", "--img-size", 16, "-o", "one")
+    assert code == 0, err
+    (folder / "photos" / "train").mkdir()
+    code, _, err = run("convert", f"{own}:small", "--calibrate", "photos", "--img-size", 16, "-o", "two")
+    assert code == 1
+    assert "no images in photos/train" in err
+    assert not Path("two").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--calibration-images", "5"], "--calibration-images: has no effect without --calibrate"),
+        (["--calibrate-steps", "5"], "--calibrate-steps: has no effect without --calibrate"),
+        (["--calibrate", ""], "empty name"),
+        (["--calibrate", "digits", "--img-size", "0"], "--img-size: got 0"),
+        (["--calibrate", "digits", "--calibrate-steps", "-1"], "--calibrate-steps: got -1"),
+        (["--calibrate", "digits", "--calibration-images", "0"], "--calibration-images: got 0"),
+        (["--calibrate", "digits", "--data-root", "x"], "--data-root: has no effect on 'digits'"),
+        (["--calibrate", "nowhere"], "neither 'digits' nor a folder"),
+    ],
+)
+def test_wrong_words_about_a_calibration_are_told_and_nothing_is_written(run, own, options, told):
+    code, _, err = run("convert", f"{own}:small", *options, "-o", "out")
+    assert code in (1, 2)
+    assert told in err
+    assert "not foreseen" not in err
+    assert not Path("out").exists()
+
+
+def test_an_artifact_is_not_calibrated_against_itself(run, artifact):
+    code, _, err = run("convert", artifact, "--calibrate", "digits", "-o", "out")
+    assert code == 2
+    assert "converted already" in err

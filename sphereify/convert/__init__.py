@@ -6,14 +6,28 @@ from typing import Any
 
 from torch import nn
 
-from sphereify.convert.calibrate import batches_of
+from sphereify.convert.calibrate import Calibration
 from sphereify.convert.calibrate import calibrate as _calibrate
+from sphereify.convert.fitting.inputs import batches_of, check_steps
+from sphereify.convert.fitting.layer import LayerFit
 from sphereify.convert.plan import ConversionPlan, Decision, Operator, Overrides, Patterns, plan_conversion
 from sphereify.convert.rewrite import apply_plan
 from sphereify.convert.running import Inputs
+from sphereify.convert.suggest import Suggestion, suggest
+from sphereify.errors import UsageError
 from sphereify.nn.functional import DEFAULT_EPS
 
-__all__ = ["ConversionPlan", "Decision", "apply_plan", "plan_conversion", "sphereify"]
+__all__ = [
+    "Calibration",
+    "ConversionPlan",
+    "Decision",
+    "LayerFit",
+    "Suggestion",
+    "apply_plan",
+    "plan_conversion",
+    "sphereify",
+    "suggest",
+]
 
 
 def sphereify(
@@ -35,6 +49,7 @@ def sphereify(
     overrides: Overrides = None,
     eps: float = DEFAULT_EPS,
     calibration: Iterable[Any] | None = None,
+    calibration_steps: int = 0,
     example_inputs: Inputs = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -57,7 +72,8 @@ def sphereify(
             `include`, `exclude` and `skip_shortcuts`.
         eps: > 0, added to both squared norms.
         calibration: batches of inputs (tensors, or tuples of arguments) for a closed-form start from what a trained
-            `model` knows; see `sphereify.calibrate`.
+            `model` knows; see `sphereify.calibrate`, which also returns how well each layer did.
+        calibration_steps: of an optimizer towards the original's outputs on these batches, without labels, afterwards.
         example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: from the model's
             `pretrained_cfg`, if it has one.
         inplace: change `model` itself.
@@ -73,6 +89,9 @@ def sphereify(
     >>> print(sphereify(net).conversion_plan.summary())
     1 convolution converted, the head swapped for w-softmax
     """
+    if calibration is None and calibration_steps:
+        raise UsageError("calibration_steps: has no effect without calibration, which brings the inputs")
+    check_steps(calibration_steps)
     plan = plan_conversion(
         model,
         operator=operator,
@@ -96,5 +115,5 @@ def sphereify(
     original = copy.deepcopy(model) if calibration is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if calibration is not None:
-        _calibrate(converted, original, calibration)
+        _calibrate(converted, original, calibration, steps=calibration_steps)
     return converted

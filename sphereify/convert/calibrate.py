@@ -1,333 +1,421 @@
-"""A closed-form start for a converted network, from what the original knows and a few unlabelled inputs.
+"""A start for a converted network from what the original knows and a few unlabelled inputs, without training.
 
-Layer by layer, in the order in which they run: the layer's filters, β and γ become the ridge regression of the original
-layer's output on the normalized patches that the layer now receives, from the part already converted. For the cosine
-operator that is the exact least-squares layer; for the others the filters' directions come from it, and β and γ from a
-second regression, on g. Where a BatchNorm follows in place of β and γ, its statistics take up the scale.
-
-Only sums are kept of the patches: a Gram matrix of fan_in² numbers a layer, whatever the number of inputs.
+Layer by layer, in the order in which they run, each angular layer becomes the least-squares fit of what the original
+layer gave to the rest of the network, on what the layer now receives from the part already converted. Where the output
+is added to a shortcut, the fit is to the sum, so that errors made before are corrected; where a ReLU follows, errors
+that it hides do not count. The head follows the original's class probabilities.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.fitting.head import set_head
+from sphereify.convert.fitting.inputs import (
+    batches_of,
+    check_steps,
+    evaluating,
+    fresh,
+    joined,
+    out_of_range,
+    unless_raised,
+)
+from sphereify.convert.fitting.layer import LayerFit, scale_of, set_layer, shift_of
+from sphereify.convert.fitting.lockstep import Follow, Pass, Pending, Place, Received, current
+from sphereify.convert.fitting.rows import MOST_PRODUCTS, MOST_ROWS, Batch, rows_at
+from sphereify.convert.fitting.sites import Site, is_tied, path_of, reference_of, submodule
+from sphereify.convert.flow import tensors_in
+from sphereify.convert.plan import ConversionPlan
+from sphereify.convert.reconstruct import reconstruct
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
-from sphereify.errors import UsageError
+from sphereify.errors import DataError, UsageError, first_line
 from sphereify.nn import AngularHead
+from sphereify.nn.calls import AngularCall
 from sphereify.nn.layers import AngularLayer
 
-RIDGE = 1e-4
-"""Of the mean eigenvalue of the Gram matrix, added to its diagonal."""
 
-PATCH_BYTES = 64 * 2**20
-"""Patches are unrolled for a few inputs at a time, this many bytes."""
+@dataclass
+class Calibration(Mapping[str, float]):
+    """R² after calibration by the name of each converted layer, with more in `layers`."""
+
+    layers: dict[str, LayerFit] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: inputs outside the model's range, layers that were not reached."""
+    difference: tuple[float, float] | None = None
+    """Of the networks' outputs, before and after the steps; see `reconstruct`."""
+
+    def __getitem__(self, name: str) -> float:
+        return self.layers[name].after
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def worst(self) -> list[LayerFit]:
+        """The layers, the least explained first."""
+        return sorted(self.layers.values(), key=lambda layer: layer.after)
 
 
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
     original: nn.Module,
-    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    batches: Iterable[Tensor | tuple[Any, ...]],
     *,
+    steps: int = 0,
+    seed: int = 0,
     on_layer: Callable[[str, float], None] = lambda name, explained: None,
-) -> dict[str, float]:
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Calibration:
     """Set the converted layers of `model` to reproduce those of `original`, in place, without labels or training.
 
     Args:
         model: from `apply_plan(original, plan)`.
-        original: the network before the conversion, trained.
-        batches: inputs: tensors, or tuples of the model's arguments. 500 to 2,000 images are usual.
+        original: the network before the conversion, trained. It is not changed.
+        batches: inputs: tensors, or tuples of the model's arguments. 500 to 2,000 images are usual. Memory is that of
+            the activations which all of them have at one place of the network.
+        steps: of an optimizer towards the original's outputs, afterwards; see `reconstruct`. Usual: 0, or 200 to 500.
+        seed: of the positions that are drawn where there are more than a fit needs, and of the order of the steps.
         on_layer: called after each layer with its name and R².
+        on_step: called after each step with its number and loss.
 
     Returns:
-        For each converted layer R²: the share of the variance of the original layer's output, in [0, 1] and below 0
-        where it is worse than its mean, that the calibrated layer explains on these inputs. Of a head it is
-        that of the regression before its class weights lose their length.
+        For each converted layer that the inputs reach R², before and after.
 
     Raises:
-        UsageError: no batches, or a model that was not converted.
+        UsageError: no batches, negative steps, or a model that was not converted.
+        DataError: inputs that are not finite, or make the original's outputs so. Nothing has been changed then.
 
-    Both models run in eval mode and get their mode back afterwards.
+    Both models run in eval mode and get their mode back afterwards. Solved are filters, β, γ or the bias, the affine
+    part and the running statistics of a BatchNorm that follows, k of a learnable sigmoid (unless the whole network
+    shares it), and a head's class weights. A filter that another layer uses too, or that the model computes from other
+    parameters, keeps its direction.
     """
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
+    if original is model:
+        raise UsageError(
+            "calibration: model and original are one network, expected the converted one and the plain one"
+        )
+    check_steps(steps)
     inputs = batches_of(batches)
-    modes = [(module, module.training) for network in (model, original) for module in network.modules()]
-    model.eval()
-    original.eval()
-    explained: dict[str, float] = {}
-    try:
-        for decision in _in_order(original, inputs[0], [d for d in plan.converted if d.call is None]):
-            pairs = _Pairs(model, original, decision.name, inputs, _replaced_norm(original, decision))
-            fitted = _fit(model, decision, pairs)
-            if fitted is not None:
-                explained[decision.name] = fitted
-                on_layer(decision.name, fitted)
-    finally:
-        for module, training in modes:
-            module.training = training
-    return explained
+    with evaluating(model, original), unless_raised(model):
+        result = _Calibrating(model, original, plan, inputs, seed, on_layer).run()
+    if steps:
+        result.difference = reconstruct(model, original, inputs, steps=steps, seed=seed, on_step=on_step)
+    return result
 
 
-def batches_of(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Batches as tuples of arguments, or the error that says what is wrong with them."""
-    inputs = [_arguments(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
-    if not inputs:
-        raise UsageError("calibration: got no batches, expected tensors of inputs; a few hundred images are enough")
-    return inputs
+# ---------------------------------------------------------------------------------------------------------- the passes
 
 
-def _arguments(batch: object) -> tuple[Any, ...]:
-    if isinstance(batch, tuple):
-        return batch
-    if isinstance(batch, Tensor):
-        return (batch,)
-    raise UsageError(
-        f"calibration: got a batch of type {type(batch).__name__}, expected a tensor or a tuple of the model's "
-        f"arguments. From a loader of images and labels, pass the images: [images for images, _ in loader]."
+class _Calibrating:
+    """One calibration."""
+
+    def __init__(self, model: nn.Module, original: nn.Module, plan: ConversionPlan, inputs: list[tuple[Any, ...]],
+                 seed: int, on_layer: Callable[[str, float], None]):  # fmt: skip
+        self.model = model
+        self.reference = reference_of(original, plan)
+        self.inputs = inputs
+        self.seed = seed
+        self.on_layer = on_layer
+        self.result = Calibration()
+        self.sites: dict[str, Site] = {}
+        norms = Counter(d.norm for d in plan.converted)
+        for decision in plan.converted:
+            path = path_of(decision)
+            norm = submodule(self.reference, decision.norm) if norms[decision.norm] == 1 else None
+            self.sites[decision.name] = Site(
+                decision, model.get_submodule(path), self.reference.get_submodule(path), norm,
+                submodule(model, decision.norm) if norm is not None else None, is_tied(model, decision),
+                model.get_submodule(decision.call.owner if decision.call is not None else decision.name),
+            )  # fmt: skip
+        self.earlier: dict[str, list[Batch]] = {}
+        """Of a layer that is called several times: what it received so far."""
+        self.expected: Counter[str] = Counter()
+        self.parts: dict[str, list[LayerFit]] = defaultdict(list)
+
+    def run(self) -> Calibration:
+        self._check_inputs()
+        self._check_interleaving()
+        handles = [*self._watch(self.model), *self._watch(self.reference)]
+        handles += [h for site in self.sites.values() for h in self._stops(site)]
+        theirs = [_Targets(Pass(self._body(self.reference, x, follow=True), n)) for n, x in enumerate(self.inputs)]
+        ours = [Pass(self._body(self.model, x), n) for n, x in enumerate(self.inputs)]
+        try:
+            self._proceed(ours, theirs)
+        finally:
+            for one in [*ours, *(targets.passing for targets in theirs)]:
+                one.close()
+            for handle in handles:
+                handle.remove()
+        missed = [name for name in self.sites if name not in self.result.layers]
+        if missed:
+            self.result.notes.append(f"not calibrated, since the inputs do not reach them: {', '.join(missed)}")
+        return self.result
+
+    def _proceed(self, ours: list[Pass], theirs: list["_Targets"]) -> None:
+        waiting: dict[int, Received] = {}
+        running = list(range(len(ours)))
+        while running:
+            for number in running:
+                if number not in waiting:
+                    event = ours[number].advance()
+                    if event is not None:
+                        waiting[number] = event
+            running = sorted(waiting)
+            if not running:
+                return
+            now = waiting[running[0]]
+            together = [n for n in running if (waiting[n].site, waiting[n].call) == (now.site, now.call)]
+            site = self.sites[now.site]
+            batches = []
+            for number in together:
+                target = theirs[number].of(now.site, now.call)
+                if target is not None:
+                    batches.append(self._batch(site, waiting[number], target, ours[number], number))
+            batches = [batch for batch in batches if batch is not None]
+            if batches:
+                self._set(site, now, batches)  # type: ignore[arg-type]
+            del batches
+            for number in together:
+                del waiting[number]
+
+    def _check_inputs(self) -> None:
+        """The original takes the first batch, and what it returns is finite; also counts the calls."""
+        handles = [
+            site.original.register_forward_hook(lambda *_, name=name: self.expected.update([name]))  # type: ignore[misc]
+            for name, site in self.sites.items()
+        ]
+        try:
+            output = self.reference(*fresh(self.inputs[0]))
+        except TypeError as error:
+            raise UsageError(
+                f"calibration: the model does not take the first batch, a tuple of {len(self.inputs[0])} "
+                f"({first_line(error)}). Leave labels out: [images for images, _ in loader]."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            raise DataError(
+                "calibration: the original network's output is not finite on the first batch; its weights or the range "
+                "of the inputs are wrong"
+            )
+        note = out_of_range(self.reference, self.inputs)
+        if note:
+            warnings.warn(note, stacklevel=4)
+            self.result.notes.append(note)
+
+    def _check_interleaving(self) -> None:
+        """Passes take turns in one network. Where a module keeps something of its own from one layer to the next, they
+        would mix it up; all inputs then make one pass."""
+        if len(self.inputs) == 1:
+            return
+        ends = [self.inputs[0], self.inputs[-1]]
+        alone = [list(tensors_in(self.reference(*fresh(arguments)))) for arguments in ends]
+        together: dict[int, list[Tensor]] = {}
+
+        def body(number: int) -> Callable[[], Any]:
+            def run() -> None:
+                together[number] = list(tensors_in(self.reference(*fresh(ends[number]))))
+
+            return run
+
+        def stop(*_: Any) -> None:
+            passing = current()
+            if passing is not None:
+                passing.stand_still(True)
+
+        handles = [site.original.register_forward_hook(stop) for site in self.sites.values()]
+        passes = [Pass(body(number), number) for number in range(2)]
+        try:
+            moving = list(passes)
+            while moving:
+                moving = [one for one in moving if one.advance() is not None]
+            same = all(_close(alone[number], together[number]) for number in range(2))
+        except RuntimeError:  # sizes that do not go together
+            same = False
+        finally:
+            for one in passes:
+                one.close()
+            for handle in handles:
+                handle.remove()
+        if not same:
+            self.inputs = [joined(self.inputs)]
+
+    def _body(self, network: nn.Module, arguments: tuple[Any, ...], *, follow: bool = False) -> Callable[[], Any]:
+        def run() -> None:
+            with Follow() if follow else contextlib.nullcontext():
+                network(*fresh(arguments))
+
+        return run
+
+    def _watch(self, network: nn.Module) -> Iterator[Any]:
+        """Notes what goes in and out of each module, for the passes that need it."""
+        for name, module in network.named_modules():
+
+            def enter(module: nn.Module, args: Any, name: str = name) -> None:
+                passing = current()
+                if passing is not None:
+                    passing.calls[name] += 1
+                    if args and isinstance(args[0], Tensor):
+                        passing.note(Place(name, passing.calls[name], "in"), args[0])
+
+            def leave(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+                passing = current()
+                if passing is not None and isinstance(out, Tensor):
+                    passing.note(Place(name, passing.calls[name], "out"), out)
+
+            yield module.register_forward_pre_hook(enter)
+            yield module.register_forward_hook(leave)
+
+    def _stops(self, site: Site) -> Iterator[Any]:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            passing = current()
+            if passing is not None:
+                passing.layer_calls[site.name] += 1
+                passing.stand_still(Received(site.name, passing.layer_calls[site.name], (*args, *kwargs.values())))
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> None:
+            args = (*args, *kwargs.values())
+            passing = current()
+            if passing is not None:
+                passing.layer_calls[site.name] += 1
+                call = passing.layer_calls[site.name]
+                drawn = self._drawn(site, call, passing.number, out)
+                rows = functools.partial(rows_at, site, drawn=drawn)
+                passing.pending.append(Pending(site.name, call, input_of(args).shape, out, rows, drawn))
+
+        yield site.layer.register_forward_pre_hook(before, with_kwargs=True)
+        yield site.original.register_forward_hook(after, with_kwargs=True)
+        if site.norm is not None:
+            yield site.norm.register_forward_pre_hook(lambda module, args: _enter_norm(site, args))
+            yield site.norm.register_forward_hook(lambda module, args, out: _leave_norm(site, module, out))
+
+    def _drawn(self, site: Site, call: int, number: int, output: Tensor) -> Tensor | None:
+        """Which positions of an output are used, in order; None is all of them."""
+        fan_in, groups = site.decision.shape[1:], getattr(site.layer, "groups", 1)
+        unknowns = max(1, math.prod(fan_in))
+        available = output.numel() // (output.shape[-1] if site.decision.kind == "linear" else site.decision.shape[0])
+        wanted = max(4 * unknowns, min(MOST_ROWS, int(MOST_PRODUCTS / (unknowns**2 * groups))))
+        share = math.ceil(wanted / len(self.inputs))
+        if available <= share:
+            return None
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name} {call} {number}".encode()))
+        return torch.randperm(available, generator=generator)[:share].sort().values.to(output.device)
+
+    def _batch(self, site: Site, received: Received, target: Pending, passing: Pass, number: int) -> "Batch | None":
+        """A layer's input in one pass, and what is wanted of it."""
+        arguments = received.arguments
+        if not arguments or not isinstance(site.layer, (AngularCall, AngularLayer, AngularHead)):
+            return None
+        call = arguments[1] if isinstance(site.layer, AngularCall) else None
+        x = input_of(arguments)
+        rows = arguments[2] if call is not None and len(arguments) > 2 else slice(None)
+        if x.shape != target.received:
+            return None  # a network that sends inputs on different ways has sent these on another than the original
+        if not target.raw.isfinite().all():
+            raise DataError(
+                f"calibration: the original's {site.name} gives values that are not finite on batch {number}"
+            )
+        wanted, added, rectified = target.raw, None, False
+        norm = site.norm
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+            wanted = target.raw * scale_of(norm) + shift_of(norm)
+            rectified = target.rectified
+        elif norm is not None:
+            wanted = target.normalized if site.decision.drops_norm and target.normalized is not None else target.raw
+            return Batch(x, call, rows, target.drawn, target.raw, wanted, None, False, target.normalized)
+        else:
+            rectified = target.rectified
+        if target.total is not None:
+            other = passing.at(target.other)
+            if other is not None and other.shape == target.shape:
+                added = rows_at(site, other, target.drawn)
+                wanted = target.total - added
+            else:
+                added = target.total - wanted
+        return Batch(
+            x, call, rows, target.drawn, target.raw, wanted, added if rectified else None, rectified, target.normalized
+        )
+
+    def _with_other_rows(self, found: LayerFit) -> LayerFit:
+        """Of filters that calls take in parts, the mean over the parts."""
+        self.parts[found.name].append(found)
+        parts = self.parts[found.name]
+        means = [sum(getattr(part, name) for part in parts) / len(parts) for name in ("before", "after")]
+        return replace(found, before=means[0], after=means[1])
+
+    def _set(self, site: Site, received: Received, batches: "list[Batch]") -> None:
+        if self.expected[site.name] > 1 and batches[0].rows == slice(None):
+            batches = self.earlier.setdefault(site.name, []) + batches
+            self.earlier[site.name] = batches
+        found = set_head(site, batches) if isinstance(site.layer, AngularHead) else set_layer(site, batches)
+        if batches[0].rows != slice(None):
+            found = self._with_other_rows(found)
+        self.result.layers[site.name] = found
+        if received.call == max(1, self.expected[site.name]):
+            self.earlier.pop(site.name, None)
+            self.on_layer(site.name, found.after)
+
+
+def _close(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3)
+        for a, b in zip(one, other, strict=True)
     )
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """What a converted layer receives, next to what the original layer returned; run anew at each iteration."""
+class _Targets:
+    """A pass through the original, asked for what its layers gave."""
 
-    model: nn.Module
-    original: nn.Module
-    name: str
-    inputs: list[tuple[Tensor, ...]]
-    norm: Any = None
-    """A BatchNorm that the converted layer replaces: what it made of the output is then the target."""
+    def __init__(self, passing: Pass):
+        self.passing = passing
+        self.arrived: dict[tuple[str, int], Pending] = {}
+        self.ended = False
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.inputs:
-            received = _capture(self.model, self.name, batch, lambda args, out: args[0])
-            returned = _capture(self.original, self.name, batch, lambda args, out: out)
-            yield from zip(received, map(self._normalized, returned), strict=True)
-
-    def _normalized(self, output: Tensor) -> Tensor:
-        if self.norm is None:
-            return output
-        norm = self.norm
-        by_batch = norm.running_mean is None
-        return F.batch_norm(output, norm.running_mean, norm.running_var, norm.weight, norm.bias, by_batch, eps=norm.eps)
+    def of(self, site: str, call: int) -> Pending | None:
+        while (site, call) not in self.arrived and not self.ended:
+            event = self.passing.advance()
+            self.ended = event is None
+            for pending in self.passing.pending if event is None else [event]:
+                self.arrived[pending.site, pending.call] = pending
+        return self.arrived.pop((site, call), None)
 
 
-def _in_order(original: nn.Module, batch: tuple[Any, ...], decisions: list[Decision]) -> list[Decision]:
-    """The decisions in the order in which their layers run."""
-    order: list[str] = []
-    handles = [
-        original.get_submodule(d.name).register_forward_hook(lambda *_, name=d.name: order.append(name))  # type: ignore[misc]
-        for d in decisions
-    ]
-    try:
-        original(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sorted(decisions, key=lambda d: order.index(d.name) if d.name in order else len(order))
+def input_of(arguments: tuple[Any, ...]) -> Tensor:
+    """What a layer or an `AngularCall` multiplies with its filters."""
+    return arguments[1].x if len(arguments) > 1 and not isinstance(arguments[1], Tensor) else arguments[0]  # type: ignore[no-any-return]
 
 
-def _replaced_norm(original: nn.Module, decision: Decision) -> Any:
-    return original.get_submodule(decision.norm) if decision.drops_norm and decision.norm else None
+def _enter_norm(site: Site, args: Any) -> None:
+    passing = current()
+    for pending in passing.pending if passing is not None else []:
+        if pending.site == site.name and args and args[0] is pending.tensor:
+            pending.inside = True
 
 
-def _capture(
-    network: nn.Module, name: str, batch: tuple[Tensor, ...], part: Callable[[Any, Any], Tensor]
-) -> list[Tensor]:
-    """Input or output of each call of a layer during one pass."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Any, out: Any) -> None:
-        found.append(part(args, out).detach())
-
-    handle = network.get_submodule(name).register_forward_hook(hook)
-    try:
-        network(*batch)
-    finally:
-        handle.remove()
-    return found
-
-
-def _fit(model: nn.Module, decision: Decision, pairs: _Pairs) -> float | None:
-    """Solve one layer and set it; R², or None for a layer that these inputs never reach."""
-    layer: Any = model.get_submodule(decision.name)
-    sums: list[_Sums] | None = None
-    for x, target in pairs:
-        for patches, outputs in _patches(layer, x, target):
-            sums = sums or [
-                _Sums.zeros(p.shape[1], o.shape[1], p.device) for p, o in zip(patches, outputs, strict=True)
-            ]
-            for one, p, o in zip(sums, patches, outputs, strict=True):
-                one.add(p, o)
-    if sums is None:
-        return None
-    solved = [one.solve() for one in sums]
-    direction = torch.cat([s.slope for s in solved])
-    layer.weight.copy_(direction.view_as(layer.weight))
-    if isinstance(layer, AngularHead):
-        return float(torch.cat([s.explained for s in solved]).mean())
-    beta, gamma, explained = _regress_on_g(layer, pairs)
-    _set_scale(model, decision, layer, beta, gamma)
-    return explained
-
-
-@dataclass
-class _Sums:
-    """The normal equations of a ridge regression with an intercept, in float64."""
-
-    count: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-    @classmethod
-    def zeros(cls, features: int, outputs: int, device: torch.device) -> "_Sums":
-        def zero(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        return cls(0, zero(features), zero(outputs), zero(features, features), zero(features, outputs), zero(outputs))
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        self.count += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.y += y.sum(0, dtype=torch.float64)
-        self.xx += (x.t() @ x).double()
-        self.xy += (x.t() @ y).double()
-        self.yy += y.square().sum(0, dtype=torch.float64)
-
-    def solve(self) -> "_Solution":
-        n = max(self.count, 1)
-        covariance = self.xx / n - torch.outer(self.x, self.x) / n**2
-        cross = self.xy / n - torch.outer(self.x, self.y) / n**2
-        ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
-        covariance.diagonal().add_(ridge)
-        slope = torch.linalg.solve(covariance, cross)
-        variance = (self.yy / n - (self.y / n).square()).clamp_min(1e-30)
-        intercept = self.y / n - (self.x / n) @ slope
-        return _Solution(slope.t(), intercept, (slope * cross).sum(0) / variance)
-
-
-@dataclass(frozen=True)
-class _Solution:
-    slope: Tensor
-    intercept: Tensor
-    explained: Tensor
-
-
-def _patches(layer: Any, x: Tensor, target: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Rows of unit patches and of outputs, one pair a group, a bounded number of inputs at a time."""
-    if isinstance(layer, AngularHead):
-        yield [x.flatten(0, -2).float()], [target.flatten(0, -2).float()]
-        return
-    if layer.weight.dim() == 2:
-        rows = x.flatten(0, -2).float()
-        yield [rows / (rows.square().sum(1, keepdim=True) + layer.eps).sqrt()], [target.flatten(0, -2).float()]
-        return
-    positions = math.prod(target.shape[2:]) * layer.weight[0].numel() * layer.groups * 4
-    step = max(1, PATCH_BYTES // max(positions, 1))
-    for start in range(0, len(x), step):
-        patches = _unroll(layer, x[start : start + step].float())
-        outputs = target[start : start + step].float().unflatten(1, (layer.groups, -1)).movedim(2, -1).flatten(2, -2)
-        of_group = [patches[:, group].flatten(0, 1) for group in range(layer.groups)]
-        unit = [r / (r.square().sum(1, keepdim=True) + layer.eps).sqrt() for r in of_group]
-        yield unit, [outputs[:, group].flatten(0, 1) for group in range(layer.groups)]
-
-
-def _unroll(layer: Any, x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, groups, positions, fan_in): every patch of a convolution of any dimension, as rows."""
-    dim = layer.weight.dim() - 2
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    padding = layer.padding if not isinstance(layer.padding, str) else None
-    sides = (
-        layer._reversed_padding_repeated_twice if padding is None else [p for q in reversed(padding) for p in (q, q)]
-    )
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, sides, mode=mode) if any(sides) else x
-    for axis in range(dim):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
-    # (B, C, *positions, *kernel)
-    x = x.unflatten(1, (layer.groups, -1)).flatten(3, 2 + dim)
-    return x.movedim(2, 3).flatten(3)
-
-
-def _regress_on_g(layer: AngularLayer, pairs: _Pairs) -> tuple[Tensor, Tensor, float]:
-    """β and γ of each channel that bring β·g + γ closest to the original's output, and R² over all channels."""
-    n = 0
-    sums: list[Any] = [0.0] * 5
-    for x, target in pairs:
-        g, y = _g_rows(layer, x), _rows(layer, target)
-        n += len(g)
-        for i, value in enumerate((g, y, g * g, g * y, y * y)):
-            sums[i] = sums[i] + value.sum(0, dtype=torch.float64)
-    g, y, gg, gy, yy = (total / n for total in sums)
-    spread, total = (gg - g * g).clamp_min(1e-12), (yy - y * y).clamp_min(0)
-    beta = (gy - g * y) / spread
-    explained = (beta * (gy - g * y)).sum() / total.sum().clamp_min(1e-30)
-    return beta, y - beta * g, float(explained)
-
-
-def _g_rows(layer: Any, x: Tensor) -> Tensor:
-    """g(θ) of every patch, without β, γ and bias."""
-    beta, gamma, bias = layer.beta, layer.gamma, layer.bias
-    layer.beta = layer.gamma = layer.bias = None
-    try:
-        return _rows(layer, layer.forward(x))
-    finally:
-        layer.beta, layer.gamma, layer.bias = beta, gamma, bias
-
-
-def _rows(layer: Any, output: Tensor) -> Tensor:
-    if layer.weight.dim() == 2:
-        return output.flatten(0, -2).float()
-    return output.float().movedim(1, -1).flatten(0, -2)
-
-
-def _set_scale(model: nn.Module, decision: Decision, layer: Any, beta: Tensor, gamma: Tensor) -> None:
-    """Put β and γ where the layer has them, else into the normalization that follows, else into the filter's sign."""
-    norm = _norm_after(model, decision)
-    if layer.beta is not None:
-        layer.beta.copy_(beta)
-        shift = layer.bias if layer.bias is not None else layer.gamma
-        shift.copy_(gamma)
-        return
-    # g is odd: a filter that points the other way turns the sign of β.
-    sign = torch.where(beta < 0, -1.0, 1.0)
-    layer.weight.mul_(sign.to(layer.weight.dtype).view(-1, *[1] * (layer.weight.dim() - 1)))
-    scale = (beta * sign).clamp_min(1e-6)
-    if norm is None:
-        # No place for β: the output keeps its form up to one scale, which a LayerNorm removes again.
-        if layer.bias is not None:
-            layer.bias.copy_(gamma / scale.mean())
-        return
-    if layer.bias is not None:
-        layer.bias.zero_()  # γ takes its place, inside the norm
-    # The norm sees (T - γ)/β instead of T: its mean and deviation move along.
-    wanted = (norm.running_var.double() + norm.eps) / scale.square()
-    variance = (wanted - norm.eps).clamp_min(0)
-    if norm.weight is not None:
-        norm.weight.mul_(((variance + norm.eps) / wanted).sqrt().to(norm.weight.dtype))
-    norm.running_mean.copy_((norm.running_mean.double() - gamma) / scale)
-    norm.running_var.copy_(variance)
-
-
-def _norm_after(model: nn.Module, decision: Decision) -> Any:
-    if decision.norm is None or decision.drops_norm:
-        return None
-    try:
-        norm = model.get_submodule(decision.norm)
-    except AttributeError:
-        return None
-    tracks = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
-    return norm if tracks else None
+def _leave_norm(site: Site, norm: nn.Module, out: Any) -> None:
+    passing = current()
+    for pending in list(passing.pending) if passing is not None else []:
+        if passing is not None and pending.inside and pending.site == site.name:
+            pending.inside = False
+            pending.normalized = rows_at(site, out, pending.drawn)
+            pending.tensor = out
+            activation = getattr(norm, "act", None)
+            if activation is not None and not isinstance(activation, nn.Identity):
+                pending.rectified = isinstance(activation, nn.ReLU)
+                passing.tell(pending)

@@ -52,7 +52,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     """
     _check_fit(model, plan)
     if not inplace:
-        model = _copy(model)
+        model = copy_of(model)
     operators = _Operators(plan)
     calls = {d.name: _make_call(model, d, operators) for d in plan.converted if d.call}
     swaps = [d for d in plan.converted if not d.call]
@@ -114,7 +114,8 @@ def _check_parameter(model: nn.Module, call: Call, name: str, plan: ConversionPl
         ) from None
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, of computed tensors too, or the error that says that the model cannot be copied."""
     try:
         return copy.deepcopy(model, computed_tensors(model))
     except Exception as error:  # whatever a user's __deepcopy__ raises

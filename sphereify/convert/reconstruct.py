@@ -1,0 +1,166 @@
+"""The second stage of a calibration: a few hundred optimizer steps towards the original's outputs, without labels."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sphereify.convert.fitting.inputs import batches_of, check_steps, evaluating, fresh
+from sphereify.convert.flow import tensors_in
+from sphereify.errors import UsageError
+
+BATCH = 64
+LEARNING_RATE = 1e-3
+WARMUP = 0.1
+"""Share of the steps in which the rate rises."""
+
+
+def reconstruct(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Tensor | tuple[Any, ...]],
+    *,
+    steps: int,
+    lr: float = LEARNING_RATE,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[float, float]:
+    """Train a converted network to give the original's outputs on the same inputs, in place. No labels are used.
+
+    Args:
+        model: converted, best calibrated before.
+        original: the network before the conversion, trained. It is not changed.
+        batches: as for `calibrate`. Where all arguments are tensors with one image a row, each step takes 64 rows.
+        steps: ≥ 1; usual: 200 to 500.
+        lr: peak learning rate of Adam, which then falls to 0 along a cosine.
+        seed: of the order.
+        on_step: called after each step with its number and loss.
+
+    Returns:
+        The loss on all inputs before and after: the mean squared difference of the outputs over the variance of the
+        original's. Class scores count up to a constant for each input and one factor for all, as the classes that they
+        name do; an angular head has no other scale.
+
+    Raises:
+        UsageError: steps below 1, or a rate that is not positive.
+
+    Both networks run in eval mode: dropout is off, and BatchNorm keeps the statistics of the calibration. Only
+    parameters that require a gradient move. If the loss did not fall, the weights are those from before.
+    """
+    check_steps(steps)
+    if steps < 1:
+        raise UsageError(f"calibration: got {steps} steps, expected at least 1; usual: 200 to 500")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise UsageError(f"calibration: got the learning rate {lr!r}, expected a positive number; usual: 1e-3")
+    inputs = batches_of(batches)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("calibration: no parameter of the model requires a gradient, so steps can change nothing")
+    with evaluating(model, original), _untouched(original):
+        scale = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+        with torch.no_grad():
+            scale.copy_(_first_scale(model, original, inputs).log())
+        before = _total(model, original, inputs, scale)
+        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam([*trained, scale], lr=lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.enable_grad():
+            for step, arguments in enumerate(itertools.islice(_draws(inputs, generator), steps)):
+                with torch.no_grad():
+                    wanted = _outputs(original, arguments)
+                loss = _difference(_outputs(model, arguments), wanted, scale)
+                if not loss.isfinite():
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                on_step(step + 1, float(loss.detach()))
+        for parameter in trained:
+            parameter.grad = None
+        after = _total(model, original, inputs, scale)
+        if not after < before:
+            model.load_state_dict(kept)
+            return before, before
+    return before, after
+
+
+@contextlib.contextmanager
+def _untouched(network: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of a network."""
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Up along a line, then down along a cosine."""
+    rising = max(1, round(WARMUP * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _draws(inputs: list[tuple[Any, ...]], generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    """Batches without end, all of them once in each round."""
+    pieces = [piece for batch in inputs for piece in _pieces(batch)]
+    while True:
+        for number in torch.randperm(len(pieces), generator=generator).tolist():
+            yield pieces[number]
+
+
+def _pieces(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    lengths = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch}
+    if len(lengths) > 1 or lengths <= {0}:
+        return [batch]
+    return list(zip(*(value.split(BATCH) for value in batch), strict=True))
+
+
+def _outputs(network: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of numbers that a network returns."""
+    return [tensor.float() for tensor in tensors_in(network(*fresh(arguments))) if tensor.is_floating_point()]
+
+
+def _is_scores(outputs: list[Tensor]) -> bool:
+    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
+
+
+def _first_scale(model: nn.Module, original: nn.Module, inputs: list[tuple[Any, ...]]) -> Tensor:
+    """The factor of class scores that brings them closest to the original's; 1 for outputs of other kinds."""
+    product = square = torch.zeros(())
+    for arguments in inputs:
+        got, wanted = _outputs(model, arguments), _outputs(original, arguments)
+        if not _is_scores(wanted):
+            return torch.ones(())
+        x, y = _centred(got[0]), _centred(wanted[0])
+        product, square = product.to(x.device) + (x * y).sum(), square.to(x.device) + x.square().sum()
+    return (product / square.clamp_min(1e-12)).clamp_min(1e-6)
+
+
+def _centred(scores: Tensor) -> Tensor:
+    return scores - scores.mean(1, keepdim=True)
+
+
+def _difference(got: list[Tensor], wanted: list[Tensor], scale: Tensor) -> Tensor:
+    if _is_scores(wanted):
+        got, wanted = [_centred(got[0]) * scale.exp()], [_centred(wanted[0])]
+    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a.shape == b.shape and b.numel() > 1]
+    if not pairs:
+        raise UsageError("calibration: the network's outputs hold no tensors of one shape in both networks to compare")
+    return torch.stack([F.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in pairs]).mean()
+
+
+@torch.no_grad()
+def _total(model: nn.Module, original: nn.Module, inputs: list[tuple[Any, ...]], scale: Tensor) -> float:
+    losses = [_difference(_outputs(model, args), _outputs(original, args), scale) for args in inputs]
+    return float(torch.stack(losses).mean())
