@@ -69,9 +69,17 @@ def _some(data: Data, part: str, count: int) -> Data:
     whole: Any = getattr(data, part)
     if not 1 <= count <= len(whole):
         raise UsageError(f"--{part}-images: got {count}, expected 1 to {len(whole)}, which is what {data.name} has")
-    drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:count]
-    chosen: Any = Subset(whole, drawn.tolist())
+    chosen: Any = Subset(whole, _drawn(len(whole), count))
     return dataclasses.replace(data, name=f"{data.name}, {count} {part} images", **{part: chosen})
+
+
+def _drawn(total: int, count: int) -> list[int]:
+    """So many of all, the same ones each time."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist()
+
+
+def _size(img_size: int | None, config: dict[str, Any]) -> int:
+    return img_size or (config.get("input_size") or (3, 224, 224))[-1]
 
 
 def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any], root: Any,
@@ -81,7 +89,7 @@ def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any]
         if augment:
             raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
         return _digits(channels, img_size or 32)
-    size = img_size or (config.get("input_size") or (3, 224, 224))[-1]
+    size = _size(img_size, config)
     moves = [_transform(size, channels, config, training=training, augment=augment) for training in (True, False)]
     if spec.startswith(TIMM_READERS):
         return _of_timm(spec, root, splits, moves, (channels, size, size))
@@ -129,7 +137,7 @@ def load_images(
         part: Any = _digits(channels, img_size or 32).train
         total, image_of = len(part), lambda index: part[index][0]
     else:
-        size = img_size or ((config or {}).get("input_size") or (3, 224, 224))[-1]
+        size = _size(img_size, config or {})
         move = _transform(size, channels, config or {}, training=False, augment=None)
         if spec.startswith(TIMM_READERS):
             part = _of_timm(spec, root, (split,), [move], (channels, size, size)).train
@@ -137,8 +145,7 @@ def load_images(
         else:
             files = _image_files(spec)
             total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return list(torch.stack([image_of(index) for index in drawn]).split(batch_size))
+    return list(torch.stack([image_of(index) for index in _drawn(total, count)]).split(batch_size))
 
 
 def _image_files(spec: str) -> list[Path]:

@@ -29,18 +29,17 @@ from sphereify.convert.fitting.inputs import (
     out_of_range,
     unless_raised,
 )
-from sphereify.convert.fitting.layer import LayerFit, scale_of, set_layer, shift_of
+from sphereify.convert.fitting.layer import LayerFit, keeps_statistics, scale_of, set_layer, shift_of
 from sphereify.convert.fitting.lockstep import Follow, Pass, Pending, Place, Received, current
 from sphereify.convert.fitting.rows import MOST_PRODUCTS, MOST_ROWS, Batch, rows_at
-from sphereify.convert.fitting.sites import Site, is_tied, path_of, reference_of, submodule
+from sphereify.convert.fitting.sites import Site, is_tied, path_of, reference_of
 from sphereify.convert.flow import tensors_in
-from sphereify.convert.plan import ConversionPlan
+from sphereify.convert.plan import ConversionPlan, submodule
 from sphereify.convert.reconstruct import reconstruct
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import DataError, UsageError, first_line
 from sphereify.nn import AngularHead
 from sphereify.nn.calls import AngularCall
-from sphereify.nn.layers import AngularLayer
 
 
 @dataclass
@@ -148,8 +147,7 @@ class _Calibrating:
         self.parts: dict[str, list[LayerFit]] = defaultdict(list)
 
     def run(self) -> Calibration:
-        self._check_inputs()
-        self._check_interleaving()
+        self._check_interleaving(self._check_inputs())
         handles = [*self._watch(self.model), *self._watch(self.reference)]
         handles += [h for site in self.sites.values() for h in self._stops(site)]
         theirs = [_Targets(Pass(self._body(self.reference, x, follow=True), n)) for n, x in enumerate(self.inputs)]
@@ -193,8 +191,8 @@ class _Calibrating:
             for number in together:
                 del waiting[number]
 
-    def _check_inputs(self) -> None:
-        """The original takes the first batch, and what it returns is finite; also counts the calls."""
+    def _check_inputs(self) -> list[Tensor]:
+        """The original takes the first batch, and what it returns, here too, is finite; also counts the calls."""
         handles = [
             site.original.register_forward_hook(lambda *_, name=name: self.expected.update([name]))  # type: ignore[misc]
             for name, site in self.sites.items()
@@ -218,14 +216,15 @@ class _Calibrating:
         if note:
             warnings.warn(note, stacklevel=4)
             self.result.notes.append(note)
+        return list(tensors_in(output))
 
-    def _check_interleaving(self) -> None:
+    def _check_interleaving(self, first: list[Tensor]) -> None:
         """Passes take turns in one network. Where a module keeps something of its own from one layer to the next, they
         would mix it up; all inputs then make one pass."""
         if len(self.inputs) == 1:
             return
         ends = [self.inputs[0], self.inputs[-1]]
-        alone = [list(tensors_in(self.reference(*fresh(arguments)))) for arguments in ends]
+        alone = [first, list(tensors_in(self.reference(*fresh(ends[1]))))]
         together: dict[int, list[Tensor]] = {}
 
         def body(number: int) -> Callable[[], Any]:
@@ -320,8 +319,6 @@ class _Calibrating:
     def _batch(self, site: Site, received: Received, target: Pending, passing: Pass, number: int) -> "Batch | None":
         """A layer's input in one pass, and what is wanted of it."""
         arguments = received.arguments
-        if not arguments or not isinstance(site.layer, (AngularCall, AngularLayer, AngularHead)):
-            return None
         call = arguments[1] if isinstance(site.layer, AngularCall) else None
         x = input_of(arguments)
         rows = arguments[2] if call is not None and len(arguments) > 2 else slice(None)
@@ -333,7 +330,7 @@ class _Calibrating:
             )
         wanted, added, rectified = target.raw, None, False
         norm = site.norm
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        if keeps_statistics(norm):
             wanted = target.raw * scale_of(norm) + shift_of(norm)
             rectified = target.rectified
         elif norm is not None:

@@ -471,7 +471,7 @@ class _Planner:
         """Whether the layer gets β and γ, whether the following norm goes, and the reason to print."""
         wish = setting.get("rescale", self.options.rescale)
         if self.options.norm == "replace" and site.norm and site.owns_norm and wish != "never":
-            norm = _submodule(self.model, site.norm)
+            norm = submodule(self.model, site.norm)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and "conv" in site.kind:
                 return True, True, f"SphereNorm in place of {site.norm}"
         if wish == "always":
@@ -617,9 +617,10 @@ def _nothing_to_convert(decisions: list[Decision]) -> str:
     return f"nothing to convert: all {_count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+def submodule(model: nn.Module, name: str | None) -> Any:
+    """The module of that name, or None: without a name, or where there is no such module."""
     try:
-        return model.get_submodule(name)
+        return model.get_submodule(name) if name else None
     except AttributeError:  # a functional norm has a node's name, not a module's
         return None
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.convert.fitting.head import centred
 from sphereify.convert.fitting.inputs import batches_of, check_steps, evaluating, fresh
 from sphereify.convert.flow import tensors_in
 from sphereify.errors import UsageError
@@ -142,18 +143,14 @@ def _first_scale(model: nn.Module, original: nn.Module, inputs: list[tuple[Any, 
         got, wanted = _outputs(model, arguments), _outputs(original, arguments)
         if not _is_scores(wanted):
             return torch.ones(())
-        x, y = _centred(got[0]), _centred(wanted[0])
+        x, y = centred(got[0]), centred(wanted[0])
         product, square = product.to(x.device) + (x * y).sum(), square.to(x.device) + x.square().sum()
     return (product / square.clamp_min(1e-12)).clamp_min(1e-6)
 
 
-def _centred(scores: Tensor) -> Tensor:
-    return scores - scores.mean(1, keepdim=True)
-
-
 def _difference(got: list[Tensor], wanted: list[Tensor], scale: Tensor) -> Tensor:
     if _is_scores(wanted):
-        got, wanted = [_centred(got[0]) * scale.exp()], [_centred(wanted[0])]
+        got, wanted = [centred(got[0]) * scale.exp()], [centred(wanted[0])]
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a.shape == b.shape and b.numel() > 1]
     if not pairs:
         raise UsageError("calibration: the network's outputs hold no tensors of one shape in both networks to compare")

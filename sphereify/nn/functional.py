@@ -171,7 +171,7 @@ def _sphere_conv(
             f"groups={groups}, expected {dim + 1} or {dim + 2} dimensions of x, and weight.shape[1] * groups channels"
         )
     batched = x if x.dim() == dim + 2 else x.unsqueeze(0)
-    strides, dilations = _tuple(stride, dim), _tuple(dilation, dim)
+    strides, dilations = per_axis(stride, dim), per_axis(dilation, dim)
     batched, paddings = _resolve_padding(batched, padding, weight.shape[2:], strides, dilations)
     g = _angular(batched, weight, operator, eps, Projection(strides, paddings, dilations, groups))
     if bias is not None:
@@ -179,7 +179,8 @@ def _sphere_conv(
     return g if x.dim() == dim + 2 else g.squeeze(0)
 
 
-def _tuple(value: int | Sequence[int], dim: int) -> Ints:
+def per_axis(value: int | Sequence[int], dim: int) -> Ints:
+    """A stride, padding or dilation as torch takes it, as one number for each of `dim` axes."""
     return (value,) * dim if isinstance(value, int) else tuple(value) * (dim if len(value) == 1 else 1)
 
 
@@ -189,7 +190,7 @@ def _resolve_padding(
     """Padding as numbers. 'same' with an even reach needs one zero more behind than in front, so it pads x itself."""
     dim = len(kernel)
     if not isinstance(padding, str):
-        return x, _tuple(padding, dim)
+        return x, per_axis(padding, dim)
     if padding == "valid":
         return x, (0,) * dim
     if padding != "same":

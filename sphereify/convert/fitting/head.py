@@ -28,8 +28,7 @@ def set_head(site: Site, batches: list[Batch]) -> LayerFit:
         candidates.append(_state(head))
     candidates.sort(key=lambda state: _divergence_with(head, state, x, wanted))
     _restore(head, candidates[0])
-    shared_k = (site.decision.share_k or "").startswith("network")
-    fixed = {*(["weight"] if site.tied else []), *(["operator.p"] if shared_k else [])}
+    fixed = {*(["weight"] if site.tied else []), *(["operator.p"] if site.shares_k else [])}
     candidates.insert(0, _descended(head, x, wanted, fixed))
     best = min(candidates, key=lambda state: _divergence_with(head, state, x, wanted))
     _restore(head, best)
@@ -45,20 +44,21 @@ def _restore(head: nn.Module, state: dict[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def _centred(scores: Tensor) -> Tensor:
+def centred(scores: Tensor) -> Tensor:
+    """Class scores (n, classes) up to what adds the same to all of them; one score alone as it is."""
     return scores - scores.mean(1, keepdim=True) if scores.shape[1] > 1 else scores
 
 
 def _best_scale(scores: Tensor, wanted: Tensor) -> Tensor:
     """The factor ≥ 0 that brings scores closest to the wanted ones, both up to a constant for each row."""
-    scores, wanted = _centred(scores), _centred(wanted)
+    scores, wanted = centred(scores), centred(wanted)
     return ((scores * wanted).sum() / scores.square().sum().clamp_min(1e-12)).clamp_min(1e-6)
 
 
 def _explained_scores(head: nn.Module, x: Tensor, wanted: Tensor) -> float:
     scores = precise(head.forward(x))
-    error = _centred(wanted) - _best_scale(scores, wanted) * _centred(scores)
-    return 1 - float(error.square().sum() / _centred(wanted).square().sum().clamp_min(1e-12))
+    error = centred(wanted) - _best_scale(scores, wanted) * centred(scores)
+    return 1 - float(error.square().sum() / centred(wanted).square().sum().clamp_min(1e-12))
 
 
 def _divergence(head: nn.Module, x: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:

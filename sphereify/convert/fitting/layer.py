@@ -42,7 +42,6 @@ def set_layer(site: Site, batches: list[Batch]) -> LayerFit:
     filters = precise(weight.flatten(1))
     operator = layer.operator
     whole = rows == slice(None)
-    shared_k = (site.decision.share_k or "").startswith("network")
     found = fit(
         cached(lambda: chunks(geometry, batches), batches, filters.shape[1] * geometry.groups),
         operator,
@@ -51,7 +50,7 @@ def set_layer(site: Site, batches: list[Batch]) -> LayerFit:
         rectified=all(batch.rectified for batch in batches),
         solve_filters=free,
         start=_start(site, bias, rows),
-        tune_k=whole and not shared_k and isinstance(operator, LearnableSigmoidOperator),
+        tune_k=whole and not site.shares_k and isinstance(operator, LearnableSigmoidOperator),
     )
     if not (found.filters.isfinite().all() and found.beta.isfinite().all() and found.gamma.isfinite().all()):
         return LayerFit(site.name, found.before, found.before, found.rows, found.unknowns, "no finite solution: copied")

@@ -2,7 +2,7 @@
 
 β·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos; then, in
 rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count only where
-the ReLU behind the layer lets them pass. What is kept of the rows between the passes is their Gram matrix alone.
+the ReLU behind the layer lets them pass. Each is a pass over rows that come in chunks, summed up as it goes.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sphereify.nn import LearnableSigmoidOperator
+from sphereify.nn.operators import K_FLOOR
 
 RIDGES = (1e-4, 1e-2, 1.0, 100.0)
 """Of the mean eigenvalue of the Gram matrix, added to its diagonal; those after the first are for few rows."""
@@ -90,21 +91,18 @@ def fit(
     """
     copied = _unit(filters)
     problem = _Problem(chunks, operator, groups, rectified)
-    moments = problem.moments(copied, held_out=False)
-    few = moments.count < ROWS_A_COEFFICIENT * copied.shape[1]
-    if few and moments.count >= 16:
-        problem.held_out = True
-        moments = problem.moments(copied, held_out=False)
+    moments, judge = problem.moments_to_fit(copied)
     best = problem.scale(copied)
     before = problem.explained(copied, *(start or best))
     solver = None
     if solve_filters:
-        solver = _Solver(moments, copied, problem.moments(copied, held_out=True) if problem.held_out else None)
+        solver = _Solver(moments, copied, judge)
         directions = _unit(torch.where(solver.slopes.norm(dim=1, keepdim=True) > 1e-12, solver.slopes, copied))
     else:
         directions = copied
     if tune_k and isinstance(operator, LearnableSigmoidOperator):
         problem.choose_k(directions)
+        best = problem.scale(copied)
     beta, gamma = problem.scale(directions)
     turned = torch.where(beta < 0, -1.0, 1.0).to(beta.dtype) if solver is not None else torch.ones_like(beta)
     directions, beta = directions * turned[:, None], beta * turned
@@ -132,9 +130,8 @@ def regress(x: Tensor, target: Tensor, filters: Tensor) -> Tensor:
     rows = Rows(x.unsqueeze(0), target, torch.ones_like(target[:, :1]))
     problem = _Problem(lambda: iter([rows]), None, 1, rectified=False)
     unit = _unit(filters)
-    problem.held_out = len(x) >= 16 and len(x) < ROWS_A_COEFFICIENT * x.shape[1]
-    judge = problem.moments(unit, held_out=True) if problem.held_out else None
-    return _Solver(problem.moments(unit, held_out=False), unit, judge).slopes
+    moments, judge = problem.moments_to_fit(unit)
+    return _Solver(moments, unit, judge).slopes
 
 
 class _State(NamedTuple):
@@ -172,6 +169,14 @@ class _Problem:
     def rows(self, *, held_out: bool = False) -> Iterator[Rows]:
         for chunk in self.chunks():
             yield chunk.split()[held_out] if self.held_out else chunk
+
+    def moments_to_fit(self, like: Tensor) -> "tuple[_Moments, _Moments | None]":
+        """Of the rows to fit, and where they are few of those that are held out from now on."""
+        moments = self.moments(like, held_out=False)
+        if not 16 <= moments.count < ROWS_A_COEFFICIENT * like.shape[1]:
+            return moments, None
+        self.held_out = True
+        return self.moments(like, held_out=False), self.moments(like, held_out=True)
 
     def moments(self, like: Tensor, *, held_out: bool) -> _Moments:
         filters, fan_in = like.shape
@@ -284,13 +289,13 @@ class _Problem:
         operator: LearnableSigmoidOperator = self.operator
         errors = []
         for k in K_GRID:
-            operator.p.fill_(k - 0.05)
+            operator.p.fill_(k - K_FLOOR)
             g, y, gg, gy, yy = self._sums(filters)
             errors.append(yy - y * y - (gy - g * y).square() / (gg - g * g).clamp_min(1e-12))
         table = torch.stack(errors)
         table = table if operator.p.numel() > 1 else table.sum(1, keepdim=True)
         best = torch.tensor(K_GRID, device=table.device)[table.argmin(0)]
-        operator.p.copy_(best.to(operator.p.dtype) - 0.05)
+        operator.p.copy_(best.to(operator.p.dtype) - K_FLOOR)
 
     def _grouped(self, values: Tensor) -> Tensor:
         """(n, filters) -> (groups, n, filters of one)"""

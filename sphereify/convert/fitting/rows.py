@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sphereify.convert.fitting.regression import Rows
 from sphereify.convert.fitting.sites import Site
+from sphereify.nn.functional import per_axis
 
 MOST_ROWS = 65_536
 """Positions that a layer is fitted to, drawn from all of them."""
@@ -71,14 +72,14 @@ class Geometry:
             stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
         else:
             stride, padding, dilation, groups = call.geometry
-        stride, dilation = _each(stride, dim), _each(dilation, dim)
+        stride, dilation = per_axis(stride, dim), per_axis(dilation, dim)
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             sides = tuple(side for t in reversed(totals) for side in (t // 2, t - t // 2))
         elif padding == "valid":
             sides = (0,) * (2 * dim)
         else:
-            sides = tuple(side for p in reversed(_each(padding, dim)) for side in (p, p))
+            sides = tuple(side for p in reversed(per_axis(padding, dim)) for side in (p, p))
         mode = getattr(layer, "padding_mode", "zeros")
         return cls(kernel, stride, dilation, sides, "constant" if mode == "zeros" else mode, groups, layer.eps)
 
@@ -104,10 +105,6 @@ class Geometry:
             rows = patches[positions].unsqueeze(0)
         rows = precise(rows)
         return rows / (rows.square().sum(2, keepdim=True) + self.eps).sqrt()
-
-
-def _each(value: Any, dim: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (int(value),) * dim
 
 
 def rows_at(site: Site, output: Tensor, drawn: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.convert.graph import relative_parameter
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan, copy_of
 from sphereify.nn.calls import CALLS, AngularCall, call_key
@@ -31,6 +32,11 @@ class Site:
     @property
     def name(self) -> str:
         return self.decision.name
+
+    @property
+    def shares_k(self) -> bool:
+        """Whether its learnable k is that of the whole network, which one layer alone may not choose."""
+        return (self.decision.share_k or "").startswith("network")
 
 
 class _PlainCall(AngularCall):
@@ -67,10 +73,9 @@ def path_of(decision: Decision) -> str:
     """Where the module of a site is in a converted network."""
     if decision.call is None:
         return decision.name
-    owner, parameter = decision.call.owner, decision.call.parameter
-    prefix = f"{owner}." if owner else ""
-    relative = parameter.removeprefix(prefix) if parameter is not None else None
-    return f"{prefix}{CALLS}.{call_key(relative)}"
+    owner = decision.call.owner
+    key = call_key(relative_parameter(owner, decision.call.parameter))
+    return f"{owner}.{CALLS}.{key}" if owner else f"{CALLS}.{key}"
 
 
 def is_tied(model: nn.Module, decision: Decision) -> bool:
@@ -87,10 +92,3 @@ def is_tied(model: nn.Module, decision: Decision) -> bool:
         if any(parameter is weight for parameter in module._parameters.values()):
             holders.add(id(module))
     return len(holders) > 1
-
-
-def submodule(model: nn.Module, name: str | None) -> Any:
-    try:
-        return model.get_submodule(name) if name else None
-    except AttributeError:  # a functional norm has no module
-        return None
