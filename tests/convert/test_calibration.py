@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 import threading
 import warnings
 
@@ -203,6 +204,26 @@ def test_sums_are_followed_in_place_or_not():
     assert min(found.values()) > 0.6
     assert error(model, original, smooth()) < 0.5
     torch.testing.assert_close(original.state_dict(), before, rtol=0, atol=0)
+
+
+def test_each_fit_knows_the_sum_and_the_relu_behind_its_layer(monkeypatch):
+    from sphereify.convert.fitting import layer
+
+    torch.manual_seed(0)
+    original = trained_statistics(Residual())
+    seen = []
+
+    def spy(site, batches):
+        seen.append((site.name, batches[0].rectified, batches[0].added is not None))
+        x = batches[0].x  # both blocks add what they received, and a ReLU follows
+        if batches[0].added is not None:
+            torch.testing.assert_close(batches[0].added, x.movedim(1, -1).flatten(0, -2), rtol=0, atol=0)
+        return layer.set_layer(site, batches)
+
+    # Not by its dotted path: sphereify.convert has a function of the module's name.
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "set_layer", spy)
+    calibrate(sphereify(original), original, [smooth(16)])
+    assert seen == [("stem", True, False), ("a", True, True), ("b", True, True)]
 
 
 def test_statistics_in_training_and_evaluation_agree_after_a_calibration():
