@@ -8,6 +8,7 @@ that it hides do not count. The head follows the original's class probabilities.
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
 import zlib
@@ -40,6 +41,7 @@ from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import DataError, UsageError, first_line
 from sphereify.nn import AngularHead
 from sphereify.nn.calls import AngularCall
+from sphereify.nn.functional import no_autocast
 
 
 @dataclass
@@ -96,10 +98,10 @@ def calibrate(
         UsageError: no batches, negative steps, or a model that was not converted.
         DataError: inputs that are not finite, or make the original's outputs so. Nothing has been changed then.
 
-    Both models run in eval mode and get their mode back afterwards. Solved are filters, β, γ or the bias, the affine
-    part and the running statistics of a BatchNorm that follows, k of a learnable sigmoid (unless the whole network
-    shares it), and a head's class weights. A filter that another layer uses too, or that the model computes from other
-    parameters, keeps its direction.
+    Both models run in eval mode and get their mode back afterwards; layers are set without autocast, steps follow the
+    caller's. Solved are filters, β, γ or the bias, the affine part and the running statistics of a BatchNorm that
+    follows, k of a learnable sigmoid (unless the whole network shares it), and a head's class weights. A filter that
+    another layer uses too, or that the model computes from other parameters, keeps its direction.
     """
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
@@ -110,7 +112,8 @@ def calibrate(
         )
     check_steps(steps)
     inputs = batches_of(batches)
-    with evaluating(model, original), unless_raised(model):
+    device = next(itertools.chain(model.parameters(), model.buffers())).device.type
+    with no_autocast(device), evaluating(model, original), unless_raised(model):
         result = _Calibrating(model, original, plan, inputs, seed, on_layer).run()
     if steps:
         result.difference = reconstruct(model, original, inputs, steps=steps, seed=seed, on_step=on_step)
@@ -138,7 +141,8 @@ class _Calibrating:
             norm = submodule(self.reference, decision.norm) if norms[decision.norm] == 1 else None
             self.sites[decision.name] = Site(
                 decision, model.get_submodule(path), self.reference.get_submodule(path), norm,
-                submodule(model, decision.norm) if norm is not None else None, is_tied(model, decision),
+                submodule(model, decision.norm) if norm is not None else None,
+                norms[decision.norm] > 1 and decision.norm is not None, is_tied(model, decision),
                 model.get_submodule(decision.call.owner if decision.call is not None else decision.name),
             )  # fmt: skip
         self.earlier: dict[str, list[Batch]] = {}

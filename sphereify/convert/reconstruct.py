@@ -1,6 +1,7 @@
 """The second stage of a calibration: a few hundred optimizer steps towards the original's outputs, without labels."""
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,10 @@ from sphereify.errors import UsageError
 
 BATCH = 64
 LEARNING_RATE = 1e-3
+KEPT_BYTES = 256 * 2**20
+"""The original's outputs are kept up to this size, and made anew at each step beyond."""
+Piece = tuple[tuple[Any, ...], Callable[[], list[Tensor]]]
+"""Arguments of the model, and what the original answers to them."""
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
 
@@ -64,18 +69,17 @@ def reconstruct(
     with evaluating(model, original), _untouched(original):
         scale = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
         with torch.no_grad():
-            scale.copy_(_first_scale(model, original, inputs).log())
-        before = _total(model, original, inputs, scale)
+            pieces = _answered(original, [piece for batch in inputs for piece in _pieces(batch)])
+            scale.copy_(_first_scale(model, pieces).log())
+        before = _total(model, pieces, scale)
         kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam([*trained, scale], lr=lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         generator = torch.Generator().manual_seed(seed)
         with torch.enable_grad():
-            for step, arguments in enumerate(itertools.islice(_draws(inputs, generator), steps)):
-                with torch.no_grad():
-                    wanted = _outputs(original, arguments)
-                loss = _difference(_outputs(model, arguments), wanted, scale)
+            for step, (arguments, answer) in enumerate(itertools.islice(_draws(pieces, generator), steps)):
+                loss = _difference(_outputs(model, arguments), answer(), scale)
                 if not loss.isfinite():
                     break
                 optimizer.zero_grad()
@@ -85,7 +89,7 @@ def reconstruct(
                 on_step(step + 1, float(loss.detach()))
         for parameter in trained:
             parameter.grad = None
-        after = _total(model, original, inputs, scale)
+        after = _total(model, pieces, scale)
         if not after < before:
             model.load_state_dict(kept)
             return before, before
@@ -112,9 +116,8 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _draws(inputs: list[tuple[Any, ...]], generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+def _draws(pieces: list[Piece], generator: torch.Generator) -> Iterator[Piece]:
     """Batches without end, all of them once in each round."""
-    pieces = [piece for batch in inputs for piece in _pieces(batch)]
     while True:
         for number in torch.randperm(len(pieces), generator=generator).tolist():
             yield pieces[number]
@@ -127,6 +130,14 @@ def _pieces(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return list(zip(*(value.split(BATCH) for value in batch), strict=True))
 
 
+def _answered(original: nn.Module, pieces: list[tuple[Any, ...]]) -> list[Piece]:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in _outputs(original, pieces[0])) * len(pieces)
+    if size > KEPT_BYTES:
+        return [(piece, torch.no_grad()(functools.partial(_outputs, original, piece))) for piece in pieces]
+    kept = [_outputs(original, piece) for piece in pieces]
+    return [(piece, functools.partial(list, outputs)) for piece, outputs in zip(pieces, kept, strict=True)]
+
+
 def _outputs(network: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of numbers that a network returns."""
     return [tensor.float() for tensor in tensors_in(network(*fresh(arguments))) if tensor.is_floating_point()]
@@ -136,13 +147,14 @@ def _is_scores(outputs: list[Tensor]) -> bool:
     return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
 
 
-def _first_scale(model: nn.Module, original: nn.Module, inputs: list[tuple[Any, ...]]) -> Tensor:
+def _first_scale(model: nn.Module, pieces: list[Piece]) -> Tensor:
     """The factor of class scores that brings them closest to the original's; 1 for outputs of other kinds."""
     product = square = torch.zeros(())
-    for arguments in inputs:
-        got, wanted = _outputs(model, arguments), _outputs(original, arguments)
+    for arguments, answer in pieces:
+        wanted = answer()
         if not _is_scores(wanted):
             return torch.ones(())
+        got = _outputs(model, arguments)
         x, y = centred(got[0]), centred(wanted[0])
         product, square = product.to(x.device) + (x * y).sum(), square.to(x.device) + x.square().sum()
     return (product / square.clamp_min(1e-12)).clamp_min(1e-6)
@@ -158,6 +170,6 @@ def _difference(got: list[Tensor], wanted: list[Tensor], scale: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def _total(model: nn.Module, original: nn.Module, inputs: list[tuple[Any, ...]], scale: Tensor) -> float:
-    losses = [_difference(_outputs(model, args), _outputs(original, args), scale) for args in inputs]
+def _total(model: nn.Module, pieces: list[Piece], scale: Tensor) -> float:
+    losses = [_difference(_outputs(model, arguments), answer(), scale) for arguments, answer in pieces]
     return float(torch.stack(losses).mean())

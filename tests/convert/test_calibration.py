@@ -511,3 +511,43 @@ def test_what_can_have_no_effect_is_an_error():
         reconstruct(model, original, [smooth(8)], steps=2)
     with pytest.raises(UsageError, match="one network"):
         calibrate(model, model, [smooth(8)])
+
+
+def test_a_norm_that_serves_two_layers_is_kept_and_this_is_said():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.two(self.norm(self.one(x)).relu()))
+
+    torch.manual_seed(0)
+    network = Twice().eval()
+    converted = sphereify(network)
+    found = calibrate(converted, network, [torch.randn(8, 3, 12, 12)])
+    assert all("serves other layers" in found.layers[name].note for name in ("one", "two"))
+    assert torch.equal(converted.norm.weight, network.norm.weight)
+
+
+def test_autocast_around_a_calibration_changes_nothing():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    inputs = [torch.randn(8, 3, 12, 12)]
+    plain, cast = sphereify(network), sphereify(network)
+    calibrate(plain, network, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate(cast, network, inputs)
+    for one, other in zip(plain.parameters(), cast.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_steps_ask_the_original_again_where_its_outputs_are_too_many_to_keep(monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    inputs = [torch.randn(8, 3, 12, 12)]
+    kept, asked = sphereify(network), sphereify(network)
+    first = reconstruct(kept, network, inputs, steps=3)
+    monkeypatch.setattr("sphereify.convert.reconstruct.KEPT_BYTES", 0)
+    assert reconstruct(asked, network, inputs, steps=3) == first

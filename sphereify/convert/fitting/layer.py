@@ -26,7 +26,7 @@ class LayerFit:
     """With copied weights, on the same inputs."""
     after: float
     rows: int
-    """Positions that were fitted."""
+    """Positions that were looked at."""
     unknowns: int
     """Numbers in one filter."""
     note: str = ""
@@ -64,6 +64,7 @@ def set_layer(site: Site, batches: list[Batch]) -> LayerFit:
     dead = _constant(batches)
     notes = [
         "" if free else "filters kept: something else uses them",
+        "the normalization behind it serves other layers too and is kept" if site.shares_norm else "",
         f"{found.rows:,} positions for {found.unknowns:,} unknowns: held near the copied filters"
         if found.rows < 4 * found.unknowns and free else "",
         f"{dead} of {len(found.beta)} channels are constant" if dead else "",

@@ -20,6 +20,8 @@ RIDGES = (1e-4, 1e-2, 1.0, 100.0)
 ROWS_A_COEFFICIENT = 20
 """Fewer rows than this for each unknown of a filter: the ridge is chosen on rows held out."""
 ROUNDS = 4
+KEPT_BYTES = 128 * 2**20
+"""Cosines of all rows are kept, for the filters looked at last, up to this size."""
 K_GRID = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
 
 
@@ -36,13 +38,13 @@ class Rows:
     added: Tensor | None = None
     """(n, filters): what the layer's output is added to before the ReLU, where there is one."""
 
-    def split(self) -> tuple["Rows", "Rows"]:
-        """The first seven eighths and the rest."""
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.unit[:, part], self.target[part], self.weight[part], _part(self.added, part))
+
+    def part(self, *, held_out: bool) -> slice:
+        """The first seven eighths, or the rest."""
         n = self.target.shape[0] - self.target.shape[0] // 8
-        return tuple(
-            Rows(self.unit[:, part], self.target[part], self.weight[part], _part(self.added, part))
-            for part in (slice(None, n), slice(n, None))
-        )  # type: ignore[return-value]
+        return slice(n, None) if held_out else slice(None, n)
 
 
 @dataclass
@@ -91,12 +93,12 @@ def fit(
     """
     copied = _unit(filters)
     problem = _Problem(chunks, operator, groups, rectified)
-    moments, judge = problem.moments_to_fit(copied)
-    best = problem.scale(copied)
-    before = problem.explained(copied, *(start or best))
     solver = None
     if solve_filters:
-        solver = _Solver(moments, copied, judge)
+        solver = _Solver(*problem.moments_to_fit(copied), copied)
+    best = problem.scale(copied)
+    before = problem.explained(copied, *(start or best))
+    if solver is not None:
         directions = _unit(torch.where(solver.slopes.norm(dim=1, keepdim=True) > 1e-12, solver.slopes, copied))
     else:
         directions = copied
@@ -104,15 +106,15 @@ def fit(
         problem.choose_k(directions)
         best = problem.scale(copied)
     beta, gamma = problem.scale(directions)
-    turned = torch.where(beta < 0, -1.0, 1.0).to(beta.dtype) if solver is not None else torch.ones_like(beta)
-    directions, beta = directions * turned[:, None], beta * turned
+    if solver is not None and (beta < 0).any():
+        directions, beta = problem.merged(beta < 0, -directions, directions), beta.abs()
     found = _State(directions, beta, gamma, problem.loss(directions, beta, gamma))
     rate = torch.ones_like(beta)
     for _ in range(ROUNDS if rectified else ROUNDS // 2 if getattr(operator, "name", "") != "cosine" else 0):
         proposed = problem.improved(found, solver, rate)
         better = proposed.loss < found.loss
-        found = _State(*(torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
-                         for new, old in zip(proposed, found, strict=True)))  # fmt: skip
+        numbers = (torch.where(better, new, old) for new, old in zip(proposed[1:], found[1:], strict=True))
+        found = _State(problem.merged(better, proposed.filters, found.filters), *numbers)
         rate = torch.where(better, rate, rate / 2)
     after = problem.explained(found.filters, found.beta, found.gamma)
     if problem.held_out and problem.explained(copied, *best) > after:
@@ -121,7 +123,7 @@ def fit(
     mean, variance = problem.spread(found.filters)
     return Fit(
         found.filters, found.beta, found.gamma, mean, variance, before,
-        after, moments.count, copied.shape[1], problem.explained,
+        after, sum(len(chunk.weight) for chunk in chunks()), copied.shape[1], problem.explained,
     )  # fmt: skip
 
 
@@ -130,8 +132,7 @@ def regress(x: Tensor, target: Tensor, filters: Tensor) -> Tensor:
     rows = Rows(x.unsqueeze(0), target, torch.ones_like(target[:, :1]))
     problem = _Problem(lambda: iter([rows]), None, 1, rectified=False)
     unit = _unit(filters)
-    moments, judge = problem.moments_to_fit(unit)
-    return _Solver(moments, unit, judge).slopes
+    return _Solver(*problem.moments_to_fit(unit), unit).slopes
 
 
 class _State(NamedTuple):
@@ -155,6 +156,45 @@ class _Moments:
     """(groups, fan_in, filters of one group): covariance with the targets"""
 
 
+class _Sums:
+    """The sums of which moments are made."""
+
+    def __init__(self, like: Tensor, groups: int):
+        filters, fan_in = like.shape
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+        self.groups = groups
+        self.count = 0
+        self.parts = [
+            zeros(), zeros(groups, fan_in), zeros(groups, fan_in, fan_in),
+            zeros(groups, fan_in, filters // groups), zeros(filters),
+        ]  # fmt: skip
+        """Of w, wx, wxx, wxy and wy."""
+
+    def add(self, rows: Rows) -> None:
+        w = rows.weight
+        self.count += len(w)
+        wx = rows.unit * w
+        sums = (w, wx, wx.mT @ rows.unit, wx.mT @ _grouped(rows.target, self.groups), w * rows.target)
+        for part, values, axis in zip(self.parts, sums, (None, 1, (), (), 0), strict=True):
+            part += values if axis == () else values.sum(axis, dtype=torch.float64)
+
+    def join(self, other: "_Sums") -> None:
+        self.count += other.count
+        for part, theirs in zip(self.parts, other.parts, strict=True):
+            part += theirs
+
+    def moments(self) -> _Moments:
+        n, x, xx, xy, y = self.parts
+        n = n.clamp_min(1e-9)
+        x, y = x / n, y / n
+        covariance = (xx / n).sub_(x.unsqueeze(2) * x.unsqueeze(1))
+        cross = xy / n - x.unsqueeze(2) * y.unflatten(0, (self.groups, 1, -1))
+        return _Moments(self.count, x, covariance, cross)
+
+
 class _Problem:
     """The passes over the rows."""
 
@@ -166,40 +206,46 @@ class _Problem:
         self.held_out = False
         """Whether the last eighth of each chunk is kept for judging."""
 
-    def rows(self, *, held_out: bool = False) -> Iterator[Rows]:
-        for chunk in self.chunks():
-            yield chunk.split()[held_out] if self.held_out else chunk
+        self._cosines: list[tuple[Tensor, list[Tensor]]] = []
+        """Of the filters looked at last, those of each chunk."""
+
+    def rows(self, filters: Tensor, *, held_out: bool = False) -> Iterator[tuple[Rows, Tensor]]:
+        """Rows, and the cosines (n, filters) of their angles with these filters."""
+        known = next((cosines for asked, cosines in self._cosines if asked is filters), None)
+        made: list[Tensor] = []
+        size = 0
+        for number, chunk in enumerate(self.chunks()):
+            cos = known[number] if known is not None else self._cos(chunk, filters)
+            size += cos.numel() * cos.element_size()
+            if known is None and size <= KEPT_BYTES:
+                made.append(cos)
+            part = chunk.part(held_out=held_out) if self.held_out else slice(None)
+            yield chunk[part], cos[part]
+        if known is None and size <= KEPT_BYTES:
+            self._cosines = [*self._cosines, (filters, made)][-3:]  # copied, found, proposed
+
+    def merged(self, chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """The chosen filters (filters,) of one, the rest of the other; their cosines follow."""
+        filters = torch.where(chosen.unsqueeze(1), one, other)
+        known = [next((c for asked, c in self._cosines if asked is source), None) for source in (one, other)]
+        if all(known):
+            cosines = [torch.where(chosen, a, b) for a, b in zip(*known, strict=True)]  # type: ignore[arg-type]
+            self._cosines = [pair for pair in self._cosines if pair[0] is not one and pair[0] is not other]
+            self._cosines.append((filters, cosines))
+        return filters
 
     def moments_to_fit(self, like: Tensor) -> "tuple[_Moments, _Moments | None]":
         """Of the rows to fit, and where they are few of those that are held out from now on."""
-        moments = self.moments(like, held_out=False)
-        if not 16 <= moments.count < ROWS_A_COEFFICIENT * like.shape[1]:
-            return moments, None
-        self.held_out = True
-        return self.moments(like, held_out=False), self.moments(like, held_out=True)
-
-    def moments(self, like: Tensor, *, held_out: bool) -> _Moments:
-        filters, fan_in = like.shape
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=like.device)
-
-        count, n, x, xx = 0, 0.0, zeros(self.groups, fan_in), zeros(self.groups, fan_in, fan_in)
-        xy, y = zeros(self.groups, fan_in, filters // self.groups), zeros(filters)
-        for rows in self.rows(held_out=held_out):
-            w = rows.weight
-            count += len(w)
-            n += float(w.sum())
-            wx = rows.unit * w
-            x += wx.sum(1, dtype=torch.float64)
-            xx += (wx.mT @ rows.unit).double()
-            xy += (wx.mT @ self._grouped(rows.target)).double()
-            y += (w * rows.target).sum(0, dtype=torch.float64)
-        n = max(n, 1e-9)
-        x, y = x / n, y / n
-        covariance = xx / n - x.unsqueeze(2) * x.unsqueeze(1)
-        cross = xy / n - x.unsqueeze(2) * y.unflatten(0, (self.groups, 1, -1))
-        return _Moments(count, x, covariance, cross)
+        fitted, judge = _Sums(like, self.groups), _Sums(like, self.groups)
+        for chunk in self.chunks():
+            fitted.add(chunk[chunk.part(held_out=False)])
+            judge.add(chunk[chunk.part(held_out=True)])
+        count = fitted.count + judge.count
+        self.held_out = 16 <= count < ROWS_A_COEFFICIENT * like.shape[1]
+        if self.held_out:
+            return fitted.moments(), judge.moments()
+        fitted.join(judge)
+        return fitted.moments(), None
 
     def scale(self, filters: Tensor) -> tuple[Tensor, Tensor]:
         """β and γ of least squares, ReLU or not."""
@@ -215,8 +261,8 @@ class _Problem:
 
     def _sums(self, filters: Tensor, *, weighted: bool = True) -> tuple[Tensor, ...]:
         n, sums = 0.0, torch.zeros(5, len(filters), dtype=torch.float64, device=filters.device)
-        for rows in self.rows():
-            g, y = self._g(rows, filters).double(), rows.target.double()
+        for rows, cos in self.rows(filters):
+            g, y = self.operator(cos).double(), rows.target.double()
             w = rows.weight if weighted else torch.ones_like(rows.weight)
             n += float(w.sum())
             sums += torch.stack([(w * value).sum(0) for value in (g, y, g * g, g * y, y * y)])
@@ -224,8 +270,8 @@ class _Problem:
 
     def loss(self, filters: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
         total = torch.zeros(len(filters), dtype=torch.float64, device=filters.device)
-        for rows in self.rows():
-            residual = self._residual(rows, self._g(rows, filters) * beta + gamma)
+        for rows, cos in self.rows(filters):
+            residual = self._residual(rows, self.operator(cos) * beta + gamma)
             total += (rows.weight * residual.double().square()).sum(0)
         return total
 
@@ -233,8 +279,8 @@ class _Problem:
         """R² of what a ReLU lets pass, where there is one; on the rows held out where there are such."""
         error, n = 0.0, 0
         y = yy = torch.zeros(len(filters), dtype=torch.float64, device=filters.device)
-        for rows in self.rows(held_out=self.held_out):
-            got, wanted = self._g(rows, filters) * beta + gamma, rows.target
+        for rows, cos in self.rows(filters, held_out=self.held_out):
+            got, wanted = self.operator(cos) * beta + gamma, rows.target
             if self.rectified:
                 got, wanted = ((one if rows.added is None else one + rows.added).relu() for one in (got, wanted))
             error += float((got - wanted).double().square().sum())
@@ -249,25 +295,25 @@ class _Problem:
         filters = now.filters
         if solver is not None:
             n, pull, weight = 0.0, torch.zeros((), device=filters.device), torch.zeros((), device=filters.device)
-            for rows in self.rows():
-                g, slope = self._g_and_slope(rows, filters)
+            for rows, cos in self.rows(filters):
+                g, slope = self._g_and_slope(cos)
                 slope = slope * now.beta
                 prediction = g * now.beta + now.gamma
                 w = rows.weight
                 residual = self._residual(rows, prediction) * slope * w
                 n += float(w.sum())
-                grouped = self._grouped(residual)
-                pull = pull + (rows.unit - solver.mean.unsqueeze(1)).mT @ grouped
+                grouped = _grouped(residual, self.groups)
+                pull = pull + rows.unit.mT @ grouped - solver.mean.unsqueeze(2) * grouped.sum(1, keepdim=True)
                 weight = weight + (slope.square() * self._counts(rows, prediction) * w).sum(0)
-            step = solver.solve(pull / n).to(filters.dtype)
+            step = solver.solve(pull / n)
             filters = _unit(filters + step * (rate / (weight / n).clamp_min(1e-12)).unsqueeze(1))
         beta, gamma = self._rescaled(filters, now.beta, now.gamma)
         return _State(filters, beta, gamma, self.loss(filters, beta, gamma))
 
     def _rescaled(self, filters: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(5, len(filters), dtype=torch.float64, device=filters.device)
-        for rows in self.rows():
-            g = self._g(rows, filters)
+        for rows, cos in self.rows(filters):
+            g = self.operator(cos)
             prediction = g * beta + gamma
             residual = self._residual(rows, prediction).double()
             w = rows.weight
@@ -297,19 +343,12 @@ class _Problem:
         best = torch.tensor(K_GRID, device=table.device)[table.argmin(0)]
         operator.p.copy_(best.to(operator.p.dtype) - K_FLOOR)
 
-    def _grouped(self, values: Tensor) -> Tensor:
-        """(n, filters) -> (groups, n, filters of one)"""
-        return values.unflatten(1, (self.groups, -1)).movedim(1, 0)
-
     def _cos(self, rows: Rows, filters: Tensor) -> Tensor:
         product = rows.unit @ filters.unflatten(0, (self.groups, -1)).mT
         return product.movedim(0, 1).flatten(1).clamp(-1, 1)
 
-    def _g(self, rows: Rows, filters: Tensor) -> Tensor:
-        return self.operator(self._cos(rows, filters))  # type: ignore[no-any-return]
-
-    def _g_and_slope(self, rows: Rows, filters: Tensor) -> tuple[Tensor, Tensor]:
-        cos = self._cos(rows, filters).requires_grad_()
+    def _g_and_slope(self, cos: Tensor) -> tuple[Tensor, Tensor]:
+        cos = cos.detach().requires_grad_()
         with torch.enable_grad():
             g = self.operator(cos)
             (slope,) = torch.autograd.grad(g.sum(), cos) if g.requires_grad else (torch.ones_like(cos),)
@@ -335,7 +374,7 @@ class _Problem:
 class _Solver:
     """The ridge regression, and its inverse for the steps that follow."""
 
-    def __init__(self, moments: _Moments, copied: Tensor, judge: _Moments | None):
+    def __init__(self, moments: _Moments, judge: _Moments | None, copied: Tensor):
         groups = len(moments.mean)
         unit = copied.double().unflatten(0, (groups, -1)).mT  # (groups, fan_in, filters of one)
         seen = moments.covariance @ unit
@@ -351,16 +390,17 @@ class _Solver:
             error = 0.0
             if judge is not None:
                 error = float(((slopes * (judge.covariance @ slopes - 2 * judge.cross)).sum(1)).sum())
-            if best is None or error < best[0]:
-                best = error, slopes, factor
+            if best is not None and error >= best[0]:
+                break  # more pull does not help
+            best = error, slopes, factor
         assert best is not None
-        self.factor = best[2]
+        self.factor = best[2].to(copied.dtype)  # of steps towards the solution, which need not be exact
         self.mean = moments.mean.to(copied.dtype)
         self.slopes = best[1].mT.flatten(0, 1).to(copied.dtype)
 
     def solve(self, pull: Tensor) -> Tensor:
         """(groups, fan_in, filters of one) -> (filters, fan_in)"""
-        return torch.cholesky_solve(pull.double(), self.factor).mT.flatten(0, 1)
+        return torch.cholesky_solve(pull, self.factor).mT.flatten(0, 1)
 
 
 def _factor(covariance: Tensor, ridge: Tensor) -> Tensor:
@@ -373,6 +413,11 @@ def _factor(covariance: Tensor, ridge: Tensor) -> Tensor:
             break
         ridge = torch.where(failed > 0, ridge * 10, ridge)
     return factor
+
+
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """(n, filters) -> (groups, n, filters of one)"""
+    return values.unflatten(1, (groups, -1)).movedim(1, 0)
 
 
 def _part(rows: Tensor | None, part: slice) -> Tensor | None:

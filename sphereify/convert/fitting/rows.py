@@ -19,7 +19,7 @@ MOST_PRODUCTS = 1e12
 """Positions times fan_in²: beyond, fewer are drawn."""
 CHUNK_BYTES = 64 * 2**20
 """Patches are made so many at a time."""
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 640 * 2**20
 """Patches of one layer are kept between passes up to this size, and made anew beyond."""
 LEAST = 0.3
 """Of the mean squared output: below, errors count alike."""

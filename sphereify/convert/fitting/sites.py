@@ -24,6 +24,8 @@ class Site:
     """The normalization that follows, in the original."""
     new_norm: Any
     """Its place in the converted network."""
+    shares_norm: bool
+    """Whether the normalization that follows serves other layers too, so that it stays as it is."""
     tied: bool
     """Whether something else uses the filters as well."""
     owner: nn.Module
