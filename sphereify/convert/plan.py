@@ -32,6 +32,7 @@ from sphereify.convert.graph import (
 from sphereify.convert.running import Call, Inputs, run
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
+from sphereify.nn.folded import FoldedLayer
 from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.operators import is_built_in, make_operator
 
@@ -118,6 +119,8 @@ class Decision:
     """The affine normalization that directly follows, by name."""
     only_read: bool = False
     """Whether it is known that nothing changes the layer's output in place: a normalization alone reads it."""
+    owns_norm: bool = False
+    """Whether a trace shows that this normalization runs once, on this site's output and on nothing else."""
     drops_norm: bool = False
     """Whether that normalization goes, with SphereNorm in its place."""
     type: str = ""
@@ -251,12 +254,12 @@ def plan_conversion(model: nn.Module, *, example_inputs: Inputs = None, **option
         if name not in known:
             raise choose("option", name, known)
     asked = Options(**options).validated()
-    _check_model(model)
+    check_model(model)
     graph = trace(model, example_inputs)
     return _Planner(asked, model, graph).plan()
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     wrappers = {
@@ -272,6 +275,10 @@ def _check_model(model: object) -> None:
             what = f"{wrapper} ({wrappers[wrapper]})" if wrapper else "compiled in place by .compile()"
             raise UnsupportedModelError(
                 f"{name or 'the model'} is {what}: convert the plain model first, then wrap or compile the result"
+            )
+        if isinstance(module, FoldedLayer):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is folded for inference: take the model that it was folded from"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(
@@ -370,6 +377,7 @@ class _Planner:
             role=site.role,
             aliases=site.aliases,
             norm=site.norm,
+            owns_norm=site.owns_norm,
             type="" if site.module is None else class_name(site.module),
             shape=site.shape,
             called=site.called,
