@@ -1,4 +1,4 @@
-"""How long folded inference takes against the original network: `OMP_NUM_THREADS=2 python benchmarks/folded_inference.py`.
+"""How long folded inference takes against the original: `OMP_NUM_THREADS=2 python benchmarks/folded_inference.py`.
 
 All variants take turns within one process, so that a busy machine slows each of them alike; medians are compared.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sphereify.convert.graph import class_name, trace
-from sphereify.convert.plan import ConversionPlan, check_model, submodule
+from sphereify.convert.plan import ConversionPlan, check_model, count, submodule
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, copy_of, without_norm
 from sphereify.convert.running import Inputs
 from sphereify.errors import PlanMismatchError, UsageError
@@ -54,7 +54,7 @@ class Folding:
         """One line: how many layers are folded, with how many BatchNorms, and how much is left."""
         norms = sum(norm is not None for norm in self.layers.values())
         left = f", {len(self.left)} left as they are" if self.left else ""
-        return f"{len(self.layers)} layers folded, {norms} of them with their BatchNorm{left}"
+        return f"{count(len(self.layers), 'layer')} folded, {norms} of them with their BatchNorm{left}"
 
 
 def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = False) -> nn.Module:

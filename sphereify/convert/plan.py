@@ -195,13 +195,13 @@ class ConversionPlan:
         shortcuts = sum(d.role == "shortcut" for d in self.kept)
         heads = [d for d in self.converted if d.head]
         linear = len(converted) - convolutions
-        parts = [_count(convolutions, "convolution") + " converted"] if convolutions or not linear else []
+        parts = [count(convolutions, "convolution") + " converted"] if convolutions or not linear else []
         if linear:
-            parts.append(_count(linear, "linear map") + " converted")
+            parts.append(count(linear, "linear map") + " converted")
         if shortcuts:
-            parts.append(_count(shortcuts, "shortcut") + " kept")
+            parts.append(count(shortcuts, "shortcut") + " kept")
         if others := len(self.kept) - shortcuts:
-            parts.append(f"{_count(others, 'other layer')} kept" if shortcuts else f"{_count(others, 'layer')} kept")
+            parts.append(f"{count(others, 'other layer')} kept" if shortcuts else f"{count(others, 'layer')} kept")
         parts.append(f"the head swapped for {heads[0].head}" if heads else "no head swapped")
         return ", ".join(parts)
 
@@ -622,7 +622,7 @@ def _nothing_to_convert(decisions: list[Decision]) -> str:
     for decision in decisions:
         reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
-    return f"nothing to convert: all {_count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
+    return f"nothing to convert: all {count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
 
 
 def submodule(model: nn.Module, name: str | None) -> Any:
@@ -633,5 +633,5 @@ def submodule(model: nn.Module, name: str | None) -> Any:
         return None
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

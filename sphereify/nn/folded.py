@@ -99,12 +99,12 @@ class FoldedLayer(nn.Module):
         `channels` is the shape in which (filters,) broadcasts. Without `inverse` the products are cosines already, and
         for the cosine operator all is done.
         """
-        shift = None if self.bias is None else self.bias.to(dot.dtype).view(channels)
+        shift = None if self.bias is None else _cast(self.bias, dot.dtype).view(channels)
         if self.curve == "cosine":
             return dot if inverse is None else _scale_and_shift(dot, inverse, shift)
         g = self._g(dot if inverse is None else dot.mul_(inverse), channels)
         if self.scale is not None:
-            return _scale_and_shift(g, self.scale.to(g.dtype).view(channels), shift)
+            return _scale_and_shift(g, _cast(self.scale, g.dtype).view(channels), shift)
         return g if shift is None else g + shift
 
     def _g(self, cos: Tensor, channels: Ints) -> Tensor:
@@ -117,7 +117,7 @@ class FoldedLayer(nn.Module):
         angle = cos.asin_()
         if self.sharpness is None:
             return angle
-        sharpness = self.sharpness.to(angle.dtype)
+        sharpness = _cast(self.sharpness, angle.dtype)
         return angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).tanh_()
 
     def extra_repr(self) -> str:
@@ -143,7 +143,7 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 def _fit(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
     """x in `dtype`, with each sample divided down whose inner products could exceed fp16's 65504; angles stay."""
     if dtype is not torch.float16 or x.numel() == 0:
-        return x.to(dtype)
+        return _cast(x, dtype)
     peak = x.to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
     longest = weight.to(torch.float32).flatten(1).norm(dim=1).amax()
     return (x / (peak * longest * (math.sqrt(weight[0].numel()) / 6e4)).clamp_min(1)).to(dtype)
@@ -170,19 +170,22 @@ class _FoldedConv(FoldedLayer):
         dtype = _compute_dtype(x, self.weight)
         x = _fit(dtype, x, self.weight)
         with no_autocast(x.device.type):
-            y = self._map(x, self.weight.to(dtype), Projection(strides, paddings, dilations, self.groups)).to(dtype)
+            y = _cast(
+                self._map(x, _cast(self.weight, dtype), Projection(strides, paddings, dilations, self.groups)), dtype
+            )
         return y if input.dim() == dim + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
         precise = _accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
-        squares = _squares(x.to(precise), groups, weight.shape[1])
+        squares = _squares(_cast(x, precise), groups, weight.shape[1])
         inverse = _window_sums(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
         filters = (1, -1, *ones)
         if groups == 1 and _is_pointwise(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
-            bias = self.bias.to(x.dtype) if self.curve == "cosine" and self.bias is not None else None
-            return self._finish(_convolve(x * inverse.to(x.dtype), weight, bias, projection).to(precise), None, filters)
-        dot = _convolve(x, weight, None, projection).to(precise)
+            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            dot = _convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
+            return self._finish(_cast(dot, precise), None, filters)
+        dot = _cast(_convolve(x, weight, None, projection), precise)
         if groups == 1 or groups == len(weight):
             return self._finish(dot, inverse, filters)
         if self.curve == "cosine":
@@ -195,25 +198,45 @@ class _FoldedConv(FoldedLayer):
 def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
     """The sum of squares over the channels of each group: (B, C, …) -> (B, groups, …).
 
-    Which way is fastest on a CPU depends on where channels lie in memory; the others take up to 70 times as long.
+    Which way is fastest on a CPU depends on where channels lie in memory; a wrong one takes up to 70 times as long.
     """
     if per_group == 1:
         return x.square()
-    if x.stride(1) == 1 and per_group > 4 and not torch.compiler.is_compiling():
-        split = x if groups == 1 else x.unflatten(1, (groups, -1))
-        norm = torch.linalg.vector_norm(split, dim=1 if groups == 1 else 2, keepdim=groups == 1)
-        return norm.square()
-    if groups == 1:
-        return x.square().sum(1, keepdim=True)
-    return x.square().unflatten(1, (groups, -1)).sum(2)
+    if torch.compiler.is_compiling():
+        return _by_group(x.square(), groups).sum(2)
+    if per_group <= 4 and groups == 1:
+        first, *others = x.split(1, dim=1)
+        total = first.square()
+        for channel in others:
+            total = total.addcmul_(channel, channel)
+        return total
+    if x.stride(1) == 1:
+        return torch.linalg.vector_norm(_by_group(x, groups), dim=2).square()
+    return _by_group(x.square(), groups).sum(2)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, C, …) -> (B, groups, C / groups, …)"""
+    return x.unflatten(1, (groups, -1))
 
 
 def _window_sums(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The sum over each window of a (B, groups, …) tensor, by a depthwise convolution with ones."""
-    groups = projection.groups
+    """The sum over each window of a (B, groups, …) tensor: a depthwise convolution with ones.
+
+    For one group it is taken along one axis after the other, which has not the overhead of a convolution.
+    """
+    stride, padding, dilation, groups = projection
     if _is_pointwise(kernel, projection):
         return squares
-    return _convolve(squares, squares.new_ones(groups, 1, *kernel), None, projection)
+    if groups > 1 or torch.compiler.is_compiling():
+        return _convolve(squares, squares.new_ones(groups, 1, *kernel), None, projection)
+    if any(padding):
+        squares = F.pad(squares, [side for p in reversed(padding) for side in (p, p)])
+    for axis in reversed(range(len(kernel))):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        if reach > 1 or stride[axis] > 1:
+            squares = squares.unfold(axis + 2, reach, stride[axis])[..., :: dilation[axis]].sum(-1)
+    return squares
 
 
 def _is_pointwise(kernel: Sequence[int], projection: Projection) -> bool:
@@ -254,16 +277,16 @@ class FoldedLinear(FoldedLayer, nn.Linear):
         dtype = _compute_dtype(input, self.weight)
         rows = _fit(dtype, input if input.dim() > 1 else input.unsqueeze(0), self.weight)
         with no_autocast(rows.device.type):
-            y = self._map(rows, self.weight.to(dtype)).to(dtype)
+            y = _cast(self._map(rows, _cast(self.weight, dtype)), dtype)
         return y if input.dim() > 1 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
         precise = _accumulate_dtype(x.dtype)
-        inverse = _inverse_length(x.to(precise), self.eps)
+        inverse = _inverse_length(_cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:
-            bias = self.bias.to(x.dtype) if self.curve == "cosine" and self.bias is not None else None
-            return self._finish(F.linear(x * inverse.to(x.dtype), weight, bias).to(precise), None, (-1,))
-        return self._finish(F.linear(x, weight).to(precise), inverse, (-1,))
+            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            return self._finish(_cast(F.linear(x * _cast(inverse, x.dtype), weight, bias), precise), None, (-1,))
+        return self._finish(_cast(F.linear(x, weight), precise), inverse, (-1,))
 
 
 def _inverse_length(x: Tensor, eps: float) -> Tensor:
@@ -286,21 +309,21 @@ class FoldedHead(FoldedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         precise = torch.promote_types(input.dtype, torch.float32)
         with no_autocast(input.device.type):
-            x, weight = input.to(precise), self.weight.to(precise)
+            x, weight = _cast(input, precise), _cast(self.weight, precise)
             if self.curve == "cosine" and self.kind != "s-softmax":
-                logits = F.linear(x, weight, None if self.bias is None else self.bias.to(precise))
+                logits = F.linear(x, weight, None if self.bias is None else _cast(self.bias, precise))
             else:
                 rows = x if x.dim() > 1 else x.unsqueeze(0)
                 logits = self._angular(rows, weight, _length(rows, _eps(input)))
                 logits = logits if x.dim() > 1 else logits.squeeze(0)
-        return logits if input.dtype is not self.weight.dtype else logits.to(input.dtype)
+        return logits if input.dtype is not self.weight.dtype else _cast(logits, input.dtype)
 
     def _angular(self, x: Tensor, weight: Tensor, length: Tensor) -> Tensor:
         dot = F.linear(x, weight)
         if self.kind == "s-softmax":
             return self._finish(dot, 1 / length, (-1,))
-        factor = length if self.scale is None else length * self.scale.to(length.dtype)
-        shift = None if self.bias is None else self.bias.to(length.dtype)
+        factor = length if self.scale is None else length * _cast(self.scale, length.dtype)
+        shift = None if self.bias is None else _cast(self.bias, length.dtype)
         return _scale_and_shift(self._g(dot.div_(length), (-1,)), factor, shift)
 
     def extra_repr(self) -> str:
@@ -341,6 +364,11 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
         scale = affine.scale if scale is None else affine.scale * scale
     twin._fold(layer.operator, scale, shift)
     return twin
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. A cast that changes nothing would stay in an exported graph."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _double(value: Tensor | None) -> Tensor | None:
