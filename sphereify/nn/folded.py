@@ -203,7 +203,7 @@ def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
     if per_group == 1:
         return x.square()
     if torch.compiler.is_compiling():
-        return _by_group(x.square(), groups).sum(2)
+        return x.square().sum(1, keepdim=True) if groups == 1 else _by_group(x.square(), groups).sum(2)
     if per_group <= 4 and groups == 1:
         first, *others = x.split(1, dim=1)
         total = first.square()
@@ -307,7 +307,7 @@ class FoldedHead(FoldedLayer, nn.Linear):
         return self.weight.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        precise = torch.promote_types(input.dtype, torch.float32)
+        precise = _accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):
             x, weight = _cast(input, precise), _cast(self.weight, precise)
             if self.curve == "cosine" and self.kind != "s-softmax":
