@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sphereify.artifact import load, save
     from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
     from sphereify.convert.calibrate import calibrate
+    from sphereify.convert.fold import fold
     from sphereify.convert.suggest import suggest
     from sphereify.finetune.groups import param_groups
     from sphereify.nn import AngularLoss, HypersphericalEnergy, OrthogonalityPenalty
@@ -27,6 +28,7 @@ _HOMES = {
     "OrthogonalityPenalty": "sphereify.nn",
     "apply_plan": "sphereify.convert",
     "calibrate": "sphereify.convert.calibrate",
+    "fold": "sphereify.convert.fold",
     "load": "sphereify.artifact",
     "param_groups": "sphereify.finetune.groups",
     "plan_conversion": "sphereify.convert",
@@ -43,6 +45,7 @@ __all__ = [
     "OrthogonalityPenalty",
     "apply_plan",
     "calibrate",
+    "fold",
     "load",
     "param_groups",
     "plan_conversion",

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.convert import ConversionPlan, apply_plan
+from sphereify.convert.fold import FOLDING_ATTRIBUTE, Folding, apply_folding
 from sphereify.convert.graph import class_name, is_site, weight_of
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import ArtifactError, UsageError
 from sphereify.nn import AngularHead
+from sphereify.nn.folded import FoldedLayer
 from sphereify.nn.layers import AngularLayer
 from sphereify.sources import Source, build_model, recognise, versions
 
@@ -36,7 +38,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     """Write a converted model to the folder `path`, which is made if it is missing.
 
     Args:
-        model: from `sphereify` or `apply_plan`, trained further or not, on any device.
+        model: from `sphereify` or `apply_plan`, trained further or not, folded or not, on any device.
         path: a folder. An artifact in it is replaced: at any moment it holds the old one or the new one.
         training: plain JSON values to keep along, such as the data and the accuracy.
 
@@ -51,9 +53,10 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
-    _check_unchanged(model, plan)
+    folding: Folding | None = getattr(model, FOLDING_ATTRIBUTE, None)
+    _check_unchanged(model, plan, folding)
     tensors, tied = _tensors(model)
-    source = _verified_source(model, plan)
+    source = _verified_source(model, plan, folding)
     if source is None and type(model).__module__.startswith(("timm.", "torchvision.")):
         warnings.warn(
             f"{path}: {type(model).__name__} was built with arguments that cannot be read off the model, so load(path) "
@@ -66,6 +69,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         "versions": versions(),
         "source": source.to_json() if source else None,
         "plan": json.loads(plan.to_json()),
+        "folding": folding.to_json() if folding else None,
         "tied": tied,
         "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
@@ -85,7 +89,7 @@ def load(
     factory: Callable[[], nn.Module] | None = None,
     objects: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The converted model that `save` wrote, on the CPU, in eval mode, with bit-identical outputs.
+    """The converted model that `save` wrote, on the CPU, in eval mode, with bit-identical outputs; folded if it was.
 
     Args:
         path: the folder.
@@ -100,8 +104,17 @@ def load(
     plan = ConversionPlan.from_json(json.dumps(document["plan"]))
     plan.objects.update(objects or {})
     model = apply_plan(_plain_model(path, document, factory), plan, inplace=True)
+    if document.get("folding") is not None:
+        apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
     return model.eval()
+
+
+def _folding(plain: Any, path: str | Path) -> Folding:
+    try:
+        return Folding(**plain)
+    except TypeError as error:
+        raise ArtifactError(f"{path}: damaged, its part 'folding' is of another form ({error})") from None
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -153,13 +166,15 @@ def is_artifact(path: str | Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
-def _check_unchanged(model: nn.Module, plan: ConversionPlan) -> None:
+def _check_unchanged(model: nn.Module, plan: ConversionPlan, folding: Folding | None) -> None:
     """The model has what its plan made of it: a layer replaced since then would not come back."""
+    folded_layers = folding.layers if folding is not None else {}
     for decision in plan.decisions:
         if not decision.type:
             continue  # a functional call, known by its weight
         swapped = decision.action == "convert" and decision.call is None
         expected = (AngularHead if decision.head else AngularLayer) if swapped else nn.Module
+        expected = FoldedLayer if decision.name in folded_layers else expected
         module = next((m for n, m in model.named_modules() if n == decision.name), None)
         shape = tuple(getattr(weight_of(module), "shape", ())) if module is not None and is_site(module) else None
         if not isinstance(module, expected) or shape != decision.shape:
@@ -204,18 +219,19 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
-def _verified_source(model: nn.Module, plan: ConversionPlan) -> Source | None:
-    """The source that, built again and converted by the plan, gives the same network; None if there is none."""
+def _verified_source(model: nn.Module, plan: ConversionPlan, folding: Folding | None) -> Source | None:
+    """The source that, built again, converted by the plan and folded, gives the same network; None if there is none."""
     wanted = _fingerprint(model)
-    return next((s for s in recognise(model) if _rebuilds(s, plan, wanted)), None)
+    return next((s for s in recognise(model) if _rebuilds(s, plan, folding, wanted)), None)
 
 
-def _rebuilds(source: Source, plan: ConversionPlan, wanted: list[Any]) -> bool:
+def _rebuilds(source: Source, plan: ConversionPlan, folding: Folding | None, wanted: list[Any]) -> bool:
     for device in ("meta", "cpu"):  # some builders cannot work without real tensors
         try:
             with torch.device(device), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
-                rebuilt = _fingerprint(apply_plan(build_model(source), plan, inplace=True))
+                model = apply_plan(build_model(source), plan, inplace=True)
+                rebuilt = _fingerprint(apply_folding(model, folding) if folding else model)
                 return len(rebuilt) == len(wanted) and all(map(_is_as, rebuilt, wanted))
         except Exception:  # a builder may refuse these arguments in its own way
             continue

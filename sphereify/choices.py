@@ -11,6 +11,8 @@ ATTENTION = ("keep", "convert")
 HEADS = ("auto", "keep", "w-softmax", "ga-softmax", "a-softmax", "s-softmax")
 """What `head=` takes. "auto" and "keep" are policies, the rest are kinds of `AngularHead`."""
 
+EXPORT_FORMATS = ("onnx", "torch-export")
+
 HEAD_KINDS = tuple(head for head in HEADS if head not in ("auto", "keep"))
 MARGIN_HEADS = ("ga-softmax", "a-softmax")
 """Kinds whose score of the target class, in training, bears an angular margin."""

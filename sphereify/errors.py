@@ -37,6 +37,10 @@ class DataError(SphereifyError):
     """A data set cannot be read or does not fit the model."""
 
 
+class ExportError(SphereifyError):
+    """A model cannot be written in that form, or what was written computes something else."""
+
+
 class TrainingError(SphereifyError, ArithmeticError):
     """Training cannot go on: a loss that is not finite."""
 

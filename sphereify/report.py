@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphereify.convert import Calibration, ConversionPlan, Decision, LayerFit, Suggestion
+from sphereify.export import Exported
 from sphereify.finetune import Comparison, Evaluation
 
 COLOURS = {"convert": "green", "keep": "yellow"}
@@ -40,6 +41,18 @@ def print_plan(out: Console, plan: ConversionPlan) -> None:
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
     out.print(plan.summary(), style="bold", markup=False)
+
+
+def print_export(out: Console, written: Exported) -> None:
+    """What was written, and how it was checked."""
+    table = Table(show_header=False)
+    table.add_row("file", str(written.path))
+    table.add_row("format", written.format + (f", opset {written.opset}" if written.opset else ""))
+    table.add_row("size", f"{written.size / 1e6:.1f} MB")
+    table.add_row("largest difference", "unknown" if written.difference is None else f"{written.difference:.1e}")
+    table.add_row("operators", ", ".join(f"{times} {name}" for name, times in written.operators.items()))
+    out.print(table)
+    out.print(written.note, style=None if written.difference is not None else "yellow", markup=False)
 
 
 def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:

@@ -14,7 +14,7 @@ HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "ric
 
 # design.md's public contract, as far as it exists. The margin losses and the hyperspherical energy come later.
 PUBLIC = {
-    "sphereify": "sphereify plan_conversion apply_plan load save param_groups ConversionPlan Decision calibrate",
+    "sphereify": "sphereify plan_conversion apply_plan load save param_groups ConversionPlan Decision calibrate fold",
     "sphereify.nn": (
         "LinearOperator CosineOperator SigmoidOperator LearnableSigmoidOperator "
         "SphereConv1d SphereConv2d SphereConv3d SphereLinear AngularHead"

@@ -87,7 +87,7 @@ class Site:
     norm_seen: bool = False
     """Whether a trace shows that the norm alone reads this site's output, and leaves it as it is."""
     owns_norm: bool = False
-    """Whether that normalization follows nothing else, and this site in one place only."""
+    """Whether that normalization follows nothing else, and this site in one place only, channel by filter."""
     called: bool | None = None
     """Whether the forward calls it; None where neither trace nor run can tell."""
     call: Call | None = None
@@ -251,9 +251,13 @@ class _Facts:
     untraced: dict[str, str] = field(default_factory=dict)
     shared_norms: set[str] = field(default_factory=set)
     """Norms that are called more than once."""
+    moved: set[str] = field(default_factory=set)
+    """Sites whose output is turned or cut on its way to a norm, so that its channels may be other than the filters."""
 
     def calls_once(self, norm: str, names: tuple[str, ...]) -> bool:
-        """Whether a norm runs once, and on the only call of the site of these names."""
+        """Whether a norm runs once, on the only call of the site of these names, and channel by filter."""
+        if not self.moved.isdisjoint(names):
+            return False
         calls = [feeder for feeders in self.fed.values() for feeder in feeders if feeder in names]
         return len(calls) == 1 and len(self.fed.get(norm, [])) == 1 and norm not in self.shared_norms
 
@@ -387,6 +391,8 @@ def _read(
         else:
             facts.norms.setdefault(name, _join(prefix, norm))
             facts.fed.setdefault(_join(prefix, norm), []).append(name)
+            if not wiring.reaches(node, norm):
+                facts.moved.add(name)
         if node.op != "call_module":
             call = wiring.call(node)
             facts.calls.append(replace(call, owner=_join(prefix, homes[node]).rstrip("."),

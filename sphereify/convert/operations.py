@@ -7,6 +7,11 @@ SAME_VALUES = {
     "alphadropout",
 }  # fmt: skip
 """Operations that move values without mixing channels."""
+LEAVES_IN_PLACE = {
+    "contiguous", "clone", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "droppath", "drop_path",
+    "alphadropout",
+}  # fmt: skip
+"""Those of them after which, in evaluation, each value is still where it was."""
 KEEPS_CLASSES = {
     "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",

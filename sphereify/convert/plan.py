@@ -32,6 +32,7 @@ from sphereify.convert.graph import (
 from sphereify.convert.running import Call, Inputs, run
 from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError, choose
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
+from sphereify.nn.folded import FoldedLayer
 from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.operators import is_built_in, make_operator
 
@@ -118,6 +119,8 @@ class Decision:
     """The affine normalization that directly follows, by name."""
     only_read: bool = False
     """Whether it is known that nothing changes the layer's output in place: a normalization alone reads it."""
+    owns_norm: bool = False
+    """Whether a trace shows that this normalization runs once, on this site's output and on nothing else."""
     drops_norm: bool = False
     """Whether that normalization goes, with SphereNorm in its place."""
     type: str = ""
@@ -192,13 +195,13 @@ class ConversionPlan:
         shortcuts = sum(d.role == "shortcut" for d in self.kept)
         heads = [d for d in self.converted if d.head]
         linear = len(converted) - convolutions
-        parts = [_count(convolutions, "convolution") + " converted"] if convolutions or not linear else []
+        parts = [count(convolutions, "convolution") + " converted"] if convolutions or not linear else []
         if linear:
-            parts.append(_count(linear, "linear map") + " converted")
+            parts.append(count(linear, "linear map") + " converted")
         if shortcuts:
-            parts.append(_count(shortcuts, "shortcut") + " kept")
+            parts.append(count(shortcuts, "shortcut") + " kept")
         if others := len(self.kept) - shortcuts:
-            parts.append(f"{_count(others, 'other layer')} kept" if shortcuts else f"{_count(others, 'layer')} kept")
+            parts.append(f"{count(others, 'other layer')} kept" if shortcuts else f"{count(others, 'layer')} kept")
         parts.append(f"the head swapped for {heads[0].head}" if heads else "no head swapped")
         return ", ".join(parts)
 
@@ -251,12 +254,12 @@ def plan_conversion(model: nn.Module, *, example_inputs: Inputs = None, **option
         if name not in known:
             raise choose("option", name, known)
     asked = Options(**options).validated()
-    _check_model(model)
+    check_model(model)
     graph = trace(model, example_inputs)
     return _Planner(asked, model, graph).plan()
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     wrappers = {
@@ -272,6 +275,10 @@ def _check_model(model: object) -> None:
             what = f"{wrapper} ({wrappers[wrapper]})" if wrapper else "compiled in place by .compile()"
             raise UnsupportedModelError(
                 f"{name or 'the model'} is {what}: convert the plain model first, then wrap or compile the result"
+            )
+        if isinstance(module, FoldedLayer):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is folded for inference: take the model that it was folded from"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(
@@ -370,6 +377,7 @@ class _Planner:
             role=site.role,
             aliases=site.aliases,
             norm=site.norm,
+            owns_norm=site.owns_norm,
             type="" if site.module is None else class_name(site.module),
             shape=site.shape,
             called=site.called,
@@ -614,7 +622,7 @@ def _nothing_to_convert(decisions: list[Decision]) -> str:
     for decision in decisions:
         reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
-    return f"nothing to convert: all {_count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
+    return f"nothing to convert: all {count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
 
 
 def submodule(model: nn.Module, name: str | None) -> Any:
@@ -625,5 +633,5 @@ def submodule(model: nn.Module, name: str | None) -> Any:
         return None
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -59,7 +59,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     plain = {d.name: model.get_submodule(d.name) for d in swaps}
     twins = {d.name: _make_twin(plain[d.name], d, operators) for d in swaps}
     norms = {d.norm: model.get_submodule(d.norm) for d in swaps if d.drops_norm and d.norm}
-    rests = {name: _without_norm(norm) for name, norm in norms.items()}
+    rests = {name: without_norm(norm) for name, norm in norms.items()}
     for decision in swaps:
         if decision.drops_norm and decision.norm:
             _take_over_norm(twins[decision.name], norms[decision.norm])
@@ -67,9 +67,9 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
         _check_class(name, model.get_submodule(name))
     # All is made; from here on nothing can fail half-way.
     for name, twin in twins.items():
-        _become(plain[name], twin)
+        become(plain[name], twin)
     for name, rest in rests.items():
-        _become(norms[name], rest)
+        become(norms[name], rest)
     for decision in (d for d in plan.converted if d.call):
         owner, parameter = decision.call.owner, decision.call.parameter  # type: ignore[union-attr]
         answer_call(model.get_submodule(owner), relative_parameter(owner, parameter), calls[decision.name])
@@ -204,7 +204,7 @@ def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
     return torch.where((slope > 0) & slope.isfinite(), slope, torch.ones_like(slope))[0]
 
 
-def _become(module: nn.Module, twin: nn.Module) -> None:
+def become(module: nn.Module, twin: nn.Module) -> None:
     """Take on the class and the state of the twin; a handle that was given out before can still remove its hook."""
     hooks = {name: table for name, table in vars(module).items() if name.endswith("_hooks") and vars(twin).get(name)}
     module.__class__ = type(twin)  # type: ignore[assignment]
@@ -237,7 +237,7 @@ def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
         shift.copy_(norm.bias.detach())  # type: ignore[union-attr, operator]
 
 
-def _without_norm(norm: nn.Module) -> nn.Module:
+def without_norm(norm: nn.Module) -> nn.Module:
     """What remains of a normalization: nothing, or the activation that timm fuses into it."""
     parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sphereify.convert.operations import ADD, KEEPS_CLASSES, PRODUCTS, SAME_VALUES, SCALE
+from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCTS, SAME_VALUES, SCALE
 from sphereify.convert.running import Call
 from sphereify.nn.calls import FUNCTIONS
 
@@ -143,6 +143,15 @@ class Wiring:
                 return str(node) if weight is not None else None
             if not self.moves(node):
                 return None
+
+    def reaches(self, site: fx.Node, norm: str) -> bool:
+        """Whether each channel of that normalization is a filter of this site: nothing in between moves them."""
+        node = site
+        while str(node.target) != norm and str(node) != norm:
+            node = next(user for user in node.users if not self.is_shape(user))
+            if str(node.target) != norm and str(node) != norm and self.name(node) not in LEAVES_IN_PLACE:
+                return False
+        return True
 
     def reads_input(self, site: fx.Node) -> bool:
         """Whether nothing but moves lies between an input of the model and this site."""

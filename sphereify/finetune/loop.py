@@ -17,8 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.convert.fold import is_folded
 from sphereify.datasets import Data
-from sphereify.errors import ArtifactError, DataError, Interrupted, TrainingError, UsageError, first_line
+from sphereify.errors import (
+    ArtifactError,
+    DataError,
+    Interrupted,
+    TrainingError,
+    UnsupportedModelError,
+    UsageError,
+    first_line,
+)
 from sphereify.finetune.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from sphereify.finetune.evaluation import score
 from sphereify.finetune.groups import param_groups
@@ -128,7 +137,12 @@ def finetune(
         Interrupted: SIGINT or SIGTERM came. The step was finished, and with `output` a checkpoint written.
         UsageError: settings that do not go together, or other ones than those of the run that is continued.
         ArtifactError: nothing to continue from, or a file that cannot be written.
+        UnsupportedModelError: a folded model.
     """
+    if is_folded(model):
+        raise UnsupportedModelError(
+            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
+        )
     settings = settings or Settings()
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
