@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
+from sphereify.nn import kernels
 from sphereify.nn.operators import CURVES, SIN_FLOOR, broadcast_k, is_built_in, overwrite
 
 DEFAULT_EPS = 1e-4
@@ -279,6 +280,10 @@ class _SphereMap(torch.autograd.Function):
         eps: float,
         projection: Projection | None,
     ) -> tuple[Tensor, Tensor]:
+        if kernels.usable(x, weight, projection):
+            result = kernels.attempt(_forward_by_kernels, x, weight, k, name, eps, projection)
+            if result is not None:
+                return result
         accumulate = _accumulate_dtype(x.dtype)
         unit, _ = _normalize_filters(weight.to(accumulate), eps)
         norm = _patch_norm(x, weight, eps, projection)
@@ -306,6 +311,13 @@ class _SphereMap(torch.autograd.Function):
     def _backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, g, norm, *extra = ctx.saved_tensors
         k = extra[0] if extra else ctx.k
+        if kernels.usable(x, weight, ctx.projection):
+            grads = kernels.attempt(
+                _backward_by_kernels, grad, x, weight, g, norm, k, ctx.name, ctx.eps, ctx.projection,
+                ctx.needs_input_grad,
+            )  # fmt: skip
+            if grads is not None:
+                return *grads, None, None, None
         if torch.is_grad_enabled():
             # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
             norm = _patch_norm(x, weight, ctx.eps, ctx.projection)
@@ -329,6 +341,30 @@ class _SphereMap(torch.autograd.Function):
         if slope.by_k is not None and ctx.needs_input_grad[2]:
             grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
         return grad_x, grad_weight, grad_k, None, None, None
+
+
+def _forward_by_kernels(
+    x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None
+) -> tuple[Tensor, Tensor]:
+    unit, _ = kernels.normalize_filters(weight, eps, x.dtype)
+    dot = _project(x, unit, projection)  # first, for its complaints about shapes
+    norm = kernels.patch_norm(x, weight.shape[2:], eps, projection)
+    g, _ = kernels.epilogue(dot, norm, name, k, projection)
+    return g, norm
+
+
+def _backward_by_kernels(
+    grad: Tensor, x: Tensor, weight: Tensor, g: Tensor, norm: Tensor, k: Any, name: str, eps: float,
+    projection: Projection | None, wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    d_dot, radial, grad_k = kernels.prologue(grad, g, norm, name, k, projection, with_k=wanted[2])
+    unit, filter_norm = kernels.normalize_filters(weight, eps, x.dtype)
+    grad_x, v = _project_backward(d_dot, x, unit, projection, wanted[:2])
+    if grad_x is not None:
+        grad_x = kernels.correct(grad_x, x, radial, weight.shape[2:], projection)
+    if v is not None:
+        v = kernels.filter_gradient(v, weight, filter_norm)
+    return grad_x, v, grad_k
 
 
 def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
