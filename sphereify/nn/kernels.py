@@ -31,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 2048
 """Elements of a program's tile, 16 for each thread of its four warps."""
 WINDOW_TILE = 256
+"""The same for sums over windows of one channel; four times as many where there are more channels."""
 LARGEST = 2**29
 """Places in a tile are counted in 32 bits: neither the pixels of a batch nor the numbers of a sample may be more."""
 
@@ -47,7 +48,7 @@ class _Switch:
     failed = False
 
 
-class enabled:  # noqa: N801
+class enabled:
     """Switch the kernels on or off for the process: from now on, or inside `with`.
 
     >>> with enabled(False):
@@ -272,8 +273,8 @@ def _window_map(
 ) -> Tensor:  # fmt: skip
     """sqrt(sum over each window + eps), of squares with `square`; the adjoint of the sum with `spread`; to `out`."""
     layout = _Tensor.of(out, projection, channels_last)
-    columns = min(_power(layout.columns), 32)
-    blocks = {"BLOCK_ROWS": WINDOW_TILE // columns if columns == 1 else TILE // 2 // columns, "COLUMN_BLOCK": columns}
+    columns = min(_power(layout.columns), 32, WINDOW_TILE)
+    blocks = {"BLOCK_ROWS": (1 if layout.columns == 1 else 4) * WINDOW_TILE // columns, "COLUMN_BLOCK": columns}
     _launch(
         "window_map", layout.grid(blocks), tensor, out, layout.rows, layout.columns, *_sizes(tensor, out, projection),
         eps, SPREAD=spread, SQUARE=square, CHANNELS_LAST=channels_last, ALIGN=_alignment(layout.columns),
@@ -311,7 +312,8 @@ class _Tensor(NamedTuple):
 
     def grid(self, blocks: dict[str, Any], groups: int = 1) -> tuple[int, int]:
         """Programs: blocks of rows of all samples, blocks of columns, or of groups where a program sums over them."""
-        columns = -(-groups // blocks["GROUP_BLOCK"]) if "GROUP_BLOCK" in blocks else -(-self.columns // blocks["COLUMN_BLOCK"])
+        sums = "GROUP_BLOCK" in blocks
+        columns = -(-groups // blocks["GROUP_BLOCK"]) if sums else -(-self.columns // blocks["COLUMN_BLOCK"])
         return self.samples * -(-self.rows // blocks["BLOCK_ROWS"]), columns
 
     def constants(self, groups: int) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def _elementwise(layout: _Tensor) -> dict[str, Any]:
 def _grouped(layout: _Tensor, groups: int) -> dict[str, Any]:
     """The block sizes of a pass that sums over the channels of each group."""
     per = layout.columns // groups
-    rows, columns = _tile(layout, per if groups == 1 else max(layout.columns, 1))
+    rows, columns = _tile(layout, layout.columns)
     if groups == 1:
         return {"BLOCK_ROWS": rows, "GROUP_BLOCK": 1, "COLUMN_BLOCK": columns, "DENSE": True}
     of_group = min(_power(per), columns)
@@ -343,9 +345,9 @@ def _tile(layout: _Tensor, columns: int) -> tuple[int, int]:
     """(rows, columns) of a tile, powers of two: whole cache lines of what is adjacent, with little beyond the edge."""
     if layout.channels_last:
         wide = min((128, 64, 32), key=lambda size: -(-columns // size) * size)
-        wide = min(wide, _power(columns))
+        wide = min(wide, _power(columns), TILE)
         return TILE // wide, wide
-    rows = min(_power(layout.rows), 128)
+    rows = min(_power(layout.rows), 128, TILE)
     return rows, min(_power(columns), TILE // rows)
 
 
@@ -390,14 +392,9 @@ def _sizes(source: Tensor, target: Tensor, projection: "Projection | None") -> t
 
 def _geometry(kernel: Sequence[int], projection: "Projection | None") -> dict[str, int]:
     """The constants of a window, in two dimensions."""
-    if projection is None:
-        kernel, stride, padding, dilation = (1, 1), (1, 1), (0, 0), (1, 1)
-    else:
-        stride, padding, dilation, _ = projection
-    lifted = {
-        "KERNEL": (1, *kernel), "STRIDE": (1, *stride), "PAD": (0, *padding), "DILATION": (1, *dilation)
-    }  # fmt: skip
-    return {f"{name}_{axis}": value for name, values in lifted.items() for axis, value in zip("HW", values[-2:], strict=True)}
+    stride, padding, dilation, _ = projection or ((1, 1), (0, 0), (1, 1), 1)
+    lifted = {"KERNEL": (1, 1, *kernel), "STRIDE": (1, *stride), "PAD": (0, *padding), "DILATION": (1, *dilation)}
+    return {f"{name}_{axis}": values[-2 + i] for name, values in lifted.items() for i, axis in enumerate("HW")}
 
 
 def _of_curve(curve: str, k: float | Tensor | None) -> dict[str, Any]:
@@ -426,6 +423,7 @@ def _launch(name: str, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     device = args[0].device
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            getattr(_kernels(), name)[grid](*args, **constants)
+            # Said aloud, because Triton 3.9 warns about its default.
+            getattr(_kernels(), name)[grid](*args, **constants, enable_fp_fusion=True)
     except Exception as error:
         raise KernelFailure(name) from error

@@ -42,7 +42,7 @@ def tanh(x):
     z = tl.minimum(size * size, 0.36)
     p = -0.0538763164 + z * (0.02112144991 - z * 0.006283659081)
     small = x + x * z * (-0.3333333053 + z * (0.1333293249 + z * p))
-    large = 1 - 2 / (tl.exp(2 * tl.minimum(size, 20.0)) + 1)
+    large = 1 - 2 / (tl.exp(2 * tl.minimum(size, 20.0, propagate_nan=tl.PropagateNan.ALL)) + 1)
     return tl.where(size < 0.6, small, tl.where(x < 0, -large, large))
 
 
@@ -72,7 +72,7 @@ def slope(g, k, sin_floor, CURVE: tl.constexpr):
     if CURVE == "cosine":
         return g, tl.full(g.shape, 1, tl.float32), g
     elif CURVE == "linear":
-        size, across = from_pole(tl.maximum(1 - tl.abs(g), 0.0) * _QUARTER_PI)
+        size, across = from_pole(tl.maximum(1 - tl.abs(g), 0.0, propagate_nan=tl.PropagateNan.ALL) * _QUARTER_PI)
         return tl.where(g < 0, -size, size), (1 / _HALF_PI) / tl.maximum(across, sin_floor), g
     else:
         top = tanh(1 / k * _QUARTER_PI)
@@ -109,7 +109,10 @@ def rows_of(rows, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def columns_of(start, per, groups, GROUP_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """(group, column, mask) of the tile's columns, which begin at channel `start` of each group; one group for all."""
+    """(group, column, mask) of the tile's columns, which begin at channel `start` of each group.
+
+    Where GROUP_BLOCK is 1, one group stands for all columns.
+    """
     place = tl.arange(0, GROUP_BLOCK * COLUMN_BLOCK)
     if GROUP_BLOCK == 1:
         group = tl.program_id(1) + tl.arange(0, 1)
@@ -160,7 +163,8 @@ def sum_groups(tile, BLOCK_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr, COLUMN
 @triton.jit(do_not_specialize=["rows"])
 def square_sum(
     x, out, rows, per, groups, eps,
-    ROOT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
+    ROOT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """out = the sum of squares over each group's channels; with ROOT sqrt(sum + eps)."""
@@ -200,10 +204,7 @@ def window_sum(
             y, z = h + i * DILATION_H, w + j * DILATION_W
             there = (y >= 0) & (y < from_h) & (z >= 0) & (z < from_w) & mask
             place = y * from_w + z
-            if CHANNELS_LAST:
-                place = place * columns + column[None, :]
-            else:
-                place = place + column[None, :] * (from_h * from_w)
+            place = place * columns + column[None, :] if CHANNELS_LAST else place + column[None, :] * (from_h * from_w)
             value = tl.load(tensor + batch + place, mask=there, other=0.0).to(tl.float32)
             total += value * value if SQUARE else value
     return total
@@ -232,10 +233,7 @@ def window_spread(
                 z = z // STRIDE_W
             there &= (y < from_h) & (z < from_w)
             place = y * from_w + z
-            if CHANNELS_LAST:
-                place = place * columns + column[None, :]
-            else:
-                place = place + column[None, :] * (from_h * from_w)
+            place = place * columns + column[None, :] if CHANNELS_LAST else place + column[None, :] * (from_h * from_w)
             total += tl.load(tensor + batch + place, mask=there, other=0.0)
     return total
 
@@ -274,7 +272,8 @@ def window_map(
 def epilogue(
     dot, norm, k, beta, shift, g, y, rows, per, groups,
     CURVE: tl.constexpr, LEARNED: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, GROUPED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g = curve(clamp(dot / norm)); y = β·g + γ, none below 0 with RELU, where there is a y. g may be dot."""
     rows, per = rows // ROW_ALIGN * ROW_ALIGN, per // ALIGN * ALIGN
@@ -325,7 +324,9 @@ def prologue(
         known = inside if GROUP_BLOCK == 1 else mask
         length = tl.load(at(norm, sample, first, row, group, rows, groups, CHANNELS_LAST), mask=known, other=1.0)
         value = tl.load(at(g, sample, first, row, column, rows, per * groups, CHANNELS_LAST), mask=mask, other=0.0)
-        upstream = tl.load(at(grad, sample, first, row, column, rows, per * groups, CHANNELS_LAST), mask=mask, other=0.0)
+        upstream = tl.load(
+            at(grad, sample, first, row, column, rows, per * groups, CHANNELS_LAST), mask=mask, other=0.0
+        )
         upstream = upstream.to(tl.float32)
         own_k = k_of(k, column, real, LEARNED, SHARED)
         cos, by_cos, by_k = slope(value.to(tl.float32), own_k, sin_floor, CURVE)
@@ -350,7 +351,8 @@ def correct(
     GATHER: tl.constexpr, GROUPED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_x -= x · spread(radial). Without GATHER `radial` is spread already, and has the places of x."""
     rows, per = rows // ROW_ALIGN * ROW_ALIGN, per // ALIGN * ALIGN
