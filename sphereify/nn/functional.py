@@ -5,7 +5,8 @@
 One `autograd.Function` serves convolutions of one to three dimensions and linear maps: a `Projection` says what the
 inner product, the patch norm and their adjoints are. Its forward is the plain convolution with normalized filters, a
 division by the patch norms (one channel a group) and the operator's curve. The backward keeps x, the weight, the
-output and the patch norms; what the curve's slope needs is recovered from the output.
+output and the patch norms; what the curve's slope needs is recovered from the output. On CUDA everything around the
+products is done by the Triton kernels of `kernels`, which equal the code here.
 
 With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
 

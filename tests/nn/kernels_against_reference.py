@@ -4,6 +4,7 @@
 Tiles are made small now and then, so that tensors of a few elements have many of them.
 """
 
+import inspect
 import math
 import os
 
@@ -61,7 +62,8 @@ def with_tiles(tile):
 
 
 @pytest.fixture(autouse=True)
-def _usual_tiles():
+def _usual_settings(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     with_tiles(2048)
 
@@ -150,6 +152,26 @@ def test_a_layer_takes_eight_launches_beside_its_convolutions(launched):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_batch_size_compiles_nothing_anew(layout, groups, monkeypatch):
+    seen = {}
+
+    def record(name, grid, *args, **constants):
+        names = inspect.signature(getattr(kernels._kernels(), name).fn).parameters
+        numbers = {n: a for n, a in zip(names, args, strict=False) if isinstance(a, int) and n != "rows"}
+        seen[batch].append((name, numbers, constants))
+
+    monkeypatch.setattr(kernels, "_launch", record)
+    weight = tensor(4, 4 // groups, 3, 3, seed=1)
+    for batch in (2, 5, 16):
+        seen[batch] = []
+        x = tensor(batch, 4, 3, 3, layout=layout)
+        upstream, how = tensor(batch, 4, 2, 2), {"stride": 2, "padding": 1, "groups": groups}
+        outcome(True, sphere_conv2d, x, weight, make_operator("linear"), upstream, **how)
+    assert seen[2] == seen[5] == seen[16]
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_what_is_frozen_gets_no_kernel(wanted, launched):
     x, weight = tensor(2, 4, 5, 5).requires_grad_(wanted[0]), tensor(6, 4, 3, 3, seed=1).requires_grad_(wanted[1])
@@ -181,8 +203,9 @@ def test_prologue_recovers_the_slopes_from_g_up_to_the_poles(name, dtype):
         d_dot, radial, grad_k = kernels.prologue(grad, rows, norm, name, k, None)
         exact = CURVES[name].slope(rows.double(), k.double() if isinstance(k, torch.Tensor) else k, SIN_FLOOR[dtype])
         d = grad.double() if exact.by_cos is None else grad.double() * exact.by_cos
-        # What is left of 1 - t² at the pole has few digits in fp32.
-        close = {"rtol": 1e-4 if dtype is torch.float32 else 1e-2, "atol": 1e-4}
+        # What is left of a sigmoid's 1 - t² at the pole has few digits in fp32.
+        single = 1e-4 if "sigmoid" in name else 2e-6
+        close = {"rtol": single if dtype is torch.float32 else 1e-2, "atol": single}
         torch.testing.assert_close(d_dot.double(), d / norm, **close)
         sums = (d * exact.cos).sum(1, keepdim=True)
         torch.testing.assert_close(radial.double(), sums / norm**2, rtol=1e-4, atol=1e-4)
@@ -193,14 +216,14 @@ def test_prologue_recovers_the_slopes_from_g_up_to_the_poles(name, dtype):
             assert grad_k is None
 
 
-def test_arcsine_is_within_two_ulp_and_tanh_relatively_exact():
+def test_arcsine_and_tanh_are_exact_but_for_rounding():
     cos = torch.cat([torch.linspace(-1, 1, 20001), torch.logspace(-30, 0, 500)]).to(DEVICE)[:, None]
     exact = cos.double().asin()
     one = torch.ones_like(cos)
     linear, _ = kernels.epilogue(cos.clone(), one, "linear", None, None)
-    angle = linear.double() * (math.pi / 2)
-    # The product with 2/π is rounded once more.
-    assert ((angle - exact).abs() <= 3 * 2**-24 * exact.abs().clamp_min(1e-30) * 2).all()
+    # Two ulp, and a third for the product with 2/π; the square root of a GPU is not rounded exactly.
+    ulp = (3 if DEVICE == "cpu" else 5) * 2**-23
+    torch.testing.assert_close(linear.double(), exact * (2 / math.pi), rtol=ulp, atol=0)
     for k in (0.05, 0.3, 3.0):
         got, _ = kernels.epilogue(cos.clone(), one, "sigmoid", k, None)
         expected = (exact / (2 * k)).tanh() / math.tanh(math.pi / (4 * k))
@@ -303,3 +326,17 @@ def test_kernel_that_fails_in_the_backward_leaves_the_reference_and_one_warning(
     assert len(caught) == 1
     assert_all_close(got, expected, torch.float32)
     assert_all_close(again, expected, torch.float32)
+
+
+if DEVICE == "cuda":
+
+    def test_addresses_beyond_32_bits():
+        rows = 2**24 + 5
+        dot = torch.zeros(rows, 160, device=DEVICE, dtype=torch.bfloat16)
+        norm = torch.full((rows, 1), 2.0, device=DEVICE)
+        dot[-3:] = 1.0
+        g, _ = kernels.epilogue(dot, norm, "cosine", None, None)
+        assert (g[-3:] == 0.5).all()
+        assert g[:-3].count_nonzero() == 0
+        norm = kernels.patch_norm(g, (), 0.5, None)
+        torch.testing.assert_close(norm[-3:], torch.full((3, 1), math.sqrt(160 / 4 + 0.5), device=DEVICE))
