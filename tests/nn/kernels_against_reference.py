@@ -274,6 +274,17 @@ def test_filters_longer_than_a_block(dtype):
     assert got.stride() == weight.stride()
 
 
+@pytest.mark.parametrize(("layout", "other"), [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+def test_correction_of_a_gradient_in_another_layout(layout, other):
+    x, grad_x = tensor(2, 4, 3, 5, layout=layout), tensor(2, 4, 3, 5, seed=1, layout=other)
+    radial = tensor(2, 2, 2, 3, seed=2, layout=other)
+    ones = torch.ones(2, 1, 3, 3, device=DEVICE)
+    spread = torch.conv_transpose2d(radial, ones, None, 2, 1, groups=2).repeat_interleave(2, 1)
+    expected = grad_x - x * spread
+    got = kernels.correct(grad_x, x, radial, (3, 3), Projection((2, 2), (1, 1), (1, 1), 2))
+    torch.testing.assert_close(got, expected)
+
+
 def test_zeros_have_no_angle_and_a_finite_gradient():
     x, weight = torch.zeros(1, 2, 4, 4, device=DEVICE), tensor(3, 2, 3, 3)
     for name in OPERATORS:
