@@ -22,10 +22,10 @@ from sphereify.errors import UnsupportedModelError
 from sphereify.nn.functional import (
     Ints,
     Projection,
-    _accumulate_dtype,
     _compute_dtype,
     _normalize_filters,
     _resolve_padding,
+    accumulate_dtype,
     no_autocast,
     per_axis,
 )
@@ -176,7 +176,7 @@ class _FoldedConv(FoldedLayer):
         return y if input.dim() == dim + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
-        precise = _accumulate_dtype(x.dtype)
+        precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(_cast(x, precise), groups, weight.shape[1])
         inverse = _window_sums(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
@@ -281,7 +281,7 @@ class FoldedLinear(FoldedLayer, nn.Linear):
         return y if input.dim() > 1 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
-        precise = _accumulate_dtype(x.dtype)
+        precise = accumulate_dtype(x.dtype)
         inverse = _inverse_length(_cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:
             bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
@@ -307,7 +307,7 @@ class FoldedHead(FoldedLayer, nn.Linear):
         return self.weight.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        precise = _accumulate_dtype(input.dtype)
+        precise = accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):
             x, weight = _cast(input, precise), _cast(self.weight, precise)
             if self.curve == "cosine" and self.kind != "s-softmax":

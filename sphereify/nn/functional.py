@@ -5,7 +5,8 @@
 One `autograd.Function` serves convolutions of one to three dimensions and linear maps: a `Projection` says what the
 inner product, the patch norm and their adjoints are. Its forward is the plain convolution with normalized filters, a
 division by the patch norms (one channel a group) and the operator's curve. The backward keeps x, the weight, the
-output and the patch norms; what the curve's slope needs is recovered from the output.
+output and the patch norms; what the curve's slope needs is recovered from the output. On CUDA everything around the
+products is done by the Triton kernels of `kernels`, which equal the code here.
 
 With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
-from sphereify.nn import blocks
+from sphereify.nn import blocks, kernels
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, is_built_in, overwrite
 from sphereify.nn.windows import Ints, Projection, box_spread, box_sum
 
@@ -267,8 +268,9 @@ class _SphereMap(torch.autograd.Function):
         eps: float,
         projection: Projection | None,
     ) -> tuple[Tensor, Tensor]:
-        if blocks.usable(x, weight, projection):
-            return _forward_by(blocks, x, weight, k, name, eps, projection)
+        done = _by_passes(_forward_by, x, weight, k, name, eps, projection)
+        if done is not None:
+            return done
         accumulate = accumulate_dtype(x.dtype)
         unit, _ = _normalize_filters(weight.to(accumulate), eps)
         norm = _patch_norm(x, weight, eps, projection)
@@ -296,9 +298,11 @@ class _SphereMap(torch.autograd.Function):
     def _backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, g, norm, *extra = ctx.saved_tensors
         k = extra[0] if extra else ctx.k
-        if blocks.usable(x, weight, ctx.projection):
-            given = (grad, x, weight, g, norm, k, ctx.name, ctx.eps, ctx.projection, ctx.needs_input_grad)
-            return *_backward_by(blocks, *given), None, None, None
+        done = _by_passes(
+            _backward_by, x, weight, k, ctx.name, ctx.eps, ctx.projection, grad, g, norm, ctx.needs_input_grad
+        )
+        if done is not None:
+            return *done, None, None, None
         if torch.is_grad_enabled():
             # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
             norm = _patch_norm(x, weight, ctx.eps, ctx.projection)
@@ -324,10 +328,19 @@ class _SphereMap(torch.autograd.Function):
         return grad_x, grad_weight, grad_k, None, None, None
 
 
+def _by_passes(function: Callable, x: Tensor, weight: Tensor, *given: Any) -> Any:
+    """function(passes, x, weight, …) with the module whose passes can do it fastest; None where there is none."""
+    projection = given[3]
+    if kernels.usable(x, weight, projection):
+        done = kernels.attempt(function, kernels, x, weight, *given)
+        if done is not None:
+            return done
+    return function(blocks, x, weight, *given) if blocks.usable(x, weight, projection) else None
+
+
 def _forward_by(
     passes: Any, x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None
 ) -> tuple[Tensor, Tensor]:
-    """The forward in the passes of a module that has them."""
     unit, _ = passes.normalize_filters(weight, eps, x.dtype)
     dot = _project(x, unit, projection)  # first, for its complaints about shapes
     norm = passes.patch_norm(x, weight.shape[2:], eps, projection)
@@ -335,10 +348,10 @@ def _forward_by(
 
 
 def _backward_by(
-    passes: Any, grad: Tensor, x: Tensor, weight: Tensor, g: Tensor, norm: Tensor, k: Any, name: str, eps: float,
-    projection: Projection | None, wanted: Sequence[bool],
+    passes: Any, x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None,
+    grad: Tensor, g: Tensor, norm: Tensor, wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of x, weight and k likewise."""
+    """The gradients of x, weight and k."""
     d_dot, radial, grad_k = passes.prologue(grad, g, norm, name, k, projection, wanted)
     unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
     grad_x, v = _project_backward(d_dot, x, unit, projection, wanted[:2])

@@ -19,13 +19,18 @@ class Projection(NamedTuple):
     groups: int
 
 
+def is_identity(kernel: Sequence[int], projection: Projection) -> bool:
+    """Whether every window is one place of x, in order."""
+    return math.prod(kernel) == 1 and math.prod(projection.stride) == 1 and not any(projection.padding)
+
+
 def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
     """The sum over each window of a (B, groups, H, W) tensor: one channel a group, so it costs next to nothing.
 
     A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
     """
     stride, padding, dilation, groups = projection
-    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+    if is_identity(kernel, projection):
         return squares
     ones = squares.new_ones(groups, 1, *kernel)
     return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
@@ -34,7 +39,7 @@ def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> T
 def box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
     """The adjoint of `box_sum`: every place of a (B, groups, *size) tensor receives the sum over its windows."""
     stride, padding, dilation, groups = projection
-    if math.prod(kernel) == 1 and math.prod(stride) == 1 and not any(padding):
+    if is_identity(kernel, projection):
         return windows
     mirrored = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
     if math.prod(stride) == 1 and min(mirrored) >= 0:
