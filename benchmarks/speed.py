@@ -316,10 +316,9 @@ def main() -> None:
     if "cosine" not in options.operators:
         options.operators.insert(0, "cosine")
     bench = Bench(options)
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    layout = "contiguous" if options.contiguous else "channels_last"
-    print(f"torch {torch.__version__}, {device}, {options.dtype}, batch {options.batch}, {options.size} pixels, {layout}"
-          f"{', compiled' if options.compile else ''}")  # fmt: skip
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    layout = ("contiguous" if options.contiguous else "channels_last") + (", compiled" if options.compile else "")
+    print(f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} pixels")
     operators = list(options.operators)
     headers = {
         "layers": ["layer", "plain, ms", *operators, "naive cosine"],
