@@ -13,8 +13,8 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from examples.papers.report import finish, markdown, parse
-from sphereify.datasets import Data, load_data
+from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError
 from sphereify.finetune import Settings, Terms, Variant, evaluate, train_once, trained
 from sphereify.finetune.record import write_text
@@ -144,8 +144,8 @@ class Experiment:
     quick: Scale = QUICK
     columns: dict[str, Callable[[Outcome], float]] = field(default_factory=dict)
     """More columns of the table, in %."""
-    draw: Callable[[list[Cell], Path, Path], None] | None = None
-    """A second picture, from the cells, the folder of their runs (first seed) and the picture's file."""
+    draw: Callable[[Callable[[str], nn.Module], Path], None] | None = None
+    """A second picture: takes what finds a trained network (of the first seed) by its cell's label, and the file."""
 
 
 def run(experiment: Experiment, argv: list[str] | None = None) -> None:
@@ -153,7 +153,7 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
     args = parse(experiment.about, argv, trains=True)
     scale: Scale = getattr(experiment, args.scale)
     given = {name: getattr(args, name) for name in ("iterations", "seeds") if getattr(args, name)}
-    scale = dataclasses.replace(scale, **given)
+    scale = replace(scale, **given)
     cells = experiment.cells(scale)
     try:
         outcomes = _train_all(cells, scale, args)
@@ -162,7 +162,7 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from None
     plot_panels(_curves(cells, outcomes), args.output / "figure.png")
     if experiment.draw is not None:
-        experiment.draw(cells, args.output / "runs", args.output / "second.png")
+        experiment.draw(partial(_network, cells, args), args.output / "second.png")
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
     finish(args, experiment.name, _table(experiment, cells, outcomes, scale), None, document)
@@ -192,9 +192,9 @@ def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers
     """One network with one seed, or what it gave before."""
     place = folder_of(folder, cell, seed)
     known = place / "outcome.json"
-    asked = json.loads(json.dumps(dataclasses.asdict(scale)))
+    asked = {"data": data, "scale": repr(scale), "cell": repr(replace(cell, build=None))}  # type: ignore[arg-type]
     before = json.loads(known.read_text()) if known.is_file() else {}
-    if before.get("scale") == asked and before["data"] == data:
+    if before.get("asked") == asked:
         return Outcome(**before["outcome"])
     images = _images(data, cell.shift, scale.train_images, scale.test_images)
     images = images if cell.rare is None else _with_rare(images, *cell.rare)
@@ -208,8 +208,7 @@ def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers
         outcome = Outcome(seed, last.top1, last.per_class, curve)
     except TrainingError as error:
         outcome = Outcome(seed, None, failure=str(error))
-    found = {"scale": asked, "data": data, "cell": cell.name, "outcome": dataclasses.asdict(outcome)}
-    write_text(known, json.dumps(found, indent=1) + "\n")
+    write_text(known, json.dumps({"asked": asked, "outcome": dataclasses.asdict(outcome)}, indent=1) + "\n")
     return outcome
 
 
@@ -247,7 +246,12 @@ def _with_rare(data: Data, classes: int, share: float) -> Data:
         rows = (targets == rare).nonzero().flatten()
         kept[rows[: max(1, round(share * len(rows)))]] = True
     train = torch.utils.data.Subset(data.train, kept.nonzero().flatten().tolist())
-    return dataclasses.replace(data, name=f"{data.name}, {classes} classes at {share:g}", train=train)
+    return replace(data, name=f"{data.name}, {classes} classes at {share:g}", train=train)
+
+
+def _network(cells: list[Cell], args: Any, label: str) -> nn.Module:
+    cell = next(cell for cell in cells if cell.label == label)
+    return trained(Builder(cell, class_count(args.data)), cell.variant, folder_of(args.output / "runs", cell))
 
 
 def _told(outcome: Outcome, work: tuple[Any, ...]) -> Outcome:
