@@ -162,7 +162,7 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from None
     plot_panels(_curves(cells, outcomes), args.output / "figure.png")
     if experiment.draw is not None:
-        experiment.draw(partial(_network, cells, args), args.output / "second.png")
+        experiment.draw(partial(_labelled, cells, args), args.output / "second.png")
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
     finish(args, experiment.name, _table(experiment, cells, outcomes, scale), None, document)
@@ -249,9 +249,19 @@ def _with_rare(data: Data, classes: int, share: float) -> Data:
     return replace(data, name=f"{data.name}, {classes} classes at {share:g}", train=train)
 
 
-def _network(cells: list[Cell], args: Any, label: str) -> nn.Module:
-    cell = next(cell for cell in cells if cell.label == label)
-    return trained(Builder(cell, class_count(args.data)), cell.variant, folder_of(args.output / "runs", cell))
+def network_of(cell: Cell, data: str, folder: Path) -> nn.Module:
+    """A network that has been trained, with the first seed, in eval mode."""
+    return trained(Builder(cell, class_count(data)), cell.variant, folder_of(folder, cell))
+
+
+def network_trained(cell: Cell, scale: Scale, args: Any) -> tuple[nn.Module, float]:
+    """A network that is trained now unless it was before, and its test accuracy in [0, 1]."""
+    outcome = _train(cell, 0, scale, args.data, args.output / "runs", 0)
+    return network_of(cell, args.data, args.output / "runs"), outcome.accuracy or math.nan
+
+
+def _labelled(cells: list[Cell], args: Any, label: str) -> nn.Module:
+    return network_of(next(cell for cell in cells if cell.label == label), args.data, args.output / "runs")
 
 
 def _told(outcome: Outcome, work: tuple[Any, ...]) -> Outcome:
