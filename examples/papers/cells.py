@@ -202,7 +202,8 @@ def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers
     settings = scale.settings(cell, seed, workers)
     try:
         result = train_once(build, images, cell.variant, settings, output=place)
-        last = evaluate(trained(build, cell.variant, place), _images(data, False, 1, scale.last_images), settings)
+        last = evaluate(trained(build, cell.variant, place), _images(data, False, 1, scale.last_images),
+                        replace(settings, batch_size=500))  # fmt: skip
         curve = [{"step": e.step, "accuracy": e.accuracy, "loss": e.loss, "images_per_second": e.images_per_second}
                  for e in result.epochs]  # fmt: skip
         outcome = Outcome(seed, last.top1, last.per_class, curve)

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         steps = [middle([math.inf if one["steps"] is None else one["steps"] for one in of_scale]) for of_scale in found]
         power = exponent(scales, conditions)
         told = ["> " + str(most) if math.isinf(step) else f"{step:.0f}" for step in steps]
-        rows += [[f"κ: {problem.name}", *(f"{value:.3g}" for value in conditions), f"c^{power:.2f}"]]
+        rows += [[f"κ: {problem.name}", *(f"{value:.3g}" for value in conditions), f"c^{abs(round(power, 2)):.2f}"]]
         rows += [[f"steps: {problem.name}", *told, ""]]
         left.loglog(scales, conditions, marker=".", label=problem.name)
         right.loglog(scales, steps, marker=".", label=problem.name)
