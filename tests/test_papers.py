@@ -17,6 +17,8 @@ from examples.papers import all as every
 from examples.papers import cells, conditioning, fourier, gan_energy, plain_cnn
 from sphereify import sphereify
 from sphereify.datasets import load_data
+from sphereify.finetune import Objective
+from sphereify.finetune.comparison import built
 
 TRAINED = ("operators_and_losses", "depth", "without_relu", "width", "batch_size", "learnable_k", "sphere_resnet",
            "minimum_energy")  # fmt: skip
@@ -72,6 +74,19 @@ def test_authors_numbers_belong_to_cells_that_there_are(name):
         names = [cell.name for cell in program.cells(scale)]
         assert len(set(names)) == len(names) > 0
     assert experiment.authors.keys() <= {cell.name for cell in program.cells(experiment.full)}
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("depth", "width")])
+def test_each_network_of_the_full_scale_has_a_loss_with_a_gradient(name):
+    program = import_module(f"examples.papers.{name}")
+    scale = replace(program.EXPERIMENT.full, width=1 / 32)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for cell in program.cells(scale):
+        settings = scale.settings(cell, 0, 0)
+        network = built(cells.Builder(cell, 10), cell.variant, settings).train()
+        loss = Objective(network, settings.terms)(network(images), targets)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters()), cell.name
 
 
 # ------------------------------------------------------------------------------------------------------------- cells
