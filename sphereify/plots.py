@@ -123,12 +123,13 @@ def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: 
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = 7 if columns == 1 else 4.2 * columns
-    figure, grid = new_figure(width=width, height=4.2 * rows, nrows=rows, ncols=columns, squeeze=False)
+    figure, grid = new_figure(width=width, height=4.2 * rows, nrows=rows, ncols=columns, squeeze=False, sharey=True)
+    colours = _distinct(len(names))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         for name, runs in curves.items():
-            _draw_runs(axes, name, runs, f"C{names.index(name) % 10}")
+            _draw_runs(axes, name, runs, colours[names.index(name)])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("test accuracy, %")
@@ -138,7 +139,7 @@ def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: 
     return save_figure(figure, path)
 
 
-def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: str) -> None:
+def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: Any) -> None:
     for rows in runs:
         axes.plot(
             [r["step"] for r in rows], [100 * r["accuracy"] for r in rows], color=colour, linewidth=0.6, alpha=0.5
@@ -146,6 +147,14 @@ def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: s
     shortest = min(len(rows) for rows in runs)
     mean = [100 * sum(rows[i]["accuracy"] for rows in runs) / len(runs) for i in range(shortest)]
     axes.plot([r["step"] for r in runs[0][:shortest]], mean, color=colour, linewidth=2, label=name)
+
+
+def _distinct(count: int) -> list[Any]:
+    """Colours that are told apart; from the twenty-first on they come again."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10" if count <= 10 else "tab20"]
+    return [colours(number % colours.N) for number in range(count)]
 
 
 def colour_ramp(count: int) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from examples.papers import all as every
 from examples.papers import cells, conditioning, fourier, gan_energy, plain_cnn
-from sphereify import sphereify
+from sphereify import plots, sphereify
 from sphereify.datasets import load_data
 from sphereify.finetune import Objective
 from sphereify.finetune.comparison import built
@@ -132,6 +132,18 @@ def test_iterations_are_counted_at_the_first_test_that_reached_the_goal():
     curve = [{"step": step, "accuracy": accuracy} for step, accuracy in ((10, 0.2), (20, 0.5), (30, 0.4), (40, 0.6))]
     outcome = cells.Outcome(0, 0.6, curve=curve)
     assert [outcome.steps_to(goal) for goal in (0.1, 0.4, 0.55, 0.7)] == [10, 20, 40, None]
+
+
+def test_a_curve_has_the_colour_of_its_name_in_every_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    run = [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": 0.6}]
+    names = [f"net {number}" for number in range(12)]
+    plots.plot_panels({"all": {name: [run] for name in names}, "one": {"net 7": [run, run]}, "none": {}}, tmp_path)
+    panels = [{line.get_label(): line.get_color() for line in axes.lines} for axes in drawn[0].axes]
+    assert len({panels[0][name] for name in names}) == 12
+    assert panels[1]["net 7"] == panels[0]["net 7"]
+    assert [axes.get_title() for axes in drawn[0].axes] == ["all", "one", "none"]
 
 
 def test_the_rate_falls_where_the_authors_let_it_fall():
