@@ -9,10 +9,10 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -175,17 +175,54 @@ def _train_all(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Out
     """The outcomes of each cell, one a seed; several networks at a time if so wished."""
     work = [(cell, seed, scale, args.data, args.output / "runs", args.workers)
             for cell in cells for seed in range(scale.seeds)]  # fmt: skip
-    if args.jobs == 1:
-        found = [_told(_train(*one), one) for one in work]
-    else:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            waiting = [(pool.submit(_train, *one), one) for one in work]
-            found = [_told(future.result(), one) for future, one in waiting]
+    if args.jobs > 1:
+        _in_processes(work, args.jobs)
     outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell in cells}
-    for outcome, (cell, *_) in zip(found, work, strict=True):
-        outcomes[cell.name] += [outcome]
+    for cell, *how in work:
+        outcomes[cell.name] += [_train(cell, *how)]
     return outcomes
+
+
+def _in_processes(work: list[Any], jobs: int) -> None:
+    """Several processes, each of which takes the next cell as soon as it has finished one; outcomes go to files."""
+    context = get_context("spawn")
+    taken = context.Value("i", 0)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    processes = [context.Process(target=_take_cells, args=(work, taken, threads)) for _ in range(jobs)]
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:  # a terminal sends it to all of them; a second signal would not let them save
+        for process in processes:
+            process.join(30)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:  # whatever happened, no process stays behind; each saves where it is
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+        signal.signal(signal.SIGTERM, before)
+    if codes := [process.exitcode for process in processes if process.exitcode]:
+        raise SystemExit(max(codes))
+
+
+def _take_cells(work: list[Any], taken: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        while True:
+            with taken.get_lock():
+                place, taken.value = taken.value, taken.value + 1
+            if place >= len(work):
+                return
+            _train(*work[place])
+    except SphereifyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers: int) -> Outcome:
@@ -210,6 +247,7 @@ def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers
     except TrainingError as error:
         outcome = Outcome(seed, None, failure=str(error))
     write_text(known, json.dumps({"asked": asked, "outcome": dataclasses.asdict(outcome)}, indent=1) + "\n")
+    print(f"{cell.name}, seed {seed}: {_percent([outcome.accuracy])}", file=sys.stderr, flush=True)
     return outcome
 
 
@@ -258,16 +296,13 @@ def network_of(cell: Cell, data: str, folder: Path) -> nn.Module:
 def network_trained(cell: Cell, scale: Scale, args: Any) -> tuple[nn.Module, float]:
     """A network that is trained now unless it was before, and its test accuracy in [0, 1]."""
     outcome = _train(cell, 0, scale, args.data, args.output / "runs", 0)
-    return network_of(cell, args.data, args.output / "runs"), outcome.accuracy or math.nan
+    if outcome.accuracy is None:
+        raise TrainingError(f"{cell.name}: {outcome.failure}")
+    return network_of(cell, args.data, args.output / "runs"), outcome.accuracy
 
 
 def _labelled(cells: list[Cell], args: Any, label: str) -> nn.Module:
     return network_of(next(cell for cell in cells if cell.label == label), args.data, args.output / "runs")
-
-
-def _told(outcome: Outcome, work: tuple[Any, ...]) -> Outcome:
-    print(f"{work[0].name}, seed {outcome.seed}: {_percent([outcome.accuracy])}", file=sys.stderr, flush=True)
-    return outcome
 
 
 # ---------------------------------------------------------------------------------------------------------- results
