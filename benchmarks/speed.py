@@ -318,7 +318,7 @@ def main() -> None:
     bench = Bench(options)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     layout = ("contiguous" if options.contiguous else "channels_last") + (", compiled" if options.compile else "")
-    print(f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} pixels")
+    print(f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} px")
     operators = list(options.operators)
     headers = {
         "layers": ["layer", "plain, ms", *operators, "naive cosine"],

@@ -179,6 +179,9 @@ def _objective(
     mhe_half_space: Annotated[
         bool, _loss("Energy of directions: a filter and its opposite count as one.", "--mhe-half-space")
     ] = False,
+    mhe_distance: Annotated[str, _loss("Distance of two filters: euclidean, or angular (A-MHE).")] = "euclidean",
+    mhe_hidden: Annotated[float, _loss("Factor of the hidden layers' energy; 0 leaves them out.")] = 1.0,
+    mhe_output: Annotated[float, _loss("Factor of the output layer's energy; usual: 1, or the authors' 10.")] = 1.0,
     orthogonality: Annotated[
         float, _loss("Weight of ‖ŴᵀŴ-I‖² over the filters of each hidden layer; usual: 1e-4.")
     ] = 0.0,
@@ -224,6 +227,9 @@ def _training_option(help: str, *names: str) -> Any:
 
 def _training(
     epochs: Annotated[int, _training_option("Passes over the training data.")] = 10,
+    epoch_batches: Annotated[
+        int | None, _training_option("Batches of an epoch, after which the model is tested; default: all images once.")
+    ] = None,
     batch_size: Annotated[int, _training_option("Images a step on each device.")] = 64,
     lr: Annotated[float, _training_option("Peak learning rate; usual with adamw: 1e-4 to 1e-3.")] = 1e-3,
     opt: Annotated[str, _training_option("An optimizer of timm's: adamw, sgd, lamb, …")] = "adamw",

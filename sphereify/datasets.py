@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
@@ -13,6 +14,9 @@ from sphereify.errors import DataError, UsageError, first_line
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
 """How the names of data sets begin that `timm.data.create_dataset` reads through another library."""
+
+SMALL = 64
+"""Pixels up to which images are not cropped out at random, and may be kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ def load_data(
     root: str | Path | None = None,
     splits: tuple[str, str] = ("train", "validation"),
     augment: str | None = None,
+    shift: bool = True,
     train_images: int | None = None,
     test_images: int | None = None,
+    in_memory: bool = False,
 ) -> Data:
     """A data set by name.
 
@@ -51,17 +57,56 @@ def load_data(
         root: where a data set of timm's lies.
         splits: names of its training and test part.
         augment: timm's automatic augmentation of training images, such as "rand-m9-mstd0.5".
+        shift: whether training images of up to 64 pixels are moved by up to an eighth (CIFAR-10+), or mirrored only.
         train_images, test_images: take so many of each part only, drawn once and for all; default: all.
+        in_memory: read and decode each image once, now, and keep its bytes; for images of up to 64 pixels.
 
     Raises:
-        DataError: no such data, no classes, no images, a library missing, or data that comes as a stream.
-        UsageError: an augmentation that timm does not know, a size below 1, or more images than there are.
+        DataError: no such data, no classes, no images, a library missing, or data that comes as a stream; with
+            `in_memory`, an image that cannot be read.
+        UsageError: an augmentation that timm does not know, a size below 1, more images than there are, or larger ones
+            than `in_memory` and `shift=False` are for.
     """
-    data = _load(spec, channels, img_size, config or {}, root, splits, augment)
+    size = _size(img_size, config or {})
+    if spec != "digits" and size > SMALL and (in_memory or not shift):
+        option = "in_memory" if in_memory else "shift"
+        raise UsageError(
+            f"{option}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
+        )
+    data = _load(spec, channels, img_size, config or {}, root, splits, augment, shift)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
             data = _some(data, part, count)
+    if in_memory and spec != "digits":  # which is a tensor as it is
+        data = dataclasses.replace(data, train=_Kept(data.train, size), test=_Kept(data.test, size))
     return data
+
+
+class _Kept(Dataset):
+    """Images of a folder or of timm's, decoded once and resized, and what is to be done with them each time."""
+
+    def __init__(self, images: Any, size: int):
+        import numpy as np
+
+        whole: Any
+        rows: Any
+        whole, rows = (images.dataset, images.indices) if isinstance(images, Subset) else (images, range(len(images)))
+        self.transform, whole.transform = whole.transform, None
+        try:
+            pictures, targets = zip(*(whole[row] for row in rows), strict=True)
+        finally:
+            whole.transform = self.transform
+        # The transform resizes once more, which leaves an image of that size as it is.
+        self.pixels = np.stack(
+            [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+        )
+        self.targets = [int(target) for target in targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
 def _some(data: Data, part: str, count: int) -> Data:
@@ -83,14 +128,14 @@ def _size(img_size: int | None, config: dict[str, Any]) -> int:
 
 
 def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any], root: Any,
-          splits: tuple[str, str], augment: str | None) -> Data:  # fmt: skip
+          splits: tuple[str, str], augment: str | None, shift: bool) -> Data:  # fmt: skip
     _check_shape(spec, channels, img_size)
     if spec == "digits":
         if augment:
             raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
         return _digits(channels, img_size or 32)
     size = _size(img_size, config)
-    moves = [_transform(size, channels, config, training=training, augment=augment) for training in (True, False)]
+    moves = [_transform(size, channels, config, training=on, augment=augment, shift=shift) for on in (True, False)]
     if spec.startswith(TIMM_READERS):
         return _of_timm(spec, root, splits, moves, (channels, size, size))
     folder = Path(spec)
@@ -232,7 +277,6 @@ def _open_image(path: str) -> Any:
 def _eight_bits(path: str) -> Any:
     """An image of 16 bits in 8, which PIL would cut off at 255; None for any other."""
     import numpy as np
-    from PIL import Image
 
     with Image.open(path) as image:
         if not image.mode.startswith("I;16"):
@@ -270,8 +314,9 @@ def _classes_of(part: Any) -> list[str]:
     return [str(name) for name in label.names]
 
 
-def _transform(size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None) -> Any:
-    """timm's transform of the model; small images (up to 64 pixels) are shifted and flipped rather than cropped out."""
+def _transform(size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None,
+               shift: bool = True) -> Any:  # fmt: skip
+    """timm's transform of the model; small images (up to SMALL) are shifted and flipped rather than cropped out."""
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -279,8 +324,9 @@ def _transform(size: int, channels: int, config: dict[str, Any], *, training: bo
     if channels == 1:
         mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
     gray = [transforms.Grayscale()] if channels == 1 else []
-    if size <= 64:
-        moves = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()] if training else []
+    if size <= SMALL:
+        shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
+        moves = [*shifts, transforms.RandomHorizontalFlip()] if training else []
         moves += [_augmentation(augment, size, mean)] if training and augment else []
         steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
         return transforms.Compose([*gray, *steps])

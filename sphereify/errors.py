@@ -52,6 +52,9 @@ class Interrupted(SphereifyError):
         super().__init__(message)
         self.exit_code = 128 + signal
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # so that it can come from another process
+        return type(self), (str(self), self.exit_code - 128)
+
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, for a message of one line."""

@@ -109,21 +109,52 @@ def plot_confusion(confusion: Any, classes: list[str], path: str | Path) -> Path
 
 def plot_comparison(curves: dict[str, list[list[dict[str, Any]]]], path: str | Path) -> Path:
     """Test accuracy over optimizer steps, a colour for each variant, a thin line for each seed and a thick mean."""
-    figure, axes = new_figure(width=7, height=4.2)
-    for number, (name, runs) in enumerate(curves.items()):
-        colour = f"C{number % 10}"
-        for rows in runs:
-            axes.plot(
-                [r["step"] for r in rows], [100 * r["accuracy"] for r in rows], color=colour, linewidth=0.6, alpha=0.5
-            )
-        shortest = min(len(rows) for rows in runs)
-        mean = [100 * sum(rows[i]["accuracy"] for rows in runs) / len(runs) for i in range(shortest)]
-        axes.plot([r["step"] for r in runs[0][:shortest]], mean, color=colour, linewidth=2, label=name)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("test accuracy, %")
-    axes.grid(linewidth=0.4)
-    axes.legend(fontsize=8)
+    return plot_panels({"": curves}, path)
+
+
+def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: str | Path) -> Path:
+    """As `plot_comparison`, a panel beside the other for each comparison, at most four in a row; colours go by name.
+
+    Args:
+        panels: by their titles; of each variant the runs, of each run its tests with "step" and "accuracy".
+        path: the picture's file.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width = 7 if columns == 1 else 4.2 * columns
+    figure, grid = new_figure(width=width, height=4.2 * rows, nrows=rows, ncols=columns, squeeze=False, sharey=True)
+    colours = _distinct(len(names))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        for name, runs in curves.items():
+            _draw_runs(axes, name, runs, colours[names.index(name)])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylabel("test accuracy, %")
+        axes.grid(linewidth=0.4)
+        if curves:
+            axes.legend(fontsize=8)
     return save_figure(figure, path)
+
+
+def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: Any) -> None:
+    for rows in runs:
+        axes.plot(
+            [r["step"] for r in rows], [100 * r["accuracy"] for r in rows], color=colour, linewidth=0.6, alpha=0.5
+        )
+    shortest = min(len(rows) for rows in runs)
+    mean = [100 * sum(rows[i]["accuracy"] for rows in runs) / len(runs) for i in range(shortest)]
+    axes.plot([r["step"] for r in runs[0][:shortest]], mean, color=colour, linewidth=2, label=name)
+
+
+def _distinct(count: int) -> list[Any]:
+    """Colours that are told apart; from the twenty-first on they come again."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10" if count <= 10 else "tab20"]
+    return [colours(number % colours.N) for number in range(count)]
 
 
 def colour_ramp(count: int) -> list[Any]:

@@ -529,10 +529,11 @@ def sizes(monkeypatch):
 
 TERMS = {
     "label_smoothing": 0.1, "margin_anneal": False, "mhe": 0.5, "mhe_s": 2.0, "mhe_half_space": True,
-    "orthogonality": 0.01,
+    "mhe_distance": "angular", "mhe_hidden": 0.5, "mhe_output": 10.0, "orthogonality": 0.01,
 }  # fmt: skip
 SETTINGS = {
-    "epochs": 3, "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
+    "epochs": 3, "epoch_batches": 4,
+    "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
     "decay_epochs": 1.5, "milestones": (1, 2), "decay_rate": 0.5,
     "weight_decay": 0.125, "layer_decay": 0.75, "accumulate": 2, "clip_grad": 1.5, "ema": 0.5, "mixup": 0.2,
     "cutmix": 1.0, "amp": "bf16", "channels_last": True, "compile": True, "freeze": ("conv1", "layer1.*"),

@@ -240,3 +240,58 @@ def test_an_impossible_size(folder, spec, size):
 )
 def test_the_channels_of_a_model_are_those_of_its_first_convolution(model, channels):
     assert input_channels(model) == channels
+
+
+# ------------------------------------------------------------------------------------------------------ small images
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """Images of 20×24 with a step in brightness, which shows mirroring and shifting."""
+    picture = np.zeros((24, 20, 3), dtype=np.uint8)
+    picture[5:, 3:] = 200
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(picture + number).save(tmp_path / part / name / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_in_memory_are_those_of_the_files_with_the_same_augmentation(steps, shift, channels):
+    found = []
+    for in_memory in (False, True):
+        torch.manual_seed(3)
+        data = load_data(str(steps), img_size=32, shift=shift, in_memory=in_memory, train_images=6, channels=channels)
+        found.append([everything(data.train), everything(data.test)])
+    for files, kept in zip(*found, strict=True):
+        assert torch.equal(files[0], kept[0])
+        assert files[1] == kept[1]
+    assert len(found[1][0][1]) == 6
+
+
+def test_images_in_memory_are_not_read_again(steps):
+    data = load_data(str(steps), img_size=16, in_memory=True)
+    before = everything(data.test)
+    for file in steps.rglob("*.png"):
+        file.unlink()
+    assert torch.equal(everything(data.test)[0], before[0])
+
+
+def test_without_a_shift_images_are_mirrored_only(steps):
+    train, test = (getattr(load_data(str(steps), img_size=32, shift=False), part) for part in ("train", "test"))
+    torch.manual_seed(0)
+    mirrored = []
+    for _ in range(8):
+        image, still = train[0][0], test[0][0]
+        mirrored.append(torch.equal(image, still.flip(2)))
+        assert mirrored[-1] or torch.equal(image, still)
+    assert set(mirrored) == {True, False}
+
+
+@pytest.mark.parametrize("option", [{"shift": False}, {"in_memory": True}])
+def test_options_of_small_images_are_refused_for_large_ones(steps, option):
+    with pytest.raises(UsageError, match=f"{next(iter(option))}: is for images of up to 64 pixels, got 65"):
+        load_data(str(steps), img_size=65, **option)

@@ -49,15 +49,3 @@ def test_a_converted_network_trains_in_other_loops(tmp_path, framework):
     text = run(f"training/{f'with_{framework}' if framework else 'bare_loop'}.py", "--epochs", "2", folder=tmp_path)
     accuracy = re.fullmatch(r"test accuracy (.+)%", text.splitlines()[-1])
     assert float(accuracy[1]) > 30  # a guess is right in 10 %
-
-
-def test_the_experiment_of_the_paper_runs(tmp_path):
-    for part, count in (("train", 16), ("test", 2)):
-        for name in ("gray", "white"):
-            (tmp_path / "data" / part / name).mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (32, 32), name).save(tmp_path / "data" / part / name / f"{number}.png")
-    given = ["--data", "data", "-o", "out", "--iterations", "1", "--seeds", "1", "--batch-size", "16"]
-    rows = table(run("paper_cifar10.py", *given, folder=tmp_path))
-    assert list(rows) == ["plain, BatchNorm", "linear, BatchNorm", "linear, SphereNorm", "linear, both"]
-    assert (tmp_path / "out" / "comparison.png").is_file()

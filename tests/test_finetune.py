@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from sphereify import sphereify
 from sphereify.datasets import Data, load_data
 from sphereify.errors import DataError, TrainingError, UsageError
-from sphereify.finetune import Epoch, Result, Settings, Step, Terms, accuracy, finetune
+from sphereify.finetune import Epoch, Objective, Result, Settings, Step, Terms, accuracy, finetune
+from sphereify.finetune.loader import Batches
+from sphereify.nn import HypersphericalEnergy
 
 CPU = {"device": "cpu"}
 
@@ -395,6 +397,7 @@ def test_fewer_images_than_a_batch_are_trained_on_all_the_same():
         ("sched", "multistep", "--milestones: none given, expected the epochs after which multistep falls"),
         ("decay_epochs", 0.0, "--decay-epochs: got 0.0, expected a number above 0"),
         ("decay_rate", 0.0, "--decay-rate: got 0.0, expected a number above 0 and at most 1"),
+        ("epoch_batches", 0, "--epoch-batches: got 0, expected at least 1"),
         ("lr", math.nan, "--lr: got nan, expected a number above 0"),
     ],
 )
@@ -403,10 +406,62 @@ def test_a_setting_out_of_range_is_told_with_its_option(setting, value, text):
         Settings(**{setting: value})
 
 
-@pytest.mark.parametrize("setting", [{"mhe_s": 2.0}, {"mhe_half_space": True}])
+@pytest.mark.parametrize(
+    "setting", [{"mhe_s": 2.0}, {"mhe_half_space": True}, {"mhe_distance": "angular"}, {"mhe_output": 10.0}]
+)
 def test_a_kind_of_energy_without_its_weight_is_told(setting):
-    with pytest.raises(UsageError, match="have no effect without --mhe"):
+    option = next(iter(setting)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"--{option}: no effect without --mhe"):
         Terms(**setting)
+
+
+def test_an_unknown_distance_of_filters_is_told():
+    with pytest.raises(UsageError, match="--mhe-distance"):
+        Terms(mhe=1.0, mhe_distance="manhattan")
+
+
+@pytest.mark.parametrize(
+    ("terms", "options"),
+    [
+        ({"mhe_s": 2.0, "mhe_distance": "angular"}, {"s": 2.0, "distance": "angular"}),
+        ({"mhe_hidden": 0.0, "mhe_output": 3.0}, {"hidden_weight": 0.0, "output_weight": 3.0}),
+        ({"mhe_half_space": True}, {"half_space": True}),
+    ],
+)
+def test_the_energy_of_the_objective_is_the_one_asked_for(terms, options):
+    model, output, targets = net(head="keep"), torch.randn(4, 3), torch.arange(4) % 3
+    plain = Objective(model, Terms())(output, targets)
+    total = Objective(model, Terms(mhe=0.25, **terms))(output, targets)
+    torch.testing.assert_close(total - plain, 0.25 * HypersphericalEnergy(**options)(model))
+
+
+# ------------------------------------------------------------------------------------------------ epochs in iterations
+
+
+@pytest.mark.parametrize("epoch_batches", [1, 3, 4, 11])
+def test_epochs_of_some_batches_see_the_same_images_as_whole_passes(epoch_batches):
+    def seen(epoch_batches: int | None, epochs: int) -> list[list[tuple[int, int]]]:
+        batches = Batches(13, 3, seed=5, epoch_batches=epoch_batches)
+        found = []
+        for batches.epoch in range(epochs):
+            assert len(list(batches)) == len(batches)
+            found += list(batches)
+        return found
+
+    in_passes = seen(None, 11)  # 4 batches each, the thirteenth image left out
+    assert all(len({index for batch in in_passes[at : at + 4] for _, index in batch}) == 12 for at in range(0, 44, 4))
+    assert seen(epoch_batches, 4) == in_passes[: 4 * epoch_batches]
+
+
+def test_a_run_counted_in_iterations_has_as_many_steps_tests_and_falls_of_the_rate_as_asked(optimizer):
+    told = []
+    settings = Settings(epochs=4, epoch_batches=5, batch_size=4, lr=1.0, sched="multistep", milestones=(2, 3),
+                        warmup_epochs=0, **CPU)  # fmt: skip
+    result = finetune(net(), images(26), settings, on_step=told.append)
+    assert [epoch.step for epoch in result.epochs] == [5, 10, 15, 20]
+    assert len(told) == 20
+    rates = [rate for rates in optimizer["rates"] for rate in rates]
+    assert rates == pytest.approx([1.0] * 9 + [0.1] * 5 + [0.01] * 6)  # timm falls with the last step of an epoch
 
 
 def test_settings_at_their_limits_are_fine():

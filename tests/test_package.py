@@ -1,5 +1,6 @@
 """What `import sphereify` promises: its names, its version, and that it costs nothing."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sphereify
+from sphereify.errors import Interrupted
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "rich", "matplotlib", "PIL", "numpy"}
@@ -114,3 +116,8 @@ def test_the_changelog_speaks_of_this_version():
 
 def test_the_package_says_that_it_is_typed():
     assert (Path(sphereify.__file__).parent / "py.typed").is_file()
+
+
+def test_an_interruption_comes_unchanged_from_another_process():
+    error = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
+    assert (type(error), str(error), error.exit_code) == (Interrupted, "stopped by SIGTERM", 143)

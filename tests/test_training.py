@@ -1,6 +1,7 @@
 """What a training run checks, keeps and says beside its loss: weights, data, folders, teachers, comparisons."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sphereify.datasets import Data, load_data
 from sphereify.errors import ArtifactError, DataError, TrainingError, UsageError
-from sphereify.finetune import Settings, Variant, compare, evaluate, finetune
+from sphereify.finetune import Settings, Variant, accuracy, compare, evaluate, finetune, train_once, trained
 from sphereify.finetune.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from sphereify.finetune.objective import Objective, Terms
 from sphereify.sources import data_config
@@ -233,6 +234,22 @@ def test_runs_of_something_else_are_not_taken_for_finished(tmp_path):
     others = Data("others", images().train, images().test, images().classes, images().image_size)
     with pytest.raises(UsageError, match="holds a run with another data;"):
         compared(data=others)
+
+
+@pytest.mark.parametrize("variant", both())
+def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
+    heard = []
+    data, settings = images(), usual(epochs=2)
+    results = [train_once(plain, data, variant, settings, output=tmp_path / "run", on_step=heard.append)
+               for _ in range(2)]  # fmt: skip
+    assert [len(result.epochs) for result in results] == [2, 2]
+    assert results[0].accuracy == results[1].accuracy
+    assert len(heard) == heard[-1].steps  # of the first time only
+    shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)  # it is the last one that counts
+    (tmp_path / "run" / "best.safetensors").unlink(missing_ok=True)
+    model = trained(plain, variant, tmp_path / "run")
+    assert accuracy(model, DataLoader(data.test, 5)) == results[0].accuracy
+    assert hasattr(model, "conversion_plan") == (variant.options is not None)
 
 
 @pytest.mark.parametrize(

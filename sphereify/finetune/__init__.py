@@ -1,6 +1,6 @@
 """How a converted network is trained further, tested, and compared with what it was."""
 
-from sphereify.finetune.comparison import Comparison, Variant, compare
+from sphereify.finetune.comparison import Comparison, Variant, compare, train_once, trained
 from sphereify.finetune.evaluation import Evaluation, accuracy, evaluate
 from sphereify.finetune.groups import param_groups
 from sphereify.finetune.loop import Epoch, Result, Step, finetune
@@ -22,4 +22,6 @@ __all__ = [
     "evaluate",
     "finetune",
     "param_groups",
+    "train_once",
+    "trained",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.artifact import load
 from sphereify.convert import sphereify
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
@@ -19,6 +20,7 @@ from sphereify.finetune.checkpoint import checkpoints
 from sphereify.finetune.loop import Epoch, Result, Step, check_mixup, finetune
 from sphereify.finetune.record import write_text
 from sphereify.finetune.settings import WITHOUT_EFFECT, Settings
+from sphereify.sources import load_weights
 
 
 @dataclass(frozen=True)
@@ -145,23 +147,42 @@ def compare(
     if reach is not None and not 0 < reach <= 1:
         raise UsageError(f"--reach: got {reach}, expected an accuracy above 0 and at most 1, such as 0.9")
     for variant in variants:  # what cannot be converted, or trained with these settings, is told before any training
-        _built(build, variant, settings)
+        built(build, variant, settings)
     found = []
     for variant in variants:
         results = []
         for seed in range(settings.seed, settings.seed + seeds):
             on_run(variant.name, seed)
             own = dataclasses.replace(settings, seed=seed)
-            results.append(_run(build, data, variant, own, folder / f"{variant.name}-seed{seed}", on_step, on_epoch))
+            place = folder / f"{variant.name}-seed{seed}"
+            results.append(train_once(build, data, variant, own, output=place, on_step=on_step, on_epoch=on_epoch))
         found.append(Runs(variant.name, results))
     comparison = Comparison(found, 0.95 * found[0].mean if reach is None else reach)
     _write(comparison, folder)
     return comparison
 
 
-def _run(build: Callable[[], nn.Module], data: Data, variant: Variant, settings: Settings, folder: Path,
-         on_step: Callable[[Step], None], on_epoch: Callable[[Epoch], None]) -> Result:  # fmt: skip
-    model = _built(build, variant, settings)
+def train_once(
+    build: Callable[[], nn.Module],
+    data: Data,
+    variant: Variant,
+    settings: Settings,
+    *,
+    output: str | Path,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Result:
+    """Train one variant in the folder `output`, once: what is finished there is read, what is unfinished continued.
+
+    Args:
+        build, data, settings, on_step, on_epoch: as `compare`; the seed is settings.seed.
+
+    Raises:
+        UsageError: `output` holds a run that was made otherwise.
+        TrainingError, Interrupted: as `finetune`.
+    """
+    folder = Path(output)
+    model = built(build, variant, settings)
     lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
     wanted = json.loads(json.dumps({
         **lasting, "data": data.name, "classes": data.classes, "image_size": data.image_size,
@@ -181,7 +202,21 @@ def _run(build: Callable[[], nn.Module], data: Data, variant: Variant, settings:
     return finetune(model, data, settings, output=folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
 
 
-def _built(build: Callable[[], nn.Module], variant: Variant, settings: Settings) -> nn.Module:
+def trained(build: Callable[[], nn.Module], variant: Variant, output: str | Path) -> nn.Module:
+    """The network that `train_once` left in `output` after its last epoch, on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    folder = Path(output)
+    if variant.options is not None:
+        return load(folder / "last", factory=build)
+    model = build()
+    load_weights(model, folder / "last.safetensors")
+    return model.eval()
+
+
+def built(build: Callable[[], nn.Module], variant: Variant, settings: Settings) -> nn.Module:
     """The network of a variant, as it is before training."""
     torch.manual_seed(settings.seed)
     model = build()

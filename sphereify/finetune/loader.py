@@ -13,43 +13,58 @@ from sphereify.errors import DataError, first_line
 from sphereify.finetune.settings import Settings
 
 Key = tuple[int, int]
-"""Epoch and index of an image."""
+"""Pass over all images, and index of an image."""
 
 
 class Batches(Sampler[list[Key]]):
-    """The order of images: shuffled by seed and epoch, or as they are; from some batch on; this process's share.
+    """The order of images: shuffled anew for each pass, or as they are; from some batch on; this process's share.
 
     A batch of all processes together is a run of the order, so that two processes see what one with the double batch
     would.
+
+    Args:
+        seed: of the order; None: images come as they are.
+        epoch_batches: batches of an epoch, which then begins where the one before it ended; None: one pass.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1):
+    def __init__(self, length: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1,
+                 epoch_batches: int | None = None):  # fmt: skip
         super().__init__()
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.epoch_batches = epoch_batches
         self.epoch = 0
         self.start = 0
         """Batches that are behind us."""
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.arange(self.length)
-        if self.seed is not None:
-            order = torch.randperm(
-                self.length, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-            )
         whole = self.batch_size * self.world
-        for place in range(self.start, len(self)):
+        order, ordered = torch.empty(0), None
+        for number in range(self.epoch * len(self) + self.start, (self.epoch + 1) * len(self)):
+            passed, place = divmod(number, self._of_a_pass)
+            if passed != ordered:
+                order, ordered = self._order(passed), passed
             mine = order[place * whole : (place + 1) * whole][self.rank :: self.world]
-            yield [(self.epoch, index) for index in mine.tolist()]
+            yield [(passed, index) for index in mine.tolist()]
 
     def __len__(self) -> int:
-        """Batches in an epoch. In training a last, smaller one is left out: its gradient would be noisier."""
+        """Batches in an epoch."""
+        return self.epoch_batches or self._of_a_pass
+
+    @property
+    def _of_a_pass(self) -> int:
+        """Batches of all images. In training a last, smaller one is left out: its gradient would be noisier."""
         whole = self.batch_size * self.world
         rounded = self.length // whole
         return rounded if self.seed is not None and rounded else -(-self.length // whole)
 
+    def _order(self, passed: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(self.length)
+        return torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 100_003 + passed))
+
 
 class _Seeded(Dataset):
-    """Images by (epoch, index), with augmentation drawn from the seed and the key alone."""
+    """Images by (pass, index), with augmentation drawn from the seed and the key alone."""
 
     def __init__(self, images: Dataset, seed: int, strict: bool):
         self.images, self.seed, self.strict = images, seed, strict
@@ -63,9 +78,9 @@ class _Seeded(Dataset):
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
 
-    def _one(self, epoch: int, index: int) -> Any:
+    def _one(self, passed: int, index: int) -> Any:
         """An image and its class; None if it cannot be read."""
-        mixed = (self.seed * 1_000_003 + epoch) * 16_777_619 + index
+        mixed = (self.seed * 1_000_003 + passed) * 16_777_619 + index
         torch.default_generator.manual_seed(mixed % 2**63)  # torch.manual_seed would turn to GPUs, too, which is slow
         random.seed(mixed)
         np.random.seed(mixed % 2**32)

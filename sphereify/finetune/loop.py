@@ -48,7 +48,7 @@ READ_EVERY = 20
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the data gave."""
+    """What an epoch gave: one pass over the data, or `Settings.epoch_batches`."""
 
     number: int
     loss: float
@@ -208,7 +208,13 @@ class _Run:
         share = {"rank": processes.rank, "world": processes.world}
         size = settings.batch_size
         train_size, test_size = len(data.train), len(data.test)  # type: ignore[arg-type]
-        self.batches = Batches(train_size, size, seed=settings.seed, **share)  # type: ignore[arg-type]
+        self.batches = Batches(
+            train_size,
+            size,
+            seed=settings.seed,
+            epoch_batches=settings.epoch_batches,
+            **share,  # type: ignore[arg-type]
+        )
         self.train_loader = make_loader(data.train, self.batches, settings, self.device)
         self.test_loader = make_loader(
             data.test,

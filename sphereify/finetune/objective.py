@@ -1,12 +1,12 @@
 """What fine-tuning minimises: the loss of the head, and what keeps filters apart."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import DataError, UsageError
+from sphereify.errors import DataError, UsageError, choose
 from sphereify.nn import (
     AngularHead,
     AngularLoss,
@@ -15,6 +15,7 @@ from sphereify.nn import (
     MarginAnnealing,
     OrthogonalityPenalty,
 )
+from sphereify.nn.regularizers import DISTANCES
 
 AUXILIARY = 0.3
 """Weight of the losses of auxiliary classifiers, as GoogLeNet was trained."""
@@ -31,15 +32,25 @@ class Terms:
     """Weight of the hyperspherical energy. Usual: 1 for s = 0, 1, 2 (Euclidean)."""
     mhe_s: float = 1.0
     mhe_half_space: bool = False
+    mhe_distance: str = "euclidean"
+    """"euclidean", or "angular" (A-MHE)."""
+    mhe_hidden: float = 1.0
+    """Factor of the hidden layers' energy; 0 leaves them out."""
+    mhe_output: float = 1.0
+    """Factor of the output layer's energy; the authors' code has 10 for s = 1."""
     orthogonality: float = 0.0
     """Weight of the orthogonality penalty on normalised filters. Usual: 1e-4."""
 
     def __post_init__(self) -> None:
-        for name in ("mhe", "mhe_s", "orthogonality"):
+        for name in ("mhe", "mhe_s", "mhe_hidden", "mhe_output", "orthogonality"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number ≥ 0")
-        if not self.mhe and (self.mhe_s != 1.0 or self.mhe_half_space):
-            raise UsageError("--mhe-s, --mhe-half-space: have no effect without --mhe; its usual weight is 1")
+        if self.mhe_distance not in DISTANCES:
+            raise choose("--mhe-distance", self.mhe_distance, DISTANCES)
+        idle = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
+        if not self.mhe and idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UsageError(f"{names}: no effect without --mhe, whose usual weight is 1")
         if not 0 <= self.label_smoothing <= 1:
             raise UsageError(f"--label-smoothing: got {self.label_smoothing}, expected a number from 0 to 1")
 
@@ -56,7 +67,7 @@ class Objective(nn.Module):
         margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
         annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
         self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
-        self.energy = HypersphericalEnergy(terms.mhe_s, half_space=terms.mhe_half_space) if terms.mhe else None
+        self.energy = _energy(terms) if terms.mhe else None
         self.penalty = OrthogonalityPenalty() if terms.orthogonality else None
         self.terms = terms
 
@@ -71,6 +82,12 @@ class Objective(nn.Module):
         if self.penalty is not None:
             total = total + self.terms.orthogonality * self.penalty(self._model[0])
         return total
+
+
+def _energy(terms: Terms) -> HypersphericalEnergy:
+    return HypersphericalEnergy(
+        terms.mhe_s, terms.mhe_distance, terms.mhe_half_space, terms.mhe_hidden, terms.mhe_output
+    )
 
 
 def logits_of(output: Any) -> Tensor:

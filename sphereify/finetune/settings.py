@@ -25,6 +25,8 @@ class Settings:
     """
 
     epochs: int = 10
+    epoch_batches: int | None = None
+    """Batches of an epoch, after which the model is tested, to count a run in iterations; None: all images once."""
     batch_size: int = 64
     """Images a step on each device."""
     lr: float = 1e-3
@@ -98,6 +100,8 @@ class Settings:
             raise UsageError(
                 f"--warmup-epochs: got {self.warmup_epochs}, more than the {self.epochs} --epochs there are"
             )
+        if self.epoch_batches is not None and not self.epoch_batches >= 1:
+            raise UsageError(f"--epoch-batches: got {self.epoch_batches}, expected at least 1")
         for name in ("ema", "layer_decay", "decay_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

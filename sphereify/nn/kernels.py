@@ -80,7 +80,7 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         tensors
         and x.device == weight.device
         and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and (projection is None or len(projection.stride) < 3)
         and _is_small(x, weight, projection)
         and _has_triton()

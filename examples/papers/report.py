@@ -1,0 +1,63 @@
+"""What each program of this folder is asked with, and what it leaves: a table, a picture, a JSON file."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sphereify.plots import new_figure, save_figure
+from sphereify.sources import versions
+
+picture = new_figure
+
+
+def parse(about: str | None, argv: list[str] | None, *, needs_data: bool = True, trains: bool = False) -> Any:
+    """The arguments of a program, with `scale`: "quick", "cpu" or "full"."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="whether it runs: seconds")
+    scale.add_argument("--full", dest="scale", action="store_const", const="full", help="as the papers, for a GPU")
+    parser.set_defaults(scale="cpu")
+    parser.add_argument("--data", required=needs_data, help="folder with train/ and test/, one folder a class")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder; what has finished is not repeated")
+    if trains:
+        parser.add_argument("--iterations", type=int, help="of each run; the schedule is scaled")
+        parser.add_argument("--seeds", type=int, help="runs of each network")
+        parser.add_argument("--jobs", type=int, default=1, help="networks that are trained at the same time")
+        parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each of them")
+    return parser.parse_args(argv)
+
+
+def finish(args: Any, name: str, table: str, figure: Any, document: dict[str, Any]) -> None:
+    """Write table.md, figure.png (unless `figure` is None: it is drawn) and results.json, and print the table."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "table.md").write_text(table, encoding="utf-8")
+    if figure is not None:
+        save_figure(figure, args.output / "figure.png")
+    about = {"experiment": name, "scale": args.scale, "arguments": {k: str(v) for k, v in vars(args).items()}}
+    document = {**about, "hardware": hardware(), "versions": {**versions(), "python": platform.python_version()},
+                **document}  # fmt: skip
+    (args.output / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(table, end="")
+    print(f"written: {args.output}/table.md, figure.png, results.json", file=sys.stderr)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def hardware() -> dict[str, Any]:
+    """What the program runs on."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpus": gpus}  # fmt: skip
