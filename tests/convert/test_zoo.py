@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
 from sphereify.nn import AngularHead
@@ -237,3 +238,19 @@ def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+FAMILIES = ("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_batch_size_is_compiled_once_more_and_then_no_more(name):
+    torch.manual_seed(0)
+    model = sphereify(timm.create_model(name, num_classes=10), operator="linear").train()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5, 4):
+        compiled(torch.randn(batch, 3, 64, 64)).sum().backward()
+    assert counter.frame_count <= 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
