@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype
 from sphereify.nn.windows import Projection, box_spread, box_sum
 
-BLOCK = 2**18
-"""Elements of a block: 1 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call."""
+BLOCK = 2**21
+"""Elements of a block: 8 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
+several cores their meeting."""
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
@@ -42,27 +43,21 @@ def is_plain(tensor: Tensor) -> bool:
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)"""
     accumulate = accumulate_dtype(weight.dtype)
-    norm = torch.empty((len(weight), *[1] * (weight.dim() - 1)), dtype=accumulate)
-    unit = torch.empty_like(weight, dtype=dtype)
-    axes = tuple(range(1, weight.dim()))
-    for w, out, n in _split_rows(weight, unit, norm):
-        w = w.to(accumulate)
-        n.copy_((w * w).sum(axes, keepdim=True)).add_(eps).sqrt_()
-        out.copy_(w / n) if out.dtype is not accumulate else torch.div(w, n, out=out)
-    return unit, norm
+    norm = torch.linalg.vector_norm(_rows(weight, weight), dim=1, dtype=accumulate).square_().add_(eps).sqrt_()
+    norm = norm.view(-1, *[1] * (weight.dim() - 1))
+    return (weight / norm).to(dtype), norm
 
 
 def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
     """(v - ŵ (ŵ·v)) / N in the dtype of the weight, over v where that has it; N of `normalize_filters`."""
-    axes = tuple(range(1, v.dim()))
-    out = v if v.dtype is weight.dtype else torch.empty_like(v, dtype=weight.dtype)
-    for raw, w, n, written in _split_rows(v, weight, norm, out):
-        w, wide = w.to(n.dtype), raw.to(n.dtype)
-        inward = (w * wide).sum(axes, keepdim=True).div_(n).div_(n)
-        found = wide.addcmul_(w, inward, value=-1).div_(n)
-        if found.data_ptr() != written.data_ptr():
-            written.copy_(found)
-    return out
+    w, wide = weight.to(norm.dtype), v.to(norm.dtype)
+    inward = torch.linalg.vecdot(_rows(w, v), _rows(wide, v)).view(norm.shape) / norm / norm
+    return wide.addcmul_(w, inward, value=-1).div_(norm).to(weight.dtype)
+
+
+def _rows(filters: Tensor, like: Tensor) -> Tensor:
+    """(O, fan_in), in the order in which `like` has them in memory: to sums it does not matter."""
+    return (filters.movedim(1, -1) if _is_channels_last(like) else filters).flatten(1)
 
 
 def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
@@ -70,8 +65,11 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
     view = _View.of(x, projection)
     squares = view.empty_patches(x)
     for piece, total in _split(view(x), view.patches(squares)):
-        piece = piece.to(total.dtype)
-        torch.sum(piece * piece, view.channels, keepdim=True, out=total)
+        if view.channels_last:
+            torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=total.dtype, out=total).square_()
+        else:
+            piece = piece.to(total.dtype)
+            torch.sum(piece * piece, view.channels, keepdim=True, out=total)
     if projection is not None:
         squares = box_sum(squares, kernel, projection)
     return squares.add_(eps).sqrt_()
@@ -191,18 +189,12 @@ def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     first = tensors[0]
     each = first.numel() // len(first)
-    if each <= 2 * BLOCK or first.dim() < 4:
-        yield from _split_rows(*tensors)
-        return
-    step = max(1, BLOCK * first.shape[-1] // each)
-    for sample in zip(*(tensor.split(1) for tensor in tensors), strict=True):
-        yield from zip(*(tensor.split(step, -1) for tensor in sample), strict=True)
-
-
-def _split_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    first = tensors[0]
     if first.numel() <= 2 * BLOCK:
         yield tensors
-        return
-    step = max(1, BLOCK * len(first) // first.numel())
-    yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
+    elif each <= 2 * BLOCK or first.dim() < 4:
+        step = max(1, BLOCK // each)
+        yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
+    else:
+        step = max(1, BLOCK * first.shape[-1] // each)
+        for sample in zip(*(tensor.split(1) for tensor in tensors), strict=True):
+            yield from zip(*(tensor.split(step, -1) for tensor in sample), strict=True)

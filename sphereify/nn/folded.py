@@ -11,7 +11,6 @@ and has fewer channels than there are filters, the input is divided instead, and
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,18 +19,16 @@ from torch import Tensor, nn
 
 from sphereify.errors import UnsupportedModelError
 from sphereify.nn.functional import (
-    Ints,
-    Projection,
     _compute_dtype,
     _normalize_filters,
     _resolve_padding,
-    accumulate_dtype,
     no_autocast,
     per_axis,
 )
 from sphereify.nn.heads import HEAD_EPS, AngularHead, _eps, _length
 from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
-from sphereify.nn.operators import is_built_in
+from sphereify.nn.operators import accumulate_dtype, is_built_in
+from sphereify.nn.windows import Ints, Projection, box_sum, is_identity
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -179,9 +176,9 @@ class _FoldedConv(FoldedLayer):
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(_cast(x, precise), groups, weight.shape[1])
-        inverse = _window_sums(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
+        inverse = box_sum(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
         filters = (1, -1, *ones)
-        if groups == 1 and _is_pointwise(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
+        if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
             bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
             dot = _convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
             return self._finish(_cast(dot, precise), None, filters)
@@ -218,29 +215,6 @@ def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(B, C, …) -> (B, groups, C / groups, …)"""
     return x.unflatten(1, (groups, -1))
-
-
-def _window_sums(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The sum over each window of a (B, groups, …) tensor: a depthwise convolution with ones.
-
-    For one group it is taken along one axis after the other, which has not the overhead of a convolution.
-    """
-    stride, padding, dilation, groups = projection
-    if _is_pointwise(kernel, projection):
-        return squares
-    if groups > 1 or torch.compiler.is_compiling():
-        return _convolve(squares, squares.new_ones(groups, 1, *kernel), None, projection)
-    if any(padding):
-        squares = F.pad(squares, [side for p in reversed(padding) for side in (p, p)])
-    for axis in reversed(range(len(kernel))):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        if reach > 1 or stride[axis] > 1:
-            squares = squares.unfold(axis + 2, reach, stride[axis])[..., :: dilation[axis]].sum(-1)
-    return squares
-
-
-def _is_pointwise(kernel: Sequence[int], projection: Projection) -> bool:
-    return math.prod(kernel) == 1 and math.prod(projection.stride) == 1 and not any(projection.padding)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:

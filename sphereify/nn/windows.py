@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Ints = tuple[int, ...]
@@ -32,8 +33,26 @@ def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> T
     stride, padding, dilation, groups = projection
     if is_identity(kernel, projection):
         return squares
+    if groups == 1 and squares.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _sum_by_axis(squares, kernel, projection)
     ones = squares.new_ones(groups, 1, *kernel)
     return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _sum_by_axis(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
+    """The same along one axis after the other, as sums of shifted views: a convolution costs more than it does here."""
+    stride, padding, dilation, _ = projection
+    if any(padding):
+        squares = F.pad(squares, [side for p in reversed(padding) for side in (p, p)])
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        last = squares.shape[axis] - d * (k - 1)
+        views = [squares.narrow(axis, j * d, last) for j in range(k)]
+        if s > 1:
+            views = [view[(slice(None),) * axis + (slice(None, None, s),)] for view in views]
+        squares = views[0] if k == 1 else views[0] + views[1]
+        for view in views[2:]:
+            squares += view
+    return squares
 
 
 def box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
