@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype
+from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, clip
 from sphereify.nn.windows import Projection, box_spread, box_sum
 
-BLOCK = 2**21
+BLOCK = 2**18
 """Elements of a block: 8 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
 several cores their meeting."""
 
@@ -80,7 +80,7 @@ def epilogue(dot: Tensor, norm: Tensor, curve: str, k: Any, projection: Projecti
     view = _View.of(dot, projection)
     dot, k = view.arranged(dot), view.of_filters(k)
     for piece, n in _split(view(dot), view.patches(norm)):
-        g = CURVES[curve].value(piece.to(n.dtype).div_(n).clamp_(-1, 1), k)
+        g = CURVES[curve].value(clip(piece.to(n.dtype).div_(n), -1, 1), k)
         if piece.dtype is not n.dtype:
             piece.copy_(g)
     return dot

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sphereify.errors import UsageError
 from sphereify.nn import blocks, kernels
-from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, is_built_in, overwrite
+from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, clip, is_built_in, overwrite
 from sphereify.nn.windows import Ints, Projection, box_spread, box_sum
 
 DEFAULT_EPS = 1e-4
@@ -276,7 +276,7 @@ class _SphereMap(torch.autograd.Function):
         norm = _patch_norm(x, weight, eps, projection)
         dot = _project(x, unit.to(x.dtype), projection).to(accumulate)
         cos = _by_patch(lambda a, b: overwrite(a, "div", b), dot, norm, projection)
-        cos = F.hardtanh(cos, inplace=not torch.compiler.is_compiling())
+        cos = clip(cos, -1, 1)
         g = CURVES[name].value(cos, k)
         # A cast that changes nothing returns the same tensor, whose gradient torch.compile loses in torch 2.11.
         return g if g.dtype is x.dtype else g.to(x.dtype), norm

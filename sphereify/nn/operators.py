@@ -55,9 +55,19 @@ class Curve(NamedTuple):
 def overwrite(tensor: Tensor, operation: str, *arguments: Any) -> Tensor:
     """The elementwise operation of that name, in place where nobody else sees the tensor.
 
-    torch.compile fuses such passes by itself, and in torch 2.11 loses the gradient of a result written in place.
+    torch.compile fuses such passes by itself, and in torch 2.11 loses the gradient of a result written in place; where
+    gradients are recorded, a second derivative may need what would be overwritten.
     """
-    return getattr(tensor, operation if torch.compiler.is_compiling() else operation + "_")(*arguments)
+    return getattr(tensor, operation + "_" if _in_place() else operation)(*arguments)
+
+
+def clip(tensor: Tensor, low: float, high: float) -> Tensor:
+    """The tensor held between two numbers, likewise; clamp_ has no rule for vmap."""
+    return F.hardtanh(tensor, low, high, inplace=_in_place())
+
+
+def _in_place() -> bool:
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
 def _cosine_value(cos: Tensor, k: None) -> Tensor:
@@ -78,7 +88,9 @@ def _linear_value(cos: Tensor, k: None) -> Tensor:
 
 def _linear_slope(g: Tensor, k: None, sin_floor: float) -> Slope:
     a = g * (math.pi / 2)
-    return Slope(a.sin(), (2 / math.pi) / a.cos().clamp_min(sin_floor), None)
+    sine = a.sin()
+    by_cos = overwrite(clip(overwrite(a, "cos"), sin_floor, 1), "reciprocal")
+    return Slope(sine, overwrite(by_cos, "mul", 2 / math.pi), None)
 
 
 def _linear_at(theta: Tensor, k: None) -> Tensor:
@@ -94,19 +106,21 @@ def _sigmoid_value(cos: Tensor, k: Any) -> Tensor:
     logistic = overwrite(overwrite(overwrite(cos, "asin"), "div", k), "sigmoid")
     stretch = 1 / _tanh(math.pi / (4 * k))
     g = overwrite(overwrite(logistic, "mul", 2 * stretch), "sub", stretch)
-    return F.hardtanh(g, inplace=not torch.compiler.is_compiling())
+    return clip(g, -1, 1)
 
 
 def _sigmoid_slope(g: Tensor, k: Any, sin_floor: float) -> Slope:
     top = _tanh(math.pi / (4 * k))
     t = g * top
     # For small k rounding takes t to 1 and atanh to infinity: the angle is then the pole.
-    a = (2 * k * t.atanh()).clamp(-math.pi / 2, math.pi / 2)
-    by_a = (1 - t * t) / (2 * k * top)
+    a = clip(overwrite(t.atanh(), "mul", 2 * k), -math.pi / 2, math.pi / 2)
+    flat = overwrite(overwrite(overwrite(t, "mul", t), "neg"), "add", 1)  # 1 - t²
     by_k = None
     if isinstance(k, Tensor):
-        by_k = (g * (1 - top * top) * (math.pi / 4) / k - (1 - t * t) * a / (2 * k)) / (k * top)
-    return Slope(a.sin(), by_a / a.cos().clamp_min(sin_floor), by_k)
+        by_k = (g * (1 - top * top) * (math.pi / 4) / k - flat * a / (2 * k)) / (k * top)
+    sine = a.sin()
+    by_a = overwrite(flat, "div", 2 * k * top)
+    return Slope(sine, overwrite(by_a, "div", clip(overwrite(a, "cos"), sin_floor, 1)), by_k)
 
 
 def _sigmoid_at(theta: Tensor, k: Any) -> Tensor:
