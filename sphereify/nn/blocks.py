@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, clip
+from sphereify.nn.rescaling import rescaled
 from sphereify.nn.windows import Projection, box_spread, box_sum
 
 BLOCK = 2**18
@@ -75,15 +76,48 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
     return squares.add_(eps).sqrt_()
 
 
-def epilogue(dot: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None) -> Tensor:
-    """g of dot / norm, which takes the place of `dot`."""
+def epilogue(
+    dot: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None,
+    beta: Tensor | None = None, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
     view = _View.of(dot, projection)
     dot, k = view.arranged(dot), view.of_filters(k)
-    for piece, n in _split(view(dot), view.patches(norm)):
+    beta, shift = (None if v is None else view.of_filters(v.to(norm.dtype)) for v in (beta, shift))
+    y = None if beta is None and shift is None else torch.empty_like(dot)
+    for piece, n, out in _split(view(dot), view.patches(norm), view(dot if y is None else y)):
         g = CURVES[curve].value(clip(piece.to(n.dtype).div_(n), -1, 1), k)
         if piece.dtype is not n.dtype:
             piece.copy_(g)
-    return dot
+        if y is not None:
+            out.copy_(rescaled(g, beta, shift))
+    return dot, y
+
+
+def unscaled(
+    grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of g, β and the shift from that of β·g + shift."""
+    if beta is None and shift_dtype is None:
+        return grad, None, None
+    view = _View.of(g, projection)
+    g, grad = view.arranged(g), view.arranged(grad)
+    precise = accumulate_dtype(g.dtype)
+    factor = None if beta is None else view.of_filters(beta.to(precise))
+    out = grad if beta is None else torch.empty_like(g, dtype=precise)
+    channels = view(g).shape[1:3]
+    sums = torch.zeros(2, *channels, dtype=precise)
+    others = (0,) if view.channels_last else (0, 3)
+    for up, value, written in _split(view(grad), view(g), view(out)):
+        up = up.to(precise)
+        if shift_dtype is not None:
+            sums[1] += up.sum(others)
+        if factor is not None:
+            sums[0] += (up * value).sum(others)
+            torch.mul(up, factor, out=written)
+    by_beta, by_shift = sums.flatten(1)
+    return (out, None if beta is None else by_beta.to(beta.dtype),
+            None if shift_dtype is None else by_shift.to(shift_dtype))  # fmt: skip
 
 
 def prologue(

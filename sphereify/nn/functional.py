@@ -26,6 +26,7 @@ from torch import Tensor
 from sphereify.errors import UsageError
 from sphereify.nn import blocks, kernels
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, clip, is_built_in, overwrite
+from sphereify.nn.rescaling import of_channels, rescaled, unscaled
 from sphereify.nn.windows import Ints, Projection, box_spread, box_sum
 
 DEFAULT_EPS = 1e-4
@@ -54,9 +55,10 @@ def sphere_conv1d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     eps: float = DEFAULT_EPS,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """SphereConv over (B, C, L) or (C, L); otherwise as `sphere_conv2d`."""
-    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
 
 
 def sphere_conv2d(
@@ -69,6 +71,7 @@ def sphere_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     eps: float = DEFAULT_EPS,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """g(θ) of the angle between every filter and every patch, plus `bias` (NIPS 2017, eq. 1).
 
@@ -80,10 +83,11 @@ def sphere_conv2d(
         stride, padding, dilation, groups: as `torch.nn.functional.conv2d`; padding also 'same' or 'valid'.
         eps: > 0, added to both squared norms inside the roots. A patch of zeros has no angle: its output is
             g(π/2) = 0 and its gradient is finite.
+        beta: (O,) or None: SphereNorm's β, which multiplies g (NIPS 2017, section 3.5).
 
     Returns:
         (B, O, H', W') in the dtype that `F.conv2d` returns, under autocast too; norms and angles are taken in fp32.
-        Without a bias it is the tensor that backward needs: do not change it in place.
+        Without bias and β it is the tensor that backward needs: do not change it in place.
 
     Raises:
         UsageError: a shape, dtype or eps that does not fit.
@@ -93,7 +97,7 @@ def sphere_conv2d(
     >>> round(sphere_conv2d(x, torch.ones(3, 2, 3, 3), CosineOperator())[0, 0, 0, 0].item(), 4)
     1.0
     """
-    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
 
 
 def sphere_conv3d(
@@ -106,13 +110,19 @@ def sphere_conv3d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     eps: float = DEFAULT_EPS,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """SphereConv over (B, C, D, H, W) or (C, D, H, W); otherwise as `sphere_conv2d`."""
-    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps)
+    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
 
 
 def sphere_linear(
-    x: Tensor, weight: Tensor, operator: Operator, bias: Tensor | None = None, eps: float = DEFAULT_EPS
+    x: Tensor,
+    weight: Tensor,
+    operator: Operator,
+    bias: Tensor | None = None,
+    eps: float = DEFAULT_EPS,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """g(θ) of the angle between x and every row of the weight, plus `bias`.
 
@@ -121,7 +131,7 @@ def sphere_linear(
         weight: (out_features, in_features).
         operator: as for `sphere_conv2d`; a per-filter k has shape (out_features,).
         bias: (out_features,) or None.
-        eps: > 0, as for `sphere_conv2d`.
+        eps, beta: as for `sphere_conv2d`.
 
     Returns:
         (*, out_features)
@@ -140,10 +150,11 @@ def sphere_linear(
             f"(*, in_features) and (out_features, in_features)"
         )
     rows = x.unsqueeze(0) if x.dim() == 1 else x
-    g = _angular(rows, weight, operator, eps, None)
-    if bias is not None:
-        g = g + bias.to(g.dtype)
-    return g.squeeze(0) if x.dim() == 1 else g
+    whole = bias is None or bias.dim() == 1
+    y = _angular(rows, weight, operator, eps, None, beta, bias if whole else None)
+    if bias is not None and not whole:
+        y = y + bias.to(y.dtype)
+    return y.squeeze(0) if x.dim() == 1 else y
 
 
 def _sphere_conv(
@@ -157,6 +168,7 @@ def _sphere_conv(
     dilation: int | Sequence[int],
     groups: int,
     eps: float,
+    beta: Tensor | None,
 ) -> Tensor:
     if weight.dim() != dim + 2 or x.dim() not in (dim + 1, dim + 2) or x.shape[-dim - 1] != weight.shape[1] * groups:
         raise UsageError(
@@ -166,10 +178,8 @@ def _sphere_conv(
     batched = x if x.dim() == dim + 2 else x.unsqueeze(0)
     strides, dilations = per_axis(stride, dim), per_axis(dilation, dim)
     batched, paddings = _resolve_padding(batched, padding, weight.shape[2:], strides, dilations)
-    g = _angular(batched, weight, operator, eps, Projection(strides, paddings, dilations, groups))
-    if bias is not None:
-        g = g + bias.to(g.dtype).view(-1, *[1] * dim)
-    return g if x.dim() == dim + 2 else g.squeeze(0)
+    y = _angular(batched, weight, operator, eps, Projection(strides, paddings, dilations, groups), beta, bias)
+    return y if x.dim() == dim + 2 else y.squeeze(0)
 
 
 def per_axis(value: int | Sequence[int], dim: int) -> Ints:
@@ -197,25 +207,32 @@ def _resolve_padding(
     return F.pad(x, sides), (0,) * dim
 
 
-def _angular(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None) -> Tensor:
-    """g of the angles; the border where dtype, autocast and the kind of operator are settled."""
+def _angular(
+    x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None,
+    beta: Tensor | None, shift: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """β·g + shift of the angles; the border where dtype, autocast and the kind of operator are settled."""
     if not eps > 0:
         raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
     dtype = _compute_dtype(x, weight)
     x = _fit_into(dtype, x, math.prod(weight.shape[1:]))
     with no_autocast(x.device.type):
-        return _map(x, weight, operator, eps, projection)
+        return _map(x, weight, operator, eps, projection, beta, shift)
 
 
-def _map(x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None) -> Tensor:
+def _map(
+    x: Tensor, weight: Tensor, operator: Operator, eps: float, projection: Projection | None,
+    beta: Tensor | None, shift: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The fused map for the four operators; an operator of the user's own follows that of the cosine."""
     if not is_built_in(operator):
-        cos, _ = _SphereMap.apply(x, weight, None, "cosine", eps, projection)
-        return operator(cos)
+        cos, _ = _SphereMap.apply(x, weight, None, None, None, "cosine", eps, projection)
+        g = operator(cos)
+        return rescaled(g, of_channels(beta, g, projection), of_channels(shift, g, projection))
     # The filters of a linear map are its last dimension, those of a convolution dimension 1.
     k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-    g, _ = _SphereMap.apply(x, weight, k, operator.name, eps, projection)
-    return g
+    y, *_ = _SphereMap.apply(x, weight, k, beta, shift, operator.name, eps, projection)
+    return y
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -255,7 +272,10 @@ def no_autocast(device: str) -> AbstractContextManager:
 
 
 class _SphereMap(torch.autograd.Function):
-    """(x, weight) -> (g(θ), patch norms). The norms are returned to be saved, not to be differentiated."""
+    """(x, weight) -> (β·g(θ) + shift, patch norms, g), or (g, patch norms) where there is neither β nor shift.
+
+    What follows the first is returned to be saved, not to be differentiated.
+    """
 
     generate_vmap_rule = True
 
@@ -264,11 +284,13 @@ class _SphereMap(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         k: Any,
+        beta: Tensor | None,
+        shift: Tensor | None,
         name: str,
         eps: float,
         projection: Projection | None,
-    ) -> tuple[Tensor, Tensor]:
-        done = _by_passes(_forward_by, x, weight, k, name, eps, projection)
+    ) -> tuple[Tensor, ...]:
+        done = _by_passes(_forward_by, x, weight, k, beta, shift, name, eps, projection)
         if done is not None:
             return done
         accumulate = accumulate_dtype(x.dtype)
@@ -279,33 +301,45 @@ class _SphereMap(torch.autograd.Function):
         cos = clip(cos, -1, 1)
         g = CURVES[name].value(cos, k)
         # A cast that changes nothing returns the same tensor, whose gradient torch.compile loses in torch 2.11.
-        return g if g.dtype is x.dtype else g.to(x.dtype), norm
+        cast = g if g.dtype is x.dtype else g.to(x.dtype)
+        if beta is None and shift is None:
+            return cast, norm
+        y = rescaled(g, of_channels(beta, g, projection), of_channels(shift, g, projection))
+        return y if y.dtype is x.dtype else y.to(x.dtype), norm, cast
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, k, ctx.name, ctx.eps, ctx.projection = inputs
-        g, norm = output
-        ctx.mark_non_differentiable(norm)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, k, beta, shift, ctx.name, ctx.eps, ctx.projection = inputs
+        g, norm = output[-1] if len(output) > 2 else output[0], output[1]
+        ctx.mark_non_differentiable(*output[1:])
         ctx.k = None if isinstance(k, Tensor) else k
-        ctx.save_for_backward(x, weight, g, norm, *([k] if isinstance(k, Tensor) else []))
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.extra = [isinstance(value, Tensor) for value in (k, beta)]
+        ctx.save_for_backward(x, weight, g, norm, *(value for value in (k, beta) if isinstance(value, Tensor)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         with no_autocast(grad.device.type):
             return _SphereMap._backward(ctx, grad)
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight, g, norm, *extra = ctx.saved_tensors
-        k = extra[0] if extra else ctx.k
+        x, weight, g, norm, *rest = ctx.saved_tensors
+        extra = iter(rest)
+        k, beta = (next(extra) if there else None for there in ctx.extra)
+        k = ctx.k if k is None else k
         done = _by_passes(
-            _backward_by, x, weight, k, ctx.name, ctx.eps, ctx.projection, grad, g, norm, ctx.needs_input_grad
-        )
+            _backward_by, x, weight, k, beta, ctx.shift_dtype, ctx.name, ctx.eps, ctx.projection, grad, g, norm,
+            ctx.needs_input_grad,
+        )  # fmt: skip
         if done is not None:
             return *done, None, None, None
         if torch.is_grad_enabled():
-            # A second derivative is being asked for: the saved norms are constants to autograd, fresh ones are not.
+            # A second derivative is being asked for: what was saved is constant to autograd, what is made now is not.
             norm = _patch_norm(x, weight, ctx.eps, ctx.projection)
+            if beta is not None or ctx.shift_dtype is not None:
+                g, _ = _SphereMap.apply(x, weight, k, None, None, ctx.name, ctx.eps, ctx.projection)
+        grad, grad_beta, grad_shift = unscaled(grad, g, beta, ctx.shift_dtype, ctx.projection)
         accumulate = accumulate_dtype(x.dtype)
         slope = CURVES[ctx.name].slope(g.to(accumulate), k, SIN_FLOOR[g.dtype])
         upstream = grad.to(accumulate)
@@ -325,12 +359,12 @@ class _SphereMap(torch.autograd.Function):
         grad_k = None
         if slope.by_k is not None and ctx.needs_input_grad[2]:
             grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
-        return grad_x, grad_weight, grad_k, None, None, None
+        return grad_x, grad_weight, grad_k, grad_beta, grad_shift, None, None, None
 
 
 def _by_passes(function: Callable, x: Tensor, weight: Tensor, *given: Any) -> Any:
     """function(passes, x, weight, …) with the module whose passes can do it fastest; None where there is none."""
-    projection = given[3]
+    projection = given[5]
     if kernels.usable(x, weight, projection):
         done = kernels.attempt(function, kernels, x, weight, *given)
         if done is not None:
@@ -339,19 +373,22 @@ def _by_passes(function: Callable, x: Tensor, weight: Tensor, *given: Any) -> An
 
 
 def _forward_by(
-    passes: Any, x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None
-) -> tuple[Tensor, Tensor]:
+    passes: Any, x: Tensor, weight: Tensor, k: Any, beta: Tensor | None, shift: Tensor | None, name: str, eps: float,
+    projection: Projection | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     unit, _ = passes.normalize_filters(weight, eps, x.dtype)
     dot = _project(x, unit, projection)  # first, for its complaints about shapes
     norm = passes.patch_norm(x, weight.shape[2:], eps, projection)
-    return passes.epilogue(dot, norm, name, k, projection), norm
+    g, y = passes.epilogue(dot, norm, name, k, projection, beta, shift)
+    return (g, norm) if y is None else (y, norm, g)
 
 
 def _backward_by(
-    passes: Any, x: Tensor, weight: Tensor, k: Any, name: str, eps: float, projection: Projection | None,
-    grad: Tensor, g: Tensor, norm: Tensor, wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of x, weight and k."""
+    passes: Any, x: Tensor, weight: Tensor, k: Any, beta: Tensor | None, shift_dtype: torch.dtype | None, name: str,
+    eps: float, projection: Projection | None, grad: Tensor, g: Tensor, norm: Tensor, wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, weight, k, β and the shift."""
+    grad, grad_beta, grad_shift = passes.unscaled(grad, g, beta, shift_dtype, projection)
     d_dot, radial, grad_k = passes.prologue(grad, g, norm, name, k, projection, wanted)
     unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
     grad_x, v = _project_backward(d_dot, x, unit, projection, wanted[:2])
@@ -359,7 +396,7 @@ def _backward_by(
         grad_x = passes.correct(grad_x, x, radial, weight.shape[2:], projection)
     if v is not None:
         v = passes.filter_gradient(v, weight, filter_norm)
-    return grad_x, v, grad_k
+    return grad_x, v, grad_k, grad_beta, grad_shift
 
 
 def _normalize_filters(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sphereify.nn.blocks import is_plain
 from sphereify.nn.operators import SIN_FLOOR
+from sphereify.nn.rescaling import unscaled as unscaled
 from sphereify.nn.windows import Projection, is_identity
 
 Result = TypeVar("Result")
@@ -162,12 +163,7 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
     return _window_map(squares, norm, kernel, projection, layout.channels_last, eps=eps, square=depthwise)
 
 
-def epilogue(dot: Tensor, norm: Tensor, curve: str, k: float | Tensor | None, projection: Projection | None) -> Tensor:
-    """g of dot / norm, which takes the place of `dot`."""
-    return rescaled_epilogue(dot, norm, curve, k, projection)[0]
-
-
-def rescaled_epilogue(
+def epilogue(
     dot: Tensor,
     norm: Tensor,
     curve: str,

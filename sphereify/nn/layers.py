@@ -70,15 +70,15 @@ class AngularLayer(nn.Module):
         layer._make_angular(operator, rescale, eps)
         return layer
 
-    def _rescaled(self, g: Tensor, channels: tuple[int, ...]) -> Tensor:
-        """β·g + γ, where the bias stands for γ if there is one; `channels` is the shape that broadcasts over g."""
-        shift: Any = self.bias if self.bias is not None else self.gamma
-        if self.beta is None and shift is None:
-            return g if (self.only_read and not self._forward_hooks) or not g.requires_grad else g.clone()
-        if self.beta is None:
-            return g + shift.to(g.dtype).view(channels)
-        beta = self.beta.to(g.dtype).view(channels)
-        return g * beta if shift is None else torch.addcmul(shift.to(g.dtype).view(channels), g, beta)
+    @property
+    def _shift(self) -> Any:
+        """γ, for which the bias stands if there is one."""
+        return self.bias if self.bias is not None else self.gamma
+
+    def _own(self, y: Tensor) -> Tensor:
+        """A tensor that whoever receives it may write to."""
+        kept = self.beta is None and self._shift is None and y.requires_grad
+        return y.clone() if kept and (not self.only_read or self._forward_hooks) else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rescale={self.rescale}, eps={self.eps:g}"
@@ -107,8 +107,8 @@ class _ConvLayer(AngularLayer):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         function = type(self)._sphere_conv
-        g = function(input, weight, self.operator, None, self.stride, padding, self.dilation, self.groups, self.eps)
-        return self._rescaled(g, (-1, *[1] * (weight.dim() - 2)))
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return self._own(function(input, weight, self.operator, self._shift, *geometry, self.eps, self.beta))
 
 
 class SphereConv1d(_ConvLayer, nn.Conv1d):
@@ -209,4 +209,4 @@ class SphereLinear(AngularLayer, nn.Linear):
         return cls._adopt(linear, operator, rescale, eps)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._rescaled(sphere_linear(input, self.weight, self.operator, None, self.eps), (-1,))
+        return self._own(sphere_linear(input, self.weight, self.operator, self._shift, self.eps, self.beta))

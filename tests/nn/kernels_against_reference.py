@@ -220,12 +220,12 @@ def test_arcsine_and_tanh_are_exact_but_for_rounding():
     cos = torch.cat([torch.linspace(-1, 1, 20001), torch.logspace(-30, 0, 500)]).to(DEVICE)[:, None]
     exact = cos.double().asin()
     one = torch.ones_like(cos)
-    linear = kernels.epilogue(cos.clone(), one, "linear", None, None)
+    linear, _ = kernels.epilogue(cos.clone(), one, "linear", None, None)
     # Two ulp, and a third for the product with 2/π; the square root of a GPU is not rounded exactly.
     ulp = (3 if DEVICE == "cpu" else 5) * 2**-23
     torch.testing.assert_close(linear.double(), exact * (2 / math.pi), rtol=ulp, atol=0)
     for k in (0.05, 0.3, 3.0):
-        got = kernels.epilogue(cos.clone(), one, "sigmoid", k, None)
+        got, _ = kernels.epilogue(cos.clone(), one, "sigmoid", k, None)
         expected = (exact / (2 * k)).tanh() / math.tanh(math.pi / (4 * k))
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 
@@ -233,7 +233,7 @@ def test_arcsine_and_tanh_are_exact_but_for_rounding():
 def test_cosines_beyond_one_are_clamped_and_nan_stays():
     dot, norm = torch.tensor([[5.0, -5.0, math.nan]], device=DEVICE), torch.ones(1, 1, device=DEVICE)
     for name in OPERATORS:
-        g = kernels.epilogue(dot.clone(), norm, name, 0.3 if "sigmoid" in name else None, None)
+        g, _ = kernels.epilogue(dot.clone(), norm, name, 0.3 if "sigmoid" in name else None, None)
         torch.testing.assert_close(g.cpu(), torch.tensor([[1.0, -1.0, math.nan]]), equal_nan=True, rtol=1e-6, atol=0)
 
 
@@ -247,7 +247,7 @@ def test_epilogue_writes_the_rescaled_output_in_the_same_pass(layout, with_shift
     shift = tensor(6, seed=3) if with_shift else None
     how = Projection((1, 1), (0, 0), (1, 1), 2)
     expected = (dot.clone().unflatten(1, (2, 3)) / norm.unsqueeze(2)).flatten(1, 2).clamp(-1, 1)
-    g, y = kernels.rescaled_epilogue(dot, norm, "cosine", None, how, beta, shift, relu)
+    g, y = kernels.epilogue(dot, norm, "cosine", None, how, beta, shift, relu)
     assert g.data_ptr() == dot.data_ptr()
     torch.testing.assert_close(g, expected)
     if not (relu or with_beta or with_shift):
@@ -346,7 +346,7 @@ if DEVICE == "cuda":
         dot = torch.zeros(rows, 160, device=DEVICE, dtype=torch.bfloat16)
         norm = torch.full((rows, 1), 2.0, device=DEVICE)
         dot[-3:] = 1.0
-        g = kernels.epilogue(dot, norm, "cosine", None, None)
+        g, _ = kernels.epilogue(dot, norm, "cosine", None, None)
         assert (g[-3:] == 0.5).all()
         assert g[:-3].count_nonzero() == 0
         norm = kernels.patch_norm(g, (), 0.5, None)

@@ -23,8 +23,9 @@ def everything(function, x, weight, operator, **options):
     """Output and gradients."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     operator.to(x.dtype)
-    y = function(x, weight, operator, eps=0.1, **options)
-    wanted = [x, weight, *operator.parameters()]
+    own = {name: options[name].detach().requires_grad_() for name in ("bias", "beta") if options.get(name) is not None}
+    y = function(x, weight, operator, eps=0.1, **{**options, **own})
+    wanted = [x, weight, *operator.parameters(), *own.values()]
     upstream = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
 
@@ -38,6 +39,12 @@ def compare(size, function, x, weight, operator, **options):
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype is other.dtype
         torch.testing.assert_close(one, other, rtol=TOLERANCE[x.dtype], atol=TOLERANCE[x.dtype])
+
+
+def rescaling(draw, filters, dtype):
+    """A bias and β, or one of them, or neither."""
+    made = {"bias": torch.linspace(-1, 1, filters), "beta": torch.linspace(0.5, -2, filters)}
+    return {name: value.to(dtype) for name, value in made.items() if draw(st.booleans())}
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,18 +65,19 @@ def test_convolutions_in_blocks_equal_the_reference(data):
         weight = weight.contiguous(memory_format=LAYOUTS[dim + 2])
     compare(
         draw(st.sampled_from([1, 16, 100, 10**6])), CONVOLUTIONS[dim], x, weight,
-        draw(st.sampled_from(operators(filters))), groups=groups, padding=draw(st.integers(0, 2)),
+        draw(st.sampled_from(operators(filters))), **rescaling(draw, filters, dtype),
+        groups=groups, padding=draw(st.integers(0, 2)),
         stride=draw(st.integers(1, 2)), dilation=draw(st.integers(1, 2)) if kernel < 3 else 1,
     )  # fmt: skip
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([(5,), (7, 5), (2, 3, 5), (2, 1, 4, 5)]), st.integers(0, 4), st.sampled_from([1, 8, 10**6]),
-       st.sampled_from(list(TOLERANCE)))  # fmt: skip
-def test_linear_maps_in_blocks_equal_the_reference(shape, which, size, dtype):
+       st.sampled_from(list(TOLERANCE)), st.data())  # fmt: skip
+def test_linear_maps_in_blocks_equal_the_reference(shape, which, size, dtype, data):
     generator = torch.Generator().manual_seed(len(shape))
     x, weight = torch.randn(shape, generator=generator).to(dtype), torch.randn(4, 5, generator=generator).to(dtype)
-    compare(size, sphere_linear, x, weight, operators(4)[which])
+    compare(size, sphere_linear, x, weight, operators(4)[which], **rescaling(data.draw, 4, dtype))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
