@@ -2,6 +2,7 @@
 
 import builtins
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -340,3 +341,45 @@ def test_missing_packages_are_told_on_the_command_line(run, artifact, monkeypatc
     assert code == 2
     assert "pip install 'sphereify[export]'" in err
     assert [p.name for p in Path().iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("operator", ["linear", "cosine"])
+def test_black_images_are_no_division_by_zero(tmp_path, operator, folded):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model = sphereify(net, operator=operator, eps=1e-9).eval()
+    x = torch.randn(2, 3, 4, 4)
+    export(model, tmp_path / "net.onnx", x, folded=folded)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    for image in (x * 0, x.clone().index_fill_(3, torch.tensor([0, 1, 2]), 0)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_one_is_enough_to_export_for_any_batch(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    export(sphereify(net), tmp_path / "net.pt2", torch.randn(1, 3, 4, 4), format="torch-export")
+    assert torch.export.load(tmp_path / "net.pt2").module()(torch.randn(5, 3, 4, 4)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_its_own_precision(tmp_path, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
+    found = export(sphereify(net), tmp_path / "net.pt2", torch.randn(2, 3, 4, 4).to(dtype), format="torch-export")
+    assert found.difference < 0.1
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(UsageError, match="no regular file"):
+        export(sphereify(net), tmp_path / "pipe", torch.randn(1, 3, 4, 4))
+
+
+def test_a_long_name_is_no_obstacle(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    path = tmp_path / ("n" * 250 + ".pt2")
+    export(sphereify(net), path, torch.randn(2, 3, 4, 4), format="torch-export")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

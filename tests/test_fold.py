@@ -363,3 +363,38 @@ def test_a_network_built_of_angular_layers_by_hand_needs_no_plan():
     model = scrambled(nn.Sequential(SphereConv2d(3, 4, 3, operator=SigmoidOperator(0.4)), nn.BatchNorm2d(4)))
     assert fold(model, images()).folding.layers == {"0": "1"}
     assert json.dumps(fold(model).folding.to_json())
+
+
+def test_a_norm_behind_a_head_made_by_hand_stays():
+    model = nn.Sequential(AngularHead(6, 4), nn.BatchNorm1d(4)).eval()
+    model[1].running_mean.fill_(5)
+    x = torch.randn(8, 6)
+    torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_reads_the_weights_itself_is_refused_where_inputs_show_it():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) * self.conv.weight.norm()
+
+    torch.manual_seed(0)
+    network = Reads()
+    network.norm.running_var.fill_(0.1)
+    model, x = sphereify(network).eval(), torch.randn(2, 3, 9, 9)
+    before = model(x)
+    with pytest.raises(UnsupportedModelError, match="would change"):
+        fold(model, x)
+    with pytest.raises(UnsupportedModelError, match="would change"):
+        fold(model, x, inplace=True)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+def test_vmap_over_a_folded_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model, x = fold(sphereify(net)), torch.randn(3, 3, 4, 4)
+    torch.testing.assert_close(torch.func.vmap(lambda one: model(one[None])[0])(x), model(x), rtol=1e-5, atol=1e-5)

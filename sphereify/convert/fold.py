@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.convert.fitting.inputs import evaluating, fresh
+from sphereify.convert.flow import tensors_in
 from sphereify.convert.graph import class_name, trace
 from sphereify.convert.plan import ConversionPlan, check_model, count, submodule
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, copy_of, without_norm
 from sphereify.convert.running import Inputs
-from sphereify.errors import PlanMismatchError, UsageError
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead
 from sphereify.nn.calls import CALLS, answers_calls, parameter_name
 from sphereify.nn.folded import FOLDED, Affine, FoldedLayer, folded
@@ -22,6 +24,8 @@ from sphereify.nn.layers import AngularLayer
 FOLDING_ATTRIBUTE = "folding"
 """Where a folded model carries what was folded."""
 
+TOLERANCE = 3e-2
+"""Of outputs, relative to the largest, in whatever precision: what is read in the wrong form is further off."""
 BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d",
@@ -66,7 +70,8 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
 
     Args:
         model: converted, on any device, in any mode.
-        example_inputs: as for `sphereify`; used only for a model that carries no conversion plan.
+        example_inputs: as for `sphereify`; for a model that carries no conversion plan. Where given, the folded model's
+            outputs are compared with the model's.
         inplace: change `model` itself. Otherwise it is copied and not touched.
 
     Returns:
@@ -75,7 +80,8 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
 
     Raises:
         UsageError: nothing in the model is angular, or it is folded already.
-        UnsupportedModelError: a wrapped or compiled model.
+        UnsupportedModelError: a wrapped or compiled model, or one whose forward reads a layer's weights by itself, so
+            that its outputs on `example_inputs` become others.
 
     >>> import torch
     >>> from sphereify import sphereify
@@ -92,7 +98,24 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
         raise UsageError(f"fold: this {type(model).__name__} is folded already")
     check_model(model)
     folding = _plan_folding(model, example_inputs)
+    if example_inputs is not None:
+        _check_outputs(model, apply_folding(copy_of(model), folding), example_inputs)
     return apply_folding(model if inplace else copy_of(model), folding)
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) -> None:
+    """A layer whose weight the model reads itself, beside calling it, cannot be folded: nothing else shows it."""
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with evaluating(model):
+        pairs = zip(*(tensors_in(network(*fresh(given))) for network in (model, twin)), strict=True)
+        for wanted, got in pairs:
+            near = TOLERANCE * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
+            if not torch.allclose(got, wanted, rtol=0, atol=near, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights "
+                    f"of a layer that would be folded. Use it unfolded"
+                )
 
 
 def is_folded(model: nn.Module) -> bool:
@@ -138,7 +161,8 @@ def _plan_folding(model: nn.Module, example_inputs: Inputs) -> Folding:
     norms = _owned_norms(model, example_inputs) if len(left) < len(angular) else {}
     layers: dict[str, str | None] = {}
     for name in (name for name in angular if name not in left):
-        layers[name] = norm = norms.get(name)
+        # A head is no affine map of g: its logits are multiplied by the length of the features.
+        layers[name] = norm = None if isinstance(angular[name], AngularHead) else norms.get(name)
         if norm is not None and (why := _reason_to_leave_norm(angular[name], submodule(model, norm))):
             layers[name], left[norm] = None, why
     for name, owner in calls:

@@ -779,6 +779,8 @@ def _signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop.signal:  # it came after the last step: the run is done, but whoever called it is to stop
+        signal.raise_signal(stop.signal)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

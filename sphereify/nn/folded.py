@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.errors import UnsupportedModelError
+from sphereify.nn.blocks import is_plain
 from sphereify.nn.functional import (
     _compute_dtype,
     _normalize_filters,
@@ -134,7 +135,7 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """scale·y + shift in one pass; y is overwritten where nothing needs it."""
     if shift is None:
         return y.mul_(scale)
-    if y.requires_grad or torch.compiler.is_compiling():
+    if y.requires_grad or torch.compiler.is_compiling() or not is_plain(y):
         return torch.addcmul(shift, y, scale)
     return torch.addcmul(shift, y, scale, out=y)
 
@@ -144,7 +145,7 @@ def _fit(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
     if dtype is not torch.float16 or x.numel() == 0:
         return _cast(x, dtype)
     peak = x.to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
-    longest = weight.to(torch.float32).flatten(1).norm(dim=1).amax()
+    longest = weight.to(torch.float32).flatten(1).norm(dim=1).amax(dim=0)
     return (x / (peak * longest * (math.sqrt(weight[0].numel()) / 6e4)).clamp_min(1)).to(dtype)
 
 
@@ -207,7 +208,7 @@ def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
         first, *others = x.split(1, dim=1)
         total = first.square()
         for channel in others:
-            total = total.addcmul_(channel, channel)
+            total = torch.addcmul(total, channel, channel)
         return total
     if x.stride(1) == 1:
         return torch.linalg.vector_norm(_by_group(x, groups), dim=2).square()
