@@ -119,8 +119,8 @@ def export(
         raise UsageError("export: inside torch.inference_mode, where nothing can be traced; call it outside")
     with _quietly(), torch.no_grad():
         reference = copy_of(model).eval()
-        network = fold(model, example_inputs) if folded and not is_folded(model) else reference
         inputs = _inputs(reference, example_inputs)
+        network = fold(model, inputs) if folded and not is_folded(model) else reference
         if dynamic_batch:  # torch.export takes a size of 1 for a constant
             inputs = tuple(torch.cat([one, one]) if len(one) == 1 else one for one in inputs)
         axes = tuple(_axes(one, dynamic_batch, dynamic_size) for one in inputs)

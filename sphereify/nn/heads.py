@@ -17,7 +17,6 @@ from sphereify.nn.operators import (
     inner_acos,
     is_built_in,
     make_operator,
-    overwrite,
     with_value,
 )
 
@@ -174,7 +173,8 @@ class AngularHead(nn.Module):
             logits = sphere_linear(features, weight.to(precise), operator, None, eps)
             logits = logits * (self.scale if self.kind == "s-softmax" else _length(features, eps))
             if bias is not None:
-                logits = overwrite(logits, "add", bias.to(precise))
+                shift = bias.to(precise)  # in place, since logits of very many classes are large
+                logits = logits + shift if torch.compiler.is_compiling() else logits.add_(shift)
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
 
     def target_logit(self, x: Tensor, targets: Tensor, annealing: Tensor | float = 0.0) -> Tensor:
