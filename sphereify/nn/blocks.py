@@ -89,7 +89,9 @@ def epilogue(
         g = CURVES[curve].value(clip(piece.to(n.dtype).div_(n), -1, 1), k)
         if piece.dtype is not n.dtype:
             piece.copy_(g)
-        if y is not None:
+        if beta is not None and shift is not None and out.dtype is g.dtype:
+            torch.addcmul(shift, g, beta, out=out)
+        elif y is not None:
             out.copy_(rescaled(g, beta, shift))
     return dot, y
 
