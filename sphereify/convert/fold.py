@@ -98,9 +98,12 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
         raise UsageError(f"fold: this {type(model).__name__} is folded already")
     check_model(model)
     folding = _plan_folding(model, example_inputs)
+    if inplace and example_inputs is None:
+        return apply_folding(model, folding)
+    twin = apply_folding(copy_of(model), folding)
     if example_inputs is not None:
-        _check_outputs(model, apply_folding(copy_of(model), folding), example_inputs)
-    return apply_folding(model if inplace else copy_of(model), folding)
+        _check_outputs(model, twin, example_inputs)
+    return apply_folding(model, folding) if inplace else twin
 
 
 @torch.no_grad()

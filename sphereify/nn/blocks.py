@@ -16,7 +16,7 @@ from sphereify.nn.rescaling import rescaled
 from sphereify.nn.windows import Projection, box_spread, box_sum
 
 BLOCK = 2**18
-"""Elements of a block: 8 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
+"""Elements of a block: 1 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
 several cores their meeting."""
 
 
@@ -50,7 +50,7 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
 
 
 def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, over v where that has it; N of `normalize_filters`."""
+    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
     w, wide = weight.to(norm.dtype), v.to(norm.dtype)
     inward = torch.linalg.vecdot(_rows(w, v), _rows(wide, v)).view(norm.shape) / norm / norm
     return wide.addcmul_(w, inward, value=-1).div_(norm).to(weight.dtype)

@@ -29,7 +29,7 @@ from sphereify.nn.functional import (
 from sphereify.nn.heads import HEAD_EPS, AngularHead, _eps, _length
 from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
 from sphereify.nn.operators import accumulate_dtype, is_built_in
-from sphereify.nn.windows import Ints, Projection, box_sum, is_identity
+from sphereify.nn.windows import Ints, Projection, box_sum, convolve, is_identity
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -183,9 +183,9 @@ class _FoldedConv(FoldedLayer):
         filters = (1, -1, *ones)
         if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
             bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
-            dot = _convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
+            dot = convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
             return self._finish(_cast(dot, precise), None, filters)
-        dot = _cast(_convolve(x, weight, None, projection), precise)
+        dot = _cast(convolve(x, weight, None, projection), precise)
         if groups == 1 or groups == len(weight):
             return self._finish(dot, inverse, filters)
         if self.curve == "cosine":
@@ -218,11 +218,6 @@ def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(B, C, …) -> (B, groups, C / groups, …)"""
     return x.unflatten(1, (groups, -1))
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:
-    stride, padding, dilation, groups = projection
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 class FoldedConv1d(_FoldedConv, nn.Conv1d):

@@ -27,7 +27,7 @@ from sphereify.errors import UsageError
 from sphereify.nn import blocks, kernels
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, clip, is_built_in, overwrite
 from sphereify.nn.rescaling import of_channels, rescaled, unscaled
-from sphereify.nn.windows import Ints, Projection, box_spread, box_sum
+from sphereify.nn.windows import Ints, Projection, box_spread, box_sum, convolve
 
 DEFAULT_EPS = 1e-4
 
@@ -446,10 +446,7 @@ def _spread(radial: Tensor, x: Tensor, weight: Tensor, projection: Projection | 
 
 def _project(x: Tensor, unit: Tensor, projection: Projection | None) -> Tensor:
     """The inner products of filters and patches."""
-    if projection is None:
-        return x @ unit.t()
-    stride, padding, dilation, groups = projection
-    return torch.ops.aten.convolution(x, unit, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    return x @ unit.t() if projection is None else convolve(x, unit, None, projection)
 
 
 def _project_backward(

@@ -26,6 +26,8 @@ def unscaled(
     grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of g, β and the shift from that of β·g + shift."""
+    if beta is None and shift_dtype is None:
+        return grad, None, None  # without a copy in another precision
     others = [d for d in range(g.dim()) if d != (g.dim() - 1 if projection is None else 1)]
     upstream = grad.to(accumulate_dtype(g.dtype))
     grad_shift = None if shift_dtype is None else upstream.sum(others).to(shift_dtype)

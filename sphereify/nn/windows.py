@@ -20,6 +20,12 @@ class Projection(NamedTuple):
     groups: int
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:
+    """torch's convolution of any dimension."""
+    stride, padding, dilation, groups = projection
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
 def is_identity(kernel: Sequence[int], projection: Projection) -> bool:
     """Whether every window is one place of x, in order."""
     return math.prod(kernel) == 1 and math.prod(projection.stride) == 1 and not any(projection.padding)
@@ -30,13 +36,12 @@ def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> T
 
     A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
     """
-    stride, padding, dilation, groups = projection
+    groups = projection.groups
     if is_identity(kernel, projection):
         return squares
     if groups == 1 and squares.device.type == "cpu" and not torch.compiler.is_compiling():
         return _sum_by_axis(squares, kernel, projection)
-    ones = squares.new_ones(groups, 1, *kernel)
-    return torch.ops.aten.convolution(squares, ones, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    return convolve(squares, squares.new_ones(groups, 1, *kernel), None, projection)
 
 
 def _sum_by_axis(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
