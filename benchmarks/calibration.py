@@ -21,7 +21,7 @@ from plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
 from torch import nn
 
 from sphereify import calibrate, param_groups, sphereify
-from sphereify.convert.reconstruct import reconstruct
+from sphereify.calibration.distillation import reconstruct
 
 
 def statistics_only(network: nn.Module, batches: list[torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sphereify import param_groups, sphereify
 from sphereify.datasets import Data
-from sphereify.finetune import Settings, finetune
+from sphereify.training import Settings, finetune
 
 
 def main() -> None:

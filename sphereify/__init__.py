@@ -6,45 +6,67 @@
 Names are loaded when they are first used, so that `import sphereify` costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sphereify.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sphereify.artifact import load, save
-    from sphereify.convert import ConversionPlan, Decision, apply_plan, plan_conversion, sphereify
-    from sphereify.convert.calibrate import calibrate
-    from sphereify.convert.fold import fold
-    from sphereify.convert.suggest import suggest
-    from sphereify.finetune.groups import param_groups
+    from sphereify.calibration.least_squares import calibrate
+    from sphereify.calibration.suggestion import suggest
+    from sphereify.conversion import sphereify
+    from sphereify.convert.options import ConversionOptions
+    from sphereify.convert.plan import ConversionPlan, Decision
+    from sphereify.convert.planner import plan_conversion
+    from sphereify.convert.rewrite import apply_plan
+    from sphereify.deployment.exporting import export
+    from sphereify.deployment.folding import fold
     from sphereify.nn import AngularLoss, HypersphericalEnergy, OrthogonalityPenalty
+    from sphereify.training.comparison import compare
+    from sphereify.training.evaluation import evaluate
+    from sphereify.training.optim import param_groups
+    from sphereify.training.run import finetune
+    from sphereify.training.settings import Settings
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AngularLoss": "sphereify.nn",
-    "ConversionPlan": "sphereify.convert",
-    "Decision": "sphereify.convert",
+    "ConversionOptions": "sphereify.convert.options",
+    "ConversionPlan": "sphereify.convert.plan",
+    "Decision": "sphereify.convert.plan",
     "HypersphericalEnergy": "sphereify.nn",
     "OrthogonalityPenalty": "sphereify.nn",
-    "apply_plan": "sphereify.convert",
-    "calibrate": "sphereify.convert.calibrate",
-    "fold": "sphereify.convert.fold",
+    "Settings": "sphereify.training.settings",
+    "apply_plan": "sphereify.convert.rewrite",
+    "calibrate": "sphereify.calibration.least_squares",
+    "compare": "sphereify.training.comparison",
+    "evaluate": "sphereify.training.evaluation",
+    "export": "sphereify.deployment.exporting",
+    "finetune": "sphereify.training.run",
+    "fold": "sphereify.deployment.folding",
     "load": "sphereify.artifact",
-    "param_groups": "sphereify.finetune.groups",
-    "plan_conversion": "sphereify.convert",
+    "param_groups": "sphereify.training.optim",
+    "plan_conversion": "sphereify.convert.planner",
     "save": "sphereify.artifact",
-    "sphereify": "sphereify.convert",
-    "suggest": "sphereify.convert.suggest",
+    "sphereify": "sphereify.conversion",
+    "suggest": "sphereify.calibration.suggestion",
 }
 
 __all__ = [
     "AngularLoss",
+    "ConversionOptions",
     "ConversionPlan",
     "Decision",
     "HypersphericalEnergy",
     "OrthogonalityPenalty",
+    "Settings",
     "apply_plan",
     "calibrate",
+    "compare",
+    "evaluate",
+    "export",
+    "finetune",
     "fold",
     "load",
     "param_groups",
@@ -54,14 +76,4 @@ __all__ = [
     "suggest",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sphereify' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

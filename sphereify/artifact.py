@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sphereify.convert import ConversionPlan, apply_plan
-from sphereify.convert.fold import FOLDING_ATTRIBUTE, Folding, apply_folding
 from sphereify.convert.graph import class_name, is_site, weight_of
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
+from sphereify.convert.plan import ConversionPlan
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.deployment.folded_layers import FoldedLayer
+from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
 from sphereify.errors import ArtifactError, UsageError
 from sphereify.nn import AngularHead
-from sphereify.nn.folded import FoldedLayer
 from sphereify.nn.layers import AngularLayer
 from sphereify.sources import Source, build_model, recognise, versions
 

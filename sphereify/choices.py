@@ -1,4 +1,4 @@
-"""The words a user may choose from, in one place that imports nothing.
+"""The words a user may choose from, and defaults that several packages share, in one place that imports nothing.
 
 The command line prints them without loading torch; the code that acts on them keys its tables by them.
 """
@@ -16,6 +16,9 @@ EXPORT_FORMATS = ("onnx", "torch-export")
 HEAD_KINDS = tuple(head for head in HEADS if head not in ("auto", "keep"))
 MARGIN_HEADS = ("ga-softmax", "a-softmax")
 """Kinds whose score of the target class, in training, bears an angular margin."""
+
+DEFAULT_EPS = 1e-4
+"""ε of the authors' code, added to both squared norms."""
 
 
 def canonical(word: str) -> str:

@@ -4,13 +4,45 @@ Every message names the place, what arrived, what was expected and what to try.
 """
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+
+_REFERENCE = re.compile("\ue000([^\ue001\ue002]*)(?:\ue001([^\ue002]*))?\ue002")
+"""How `option` writes a reference: characters of Unicode's private use, which no message contains by chance."""
+
+
+def option(name: str, value: object = None) -> str:
+    """A reference to an option inside a message, which each interface spells its own way.
+
+    `option("lr")` reads `lr` in Python and `--lr` on the command line; `option("head", "keep")` reads `head='keep'` and
+    `--head keep`.
+    """
+    shown = "" if value is None else f"\ue001{value!r}"
+    return f"\ue000{name}{shown}\ue002"
+
+
+def in_python(name: str, value: str | None) -> str:
+    """An option as a keyword argument."""
+    return name if value is None else f"{name}={value}"
 
 
 class SphereifyError(Exception):
     """Base of every error that this package raises on purpose. Shown on the command line without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return self.spelled(in_python)
+
+    def spelled(self, spell: Callable[[str, str | None], str]) -> str:
+        """The message with each option as `spell(name, value)` writes it; `value` is a repr, or None where only the
+        option is meant."""
+        return spelled(super().__str__(), spell)
+
+
+def spelled(message: str, spell: Callable[[str, str | None], str] = in_python) -> str:
+    """A message with its references to options (`option`) written out."""
+    return _REFERENCE.sub(lambda match: spell(match[1], match[2]), message)
 
 
 class UsageError(SphereifyError, ValueError):
@@ -60,6 +92,22 @@ def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, for a message of one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def invalid(name: str, value: object, expected: str, remedy: str = "") -> UsageError:
+    """The error for a value that an option does not take.
+
+    Args:
+        name: the option, as Python spells it.
+        value: what arrived.
+        expected: what it takes, as a noun phrase: "a number above 0".
+        remedy: what to try, as a sentence without its full stop.
+
+    >>> print(invalid("lr", -1.0, "a number above 0", "A usual value is 1e-3"))
+    lr: got -1.0, expected a number above 0. A usual value is 1e-3.
+    """
+    advice = f". {remedy}." if remedy else ""
+    return UsageError(f"{option(name)}: got {value!r}, expected {expected}{advice}")
 
 
 def choose(what: str, given: object, choices: Iterable[str]) -> UsageError:

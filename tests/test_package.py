@@ -22,7 +22,7 @@ PUBLIC = {
         "SphereConv1d SphereConv2d SphereConv3d SphereLinear AngularHead"
     ),
     "sphereify.nn.functional": "sphere_conv1d sphere_conv2d sphere_conv3d sphere_linear",
-    "sphereify.finetune": "finetune Settings Epoch accuracy",
+    "sphereify.training": "finetune Settings Epoch accuracy",
 }
 
 
@@ -82,7 +82,7 @@ def test_a_star_import_brings_what_all_lists():
 def test_a_name_is_the_same_object_wherever_it_is_taken_from():
     from sphereify.artifact import load
     from sphereify.convert import apply_plan
-    from sphereify.finetune.groups import param_groups
+    from sphereify.training.optim import param_groups
 
     assert sphereify.load is load
     assert sphereify.apply_plan is apply_plan

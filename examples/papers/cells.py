@@ -1,4 +1,4 @@
-"""Networks of an experiment, each trained once by `sphereify.finetune`, and the table, picture and JSON of all.
+"""Networks of an experiment, each trained once by `sphereify.training`, and the table, picture and JSON of all.
 
 A cell is one network: how it is built, converted and trained. Cells that have finished are not repeated, unfinished
 ones continue where they stopped.
@@ -25,9 +25,9 @@ from torch import nn
 from examples.papers.report import finish, markdown, parse
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError
-from sphereify.finetune import Settings, Terms, Variant, evaluate, train_once, trained
-from sphereify.finetune.record import write_text
 from sphereify.plots import plot_panels
+from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
+from sphereify.training.run_folder import write_text
 
 SMOOTHED = Terms(label_smoothing=0.01)
 """The loss of the authors' code."""

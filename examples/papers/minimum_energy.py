@@ -14,7 +14,7 @@ from typing import Any
 
 from examples.papers.cells import CPU, SMOOTHED, Cell, Experiment, Outcome, Scale, run
 from examples.papers.plain_cnn import cnn, wide
-from sphereify.finetune import Terms
+from sphereify.training import Terms
 
 RARE = (3, 0.05)
 """Classes, and the share of their training images that they keep."""

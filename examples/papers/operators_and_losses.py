@@ -10,8 +10,8 @@ from typing import Any
 
 from examples.papers.cells import Cell, Experiment, Scale, run
 from examples.papers.plain_cnn import cnn, wide
-from sphereify.finetune import Terms
 from sphereify.nn import SigmoidOperator
+from sphereify.training import Terms
 
 OPERATORS: dict[str, dict[str, Any] | None] = {
     "plain": None,

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from sphereify.convert.running import Call, Inputs, Run, run, unchanged
+from sphereify.convert.observe import Call, Inputs, Run, run, unchanged
 from sphereify.convert.wiring import Wiring
 from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead
-from sphereify.nn.calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
+from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
 from sphereify.nn.layers import AngularLayer
 
 Role = Literal["input", "hidden", "shortcut", "classifier", "auxiliary"]

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from sphereify.convert.graph import computed_tensors, is_site, kind_of, relative_parameter, weight_of
+from sphereify.convert.observe import Call
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.convert.running import Call
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.functional import DEFAULT_EPS
+from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
 

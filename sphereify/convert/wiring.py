@@ -6,9 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sphereify.convert.observe import Call
 from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCTS, SAME_VALUES, SCALE
-from sphereify.convert.running import Call
-from sphereify.nn.calls import FUNCTIONS
+from sphereify.nn.functional_calls import FUNCTIONS
 
 UPSAMPLE = {
     "interpolate", "upsample", "pixel_shuffle", "pixelshuffle", "convtranspose1d", "convtranspose2d", "convtranspose3d",

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sphereify.choices import DEFAULT_EPS
 from sphereify.errors import UsageError
-from sphereify.nn import blocks, kernels
+from sphereify.nn.geometry import Ints, Projection, box_spread, box_sum, convolve
 from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, broadcast_k, clip, is_built_in, overwrite
+from sphereify.nn.passes import cpu as blocks
+from sphereify.nn.passes import triton as kernels
 from sphereify.nn.rescaling import of_channels, rescaled, unscaled
-from sphereify.nn.windows import Ints, Projection, box_spread, box_sum, convolve
-
-DEFAULT_EPS = 1e-4
 
 # Asked once: torch.compile cannot follow the question in torch 2.11.
 AUTOCAST_DEVICES = frozenset(

@@ -89,6 +89,11 @@ def adopted(plain: nn.Module) -> dict[str, Any]:
     return {key: value.copy() if isinstance(value, (dict, set, list)) else value for key, value in vars(plain).items()}
 
 
+def is_folded_layer(module: nn.Module) -> bool:
+    """Whether this is a layer for inference, whose constants are folded into its filters (`sphereify.deployment`)."""
+    return getattr(type(module), "folded", False)
+
+
 class _ConvLayer(AngularLayer):
     """Shared by the three convolutions: they differ in the function they call."""
 

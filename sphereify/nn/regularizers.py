@@ -15,8 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose
-from sphereify.nn.calls import filters_of_calls
 from sphereify.nn.functional import gathered, no_autocast
+from sphereify.nn.functional_calls import filters_of_calls
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.operators import SIN_FLOOR, inner_acos, with_value
 

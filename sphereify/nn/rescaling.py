@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from sphereify.nn.geometry import Projection
 from sphereify.nn.operators import accumulate_dtype
-from sphereify.nn.windows import Projection
 
 
 def of_channels(values: Tensor | None, of_filters: Tensor, projection: Projection | None) -> Tensor | None:

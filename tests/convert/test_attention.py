@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from sphereify import ConversionPlan, apply_plan, load, plan_conversion, save, sphereify
-from sphereify.nn.calls import CALLS, AngularCall
 from sphereify.nn.functional import sphere_linear
+from sphereify.nn.functional_calls import CALLS, AngularCall
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import make_operator
 from tests.nn.oracle import normal

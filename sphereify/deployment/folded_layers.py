@@ -1,0 +1,348 @@
+"""Angular layers for inference, with all that is constant multiplied into the filters.
+
+With unit filters ŵ, N the norm of the patch, and a following normalization s·y + t:
+
+    cosine      s·(β·ŵ·x / N + γ) + t   =  (a·ŵ)·x / N + b            a = s·β, b = s·γ + t
+    linear      a·arcsin(ŵ·x / N) + b                                 a = s·β·2/π
+    sigmoid     a·(logistic(c·arcsin(ŵ·x / N)) - ½) + b               a = 2·s·β / tanh(π/4k), c = 1/k
+
+The convolution is one call of torch's; then the output is passed over once, in place. Where a window is one position
+and has fewer channels than there are filters, the input is divided instead, and b added by the convolution itself.
+"""
+
+import math
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sphereify.errors import UnsupportedModelError
+from sphereify.nn.functional import (
+    _compute_dtype,
+    _normalize_filters,
+    _resolve_padding,
+    no_autocast,
+    per_axis,
+)
+from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity
+from sphereify.nn.heads import HEAD_EPS, AngularHead, _eps, _length
+from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
+from sphereify.nn.operators import accumulate_dtype, is_built_in
+from sphereify.nn.passes.cpu import is_plain
+
+Layer = TypeVar("Layer", bound="FoldedLayer")
+
+
+class Affine(NamedTuple):
+    """y -> scale·y + shift for each channel; both of shape (channels,), in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+class FoldedLayer(nn.Module):
+    """What folded layers share. Made from an angular layer, and fixed: parameters require no gradient.
+
+    Attributes:
+        weight: the unit filters; for the cosine operator, times a.
+        bias: b of shape (filters,), or None.
+        scale: a of shape (filters,), or None where it is 1 or part of the weight.
+        sharpness: c of the sigmoid, of shape (filters,) or (1,), else None.
+        curve: the operator's name, or "own" for an operator object of the user's, which stays as it is.
+
+    Gradients flow to the input. `train()` is refused with an `UnsupportedModelError`.
+    """
+
+    folded: ClassVar[bool] = True
+    weight: Any
+    bias: Any
+    scale: Any
+    sharpness: Any
+    operator: Any
+    eps: float
+    curve: str
+
+    def _fold(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Become scale·g(θ) + shift, both of shape (filters,) or None for 1 and 0, from the layer that this copies."""
+        unit, _ = _normalize_filters(self.weight.detach().double(), self.eps)
+        sharpness = None
+        self.curve = operator.name if is_built_in(operator) else "own"
+        if self.curve == "cosine" and scale is not None:
+            unit, scale = unit * scale.view(-1, *[1] * (unit.dim() - 1)), None
+        elif self.curve == "linear":
+            scale = (1 if scale is None else scale) * unit.new_full((len(unit),), 2 / math.pi)
+        elif self.curve.endswith("sigmoid"):
+            k = torch.as_tensor(operator.k, dtype=unit.dtype, device=unit.device).detach().reshape(-1)
+            sharpness = 1 / k
+            scale = ((2 if scale is None else 2 * scale) / (math.pi / (4 * k)).tanh()).expand(len(unit))
+        for name in ("operator", "beta", "gamma", "scale"):  # a head has a scale of its own: a number
+            if not (name == "operator" and self.curve == "own"):
+                for home in (vars(self), self._modules, self._parameters):
+                    home.pop(name, None)
+        like = self._parameters.pop("weight")
+        for name, value in {"weight": unit, "bias": shift, "scale": scale, "sharpness": sharpness}.items():
+            self._parameters[name] = None if value is None else _constant(value, like)
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        if mode:
+            raise UnsupportedModelError(
+                "train(): this model is folded for inference and cannot be trained. Train the model that it was folded "
+                "from, and fold that again"
+            )
+        return super().train(False)
+
+    def _finish(self, dot: Tensor, inverse: Tensor | None, channels: Ints) -> Tensor:
+        """From inner products to outputs, in place: times 1/N, through the curve, scaled and shifted.
+
+        `channels` is the shape in which (filters,) broadcasts. Without `inverse` the products are cosines already, and
+        for the cosine operator all is done.
+        """
+        shift = None if self.bias is None else _cast(self.bias, dot.dtype).view(channels)
+        if self.curve == "cosine":
+            return dot if inverse is None else _scale_and_shift(dot, inverse, shift)
+        g = self._g(dot if inverse is None else dot.mul_(inverse), channels)
+        if self.scale is not None:
+            return _scale_and_shift(g, _cast(self.scale, g.dtype).view(channels), shift)
+        return g if shift is None else g + shift
+
+    def _g(self, cos: Tensor, channels: Ints) -> Tensor:
+        """What of the operator's curve is not in the scale, in place where it is one of the four."""
+        cos = F.hardtanh(cos, inplace=True)
+        if self.curve == "own":
+            return self.operator(cos)  # type: ignore[no-any-return]
+        if self.curve == "cosine":
+            return cos
+        angle = cos.asin_()
+        if self.sharpness is None:
+            return angle
+        sharpness = _cast(self.sharpness, angle.dtype)
+        # tanh(u) = 2·logistic(2u) - 1, where the logistic function takes a sixth of the time.
+        logistic = angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).sigmoid_()
+        return logistic - 0.5 if logistic.requires_grad else logistic.sub_(0.5)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
+
+
+def _constant(value: Tensor, like: Any) -> nn.Parameter:
+    """A parameter that requires no gradient, with the dtype and, for filters, the memory format of another."""
+    last = value.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    return nn.Parameter(value.to(like.dtype).clone(memory_format=form), requires_grad=False)
+
+
+def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """scale·y + shift in one pass; y is overwritten where nothing needs it."""
+    if shift is None:
+        return y.mul_(scale)
+    if y.requires_grad or torch.compiler.is_compiling() or not is_plain(y):
+        return torch.addcmul(shift, y, scale)
+    return torch.addcmul(shift, y, scale, out=y)
+
+
+def _fit(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
+    """x in `dtype`, with each sample divided down whose inner products could exceed fp16's 65504; angles stay."""
+    if dtype is not torch.float16 or x.numel() == 0:
+        return _cast(x, dtype)
+    peak = x.to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
+    longest = weight.to(torch.float32).flatten(1).norm(dim=1).amax(dim=0)
+    return (x / (peak * longest * (math.sqrt(weight[0].numel()) / 6e4)).clamp_min(1)).to(dtype)
+
+
+class _FoldedConv(FoldedLayer):
+    """Shared by the three convolutions."""
+
+    padding_mode: Any
+    padding: Any
+    stride: Any
+    dilation: Any
+    groups: int
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, input: Tensor) -> Tensor:
+        dim = self.weight.dim() - 2
+        x = input if input.dim() == dim + 2 else input.unsqueeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        strides, dilations = per_axis(self.stride, dim), per_axis(self.dilation, dim)
+        x, paddings = _resolve_padding(x, padding, self.weight.shape[2:], strides, dilations)
+        dtype = _compute_dtype(x, self.weight)
+        x = _fit(dtype, x, self.weight)
+        with no_autocast(x.device.type):
+            y = _cast(
+                self._map(x, _cast(self.weight, dtype), Projection(strides, paddings, dilations, self.groups)), dtype
+            )
+        return y if input.dim() == dim + 2 else y.squeeze(0)
+
+    def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+        precise = accumulate_dtype(x.dtype)
+        groups, ones = projection.groups, [1] * (weight.dim() - 2)
+        squares = _squares(_cast(x, precise), groups, weight.shape[1])
+        inverse = box_sum(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
+        filters = (1, -1, *ones)
+        if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
+            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            dot = convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
+            return self._finish(_cast(dot, precise), None, filters)
+        dot = _cast(convolve(x, weight, None, projection), precise)
+        if groups == 1 or groups == len(weight):
+            return self._finish(dot, inverse, filters)
+        if self.curve == "cosine":
+            grouped = self._finish(dot.unflatten(1, (groups, -1)), inverse.unsqueeze(2), (1, groups, -1, *ones))
+            return grouped.flatten(1, 2)
+        dot.unflatten(1, (groups, -1)).mul_(inverse.unsqueeze(2))
+        return self._finish(dot, None, filters)
+
+
+def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
+    """The sum of squares over the channels of each group: (B, C, …) -> (B, groups, …).
+
+    Which way is fastest on a CPU depends on where channels lie in memory; a wrong one takes up to 70 times as long.
+    """
+    if per_group == 1:
+        return x.square()
+    if torch.compiler.is_compiling():
+        return x.square().sum(1, keepdim=True) if groups == 1 else _by_group(x.square(), groups).sum(2)
+    if per_group <= 4 and groups == 1:
+        first, *others = x.split(1, dim=1)
+        total = first.square()
+        for channel in others:
+            total = torch.addcmul(total, channel, channel)
+        return total
+    if x.stride(1) == 1:
+        return torch.linalg.vector_norm(_by_group(x, groups), dim=2).square()
+    return _by_group(x.square(), groups).sum(2)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, C, …) -> (B, groups, C / groups, …)"""
+    return x.unflatten(1, (groups, -1))
+
+
+class FoldedConv1d(_FoldedConv, nn.Conv1d):
+    """The folded `SphereConv1d`: (B, C, L) or (C, L)."""
+
+
+class FoldedConv2d(_FoldedConv, nn.Conv2d):
+    """The folded `SphereConv2d`: (B, C, H, W) or (C, H, W)."""
+
+
+class FoldedConv3d(_FoldedConv, nn.Conv3d):
+    """The folded `SphereConv3d`: (B, C, D, H, W) or (C, D, H, W)."""
+
+
+class FoldedLinear(FoldedLayer, nn.Linear):
+    """The folded `SphereLinear`: (*, in_features) -> (*, out_features); (B, in_features) if a BatchNorm is part of it.
+
+    Such a norm takes dimension 1 for channels, which in an input of more dimensions are not the filters.
+    """
+
+    rows_only: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.rows_only and input.dim() != 2:
+            raise UnsupportedModelError(
+                f"a BatchNorm was folded into this linear map, which takes (B, {self.in_features}) then, and got "
+                f"{tuple(input.shape)}"
+            )
+        dtype = _compute_dtype(input, self.weight)
+        rows = _fit(dtype, input if input.dim() > 1 else input.unsqueeze(0), self.weight)
+        with no_autocast(rows.device.type):
+            y = _cast(self._map(rows, _cast(self.weight, dtype)), dtype)
+        return y if input.dim() > 1 else y.squeeze(0)
+
+    def _map(self, x: Tensor, weight: Tensor) -> Tensor:
+        precise = accumulate_dtype(x.dtype)
+        inverse = _inverse_length(_cast(x, precise), self.eps)
+        if len(weight) > weight.shape[1]:
+            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            return self._finish(_cast(F.linear(x * _cast(inverse, x.dtype), weight, bias), precise), None, (-1,))
+        return self._finish(_cast(F.linear(x, weight), precise), inverse, (-1,))
+
+
+def _inverse_length(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(‖x‖² + ε) over the last dimension, which is kept."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + eps).rsqrt()
+
+
+class FoldedHead(FoldedLayer, nn.Linear):
+    """The folded `AngularHead`: (*, in_features) -> (*, num_classes), logits without a margin.
+
+    With the cosine operator ‖x‖·cos θ_j is ŵ_j·x: a linear map.
+    """
+
+    kind: str
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        precise = accumulate_dtype(input.dtype)
+        with no_autocast(input.device.type):
+            x, weight = _cast(input, precise), _cast(self.weight, precise)
+            if self.curve == "cosine" and self.kind != "s-softmax":
+                logits = F.linear(x, weight, None if self.bias is None else _cast(self.bias, precise))
+            else:
+                rows = x if x.dim() > 1 else x.unsqueeze(0)
+                logits = self._angular(rows, weight, _length(rows, _eps(input)))
+                logits = logits if x.dim() > 1 else logits.squeeze(0)
+        return logits if input.dtype is not self.weight.dtype else _cast(logits, input.dtype)
+
+    def _angular(self, x: Tensor, weight: Tensor, length: Tensor) -> Tensor:
+        dot = F.linear(x, weight)
+        if self.kind == "s-softmax":
+            return self._finish(dot, 1 / length, (-1,))
+        factor = length if self.scale is None else length * _cast(self.scale, length.dtype)
+        shift = None if self.bias is None else _cast(self.bias, length.dtype)
+        return _scale_and_shift(self._g(dot.div_(length), (-1,)), factor, shift)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}"
+
+
+FOLDED: dict[type[nn.Module], type[FoldedLayer]] = {
+    SphereConv1d: FoldedConv1d,
+    SphereConv2d: FoldedConv2d,
+    SphereConv3d: FoldedConv3d,
+    SphereLinear: FoldedLinear,
+    AngularHead: FoldedHead,
+}
+"""Which class takes the place of which; of exactly these types, since a subclass may compute something else."""
+
+
+def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
+    """The inference form of an angular layer or head; the layer is not changed.
+
+    Args:
+        layer: of one of the types in `FOLDED`.
+        affine: what a BatchNorm behind it does to each channel in evaluation.
+    """
+    twin = FOLDED[type(layer)].__new__(FOLDED[type(layer)])
+    twin.__dict__.update(adopted(layer))
+    twin.training = False
+    if isinstance(layer, AngularHead):
+        vars(twin).update(eps=HEAD_EPS, in_features=layer.in_features, out_features=layer.num_classes)
+        scale = layer.weight.new_full((layer.num_classes,), layer.scale) if layer.kind == "s-softmax" else None
+        twin._fold(layer.operator, None if scale is None else scale.double(), _double(layer.bias))
+        return twin
+    if isinstance(twin, FoldedLinear):
+        twin.rows_only = affine is not None
+    assert isinstance(layer, AngularLayer)
+    scale, shift = _double(layer.beta), _double(layer.bias if layer.bias is not None else layer.gamma)
+    if affine is not None:
+        shift = affine.shift if shift is None else affine.scale * shift + affine.shift
+        scale = affine.scale if scale is None else affine.scale * scale
+    twin._fold(layer.operator, scale, shift)
+    return twin
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. A cast that changes nothing would stay in an exported graph."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def _double(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().double()

@@ -1,0 +1,228 @@
+"""A converted model for inference: constants folded into the filters, and the BatchNorm behind a layer with them.
+
+Which normalization follows a layer the conversion plan knows; a model built of angular layers by hand is traced.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sphereify.calibration.batches import evaluating, fresh
+from sphereify.convert.graph import class_name, trace
+from sphereify.convert.observe import Inputs
+from sphereify.convert.plan import ConversionPlan, count
+from sphereify.convert.planner import check_model, submodule
+from sphereify.convert.provenance import tensors_in
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, copy_of, without_norm
+from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
+from sphereify.nn import AngularHead
+from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name
+from sphereify.nn.layers import AngularLayer
+
+FOLDING_ATTRIBUTE = "folding"
+"""Where a folded model carries what was folded."""
+
+TOLERANCE = 3e-2
+"""Of outputs, relative to the largest, in whatever precision: what is read in the wrong form is further off."""
+BATCH_NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm1d",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.batchnorm.BatchNorm3d",
+    "torch.nn.modules.batchnorm.SyncBatchNorm",
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+}
+"""Normalizations, by qualified name, that are one affine map for each channel in evaluation, then an activation."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What of a model was folded, by name, and what was not. Plain data."""
+
+    layers: dict[str, str | None]
+    """Each folded layer, with the BatchNorm that became part of it."""
+    left: dict[str, str] = field(default_factory=dict)
+    """What stays as it was, with the reason: angular layers, functional calls, BatchNorms behind folded layers."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: with {norm}" if norm else name for name, norm in self.layers.items()]
+        return "\n".join([self.summary(), *lines, *(f"{name}: left, {why}" for name, why in self.left.items())])
+
+    def summary(self) -> str:
+        """One line: how many layers are folded, with how many BatchNorms, and how much is left."""
+        norms = sum(norm is not None for norm in self.layers.values())
+        left = f", {len(self.left)} left as they are" if self.left else ""
+        return f"{count(len(self.layers), 'layer')} folded, {norms} of them with their BatchNorm{left}"
+
+
+def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = False) -> nn.Module:
+    """The model for inference: the same outputs up to rounding, at about the cost of the network before conversion.
+
+    Filter norms, β, γ, a learnable k and a following BatchNorm in evaluation become constants of the layer. Whatever
+    cannot be folded soundly (weights that are computed, functional calls, normalizations that something else reads)
+    stays as it is and is named in `model.folding.left`.
+
+    Args:
+        model: converted, on any device, in any mode.
+        example_inputs: as for `sphereify`; for a model that carries no conversion plan. Where given, the folded model's
+            outputs are compared with the model's.
+        inplace: change `model` itself. Otherwise it is copied and not touched.
+
+    Returns:
+        A model of the same class, in eval mode, without parameters that require a gradient. It saves, loads, moves and
+        exports; `train()` and a second conversion are refused.
+
+    Raises:
+        UsageError: nothing in the model is angular, or it is folded already.
+        UnsupportedModelError: a wrapped or compiled model, or one whose forward reads a layer's weights by itself, so
+            that its outputs on `example_inputs` become others.
+
+    >>> import torch
+    >>> from sphereify import sphereify
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+    >>> model = sphereify(net).eval()
+    >>> x = torch.randn(2, 3, 3, 3)
+    >>> torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    >>> print(fold(model).folding)
+    2 layers folded, 1 of them with their BatchNorm
+    0: with 1
+    4
+    """
+    if isinstance(model, nn.Module) and is_folded(model):
+        raise UsageError(f"fold: this {type(model).__name__} is folded already")
+    check_model(model)
+    folding = _plan_folding(model, example_inputs)
+    if inplace and example_inputs is None:
+        return apply_folding(model, folding)
+    twin = apply_folding(copy_of(model), folding)
+    if example_inputs is not None:
+        _check_outputs(model, twin, example_inputs)
+    return apply_folding(model, folding) if inplace else twin
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) -> None:
+    """A layer whose weight the model reads itself, beside calling it, cannot be folded: nothing else shows it."""
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with evaluating(model):
+        pairs = zip(*(tensors_in(network(*fresh(given))) for network in (model, twin)), strict=True)
+        for wanted, got in pairs:
+            near = TOLERANCE * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
+            if not torch.allclose(got, wanted, rtol=0, atol=near, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights "
+                    f"of a layer that would be folded. Use it unfolded"
+                )
+
+
+def is_folded(model: nn.Module) -> bool:
+    return any(isinstance(module, FoldedLayer) for module in model.modules())
+
+
+def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
+    """The model with exactly these layers folded, in place.
+
+    Raises:
+        PlanMismatchError: the model has no such angular layer or BatchNorm. Nothing has been changed then.
+    """
+    layers = {name: _found(model, name, tuple(FOLDED)) for name in folding.layers}
+    norms = {norm: _found(model, norm, (nn.Module,)) for norm in folding.layers.values() if norm is not None}
+    with torch.no_grad():
+        twins = {
+            name: folded(layer, _affine_of(norms.get(folding.layers[name] or ""))) for name, layer in layers.items()
+        }
+    for name, twin in twins.items():
+        become(layers[name], twin)
+    for norm in norms.values():
+        become(norm, without_norm(norm))
+    model.eval().requires_grad_(False)
+    setattr(model, FOLDING_ATTRIBUTE, folding)
+    return model
+
+
+def _found(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
+    module = submodule(model, name) if name else model
+    if not isinstance(module, kinds):
+        what = "nothing" if module is None else f"a {class_name(module)}"
+        raise PlanMismatchError(f"{name}: was folded, and {type(model).__name__} has {what} there")
+    return cast(nn.Module, module)
+
+
+def _plan_folding(model: nn.Module, example_inputs: Inputs) -> Folding:
+    """What can be folded, and why the rest cannot."""
+    angular = {name: m for name, m in model.named_modules() if isinstance(m, (AngularLayer, AngularHead))}
+    calls = [(name, m) for name, m in model.named_modules() if answers_calls(m)]
+    if not angular and not calls:
+        raise UsageError(f"fold: nothing in {type(model).__name__} is angular; convert it first with sphereify(model)")
+    left = {name: why for name, layer in angular.items() if (why := _reason_to_leave(layer))}
+    norms = _owned_norms(model, example_inputs) if len(left) < len(angular) else {}
+    layers: dict[str, str | None] = {}
+    for name in (name for name in angular if name not in left):
+        # A head is no affine map of g: its logits are multiplied by the length of the features.
+        layers[name] = norm = None if isinstance(angular[name], AngularHead) else norms.get(name)
+        if norm is not None and (why := _reason_to_leave_norm(angular[name], submodule(model, norm))):
+            layers[name], left[norm] = None, why
+    for name, owner in calls:
+        keys = (f"{name}.{parameter_name(key)}".lstrip(".") for key in getattr(owner, CALLS))
+        left.update(dict.fromkeys(keys, "a functional call, whose weight is passed anew each time"))
+    return Folding(layers, left)
+
+
+def _reason_to_leave(layer: nn.Module) -> str:
+    if type(layer) not in FOLDED:
+        return f"{class_name(layer)} is a subclass and may compute something else"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    if "weight" not in layer._parameters or _computes_weights(layer):
+        return "its weight is computed in each pass"
+    return ""
+
+
+def _computes_weights(layer: nn.Module) -> bool:
+    """Whether a hook of torch's makes the weight, as older weight and spectral norms do."""
+    return any(type(hook).__module__.startswith("torch.nn.utils") for hook in layer._forward_pre_hooks.values())
+
+
+def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
+    """The BatchNorm that follows each layer, and nothing else, by name."""
+    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    found: Any = plan.decisions if plan is not None else trace(model, example_inputs).sites
+    owned = {one.name: one.norm for one in found if one.owns_norm and one.norm is not None}
+    return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) or class_name(norm) in BATCH_NORMS
+
+
+def _reason_to_leave_norm(layer: nn.Module, norm: Any) -> str:
+    """Why a normalization behind a layer is no constant affine map of the layer's output; "" if it is one."""
+    if class_name(norm) not in BATCH_NORMS:
+        return f"{class_name(norm)} is a subclass and may compute something else"
+    if getattr(norm, "running_mean", None) is None:
+        return "it has no running statistics"
+    if layer._forward_hooks or norm._forward_pre_hooks or norm._forward_hooks or "forward" in vars(norm):
+        return "a hook reads what lies between the layer and it, or behind it"
+    if "weight" not in {**norm._parameters, **norm._buffers}:
+        return "its weight is computed in each pass"
+    filters = cast(Any, layer).weight.shape[0]
+    return (
+        "" if len(norm.running_mean) == filters else f"it has {len(norm.running_mean)} channels for {filters} filters"
+    )
+
+
+def _affine_of(norm: Any) -> Affine | None:
+    """What a BatchNorm does to each channel in evaluation."""
+    if norm is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return Affine(scale, shift if norm.bias is None else shift + norm.bias.double())

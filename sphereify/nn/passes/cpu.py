@@ -1,0 +1,236 @@
+"""The passes of the angular map in ATen, in place and a block at a time: for the CPU, in eager mode.
+
+Each function equals a piece of the reference in `functional`. There every operation runs over a whole tensor and makes
+a new one; here all operations run over a block that stays in the cache before the next block is touched, and write to
+tensors that are needed anyway.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sphereify.nn.geometry import Projection, box_spread, box_sum
+from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, clip
+from sphereify.nn.rescaling import rescaled
+
+BLOCK = 2**18
+"""Elements of a block: 1 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
+several cores their meeting."""
+
+
+def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+    """Whether the blocks can do the angular map of x and weight, in a forward or a backward.
+
+    Not while torch.compile or a tracer looks on, for tensors inside vmap or of other classes, for a gradient that is
+    to be differentiated again, or where x is neither channels_last nor contiguous.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch._C._get_tracing_state()
+        and all(is_plain(tensor) and tensor.numel() for tensor in (x, weight))
+        and (projection is None or x.is_contiguous() or _is_channels_last(x))
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers: no subclass, none of functorch's."""
+    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)"""
+    accumulate = accumulate_dtype(weight.dtype)
+    norm = torch.linalg.vector_norm(_rows(weight, weight), dim=1, dtype=accumulate).square_().add_(eps).sqrt_()
+    norm = norm.view(-1, *[1] * (weight.dim() - 1))
+    return (weight / norm).to(dtype), norm
+
+
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
+    w, wide = weight.to(norm.dtype), v.to(norm.dtype)
+    inward = torch.linalg.vecdot(_rows(w, v), _rows(wide, v)).view(norm.shape) / norm / norm
+    return wide.addcmul_(w, inward, value=-1).div_(norm).to(weight.dtype)
+
+
+def _rows(filters: Tensor, like: Tensor) -> Tensor:
+    """(O, fan_in), in the order in which `like` has them in memory: to sums it does not matter."""
+    return (filters.movedim(1, -1) if _is_channels_last(like) else filters).flatten(1)
+
+
+def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
+    """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    view = _View.of(x, projection)
+    squares = view.empty_patches(x)
+    for piece, total in _split(view(x), view.patches(squares)):
+        if view.channels_last:
+            torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=total.dtype, out=total).square_()
+        else:
+            piece = piece.to(total.dtype)
+            torch.sum(piece * piece, view.channels, keepdim=True, out=total)
+    if projection is not None:
+        squares = box_sum(squares, kernel, projection)
+    return squares.add_(eps).sqrt_()
+
+
+def epilogue(
+    dot: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None,
+    beta: Tensor | None = None, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
+    view = _View.of(dot, projection)
+    dot, k = view.arranged(dot), view.of_filters(k)
+    beta, shift = (None if v is None else view.of_filters(v.to(norm.dtype)) for v in (beta, shift))
+    y = None if beta is None and shift is None else torch.empty_like(dot)
+    for piece, n, out in _split(view(dot), view.patches(norm), view(dot if y is None else y)):
+        g = CURVES[curve].value(clip(piece.to(n.dtype).div_(n), -1, 1), k)
+        if piece.dtype is not n.dtype:
+            piece.copy_(g)
+        if beta is not None and shift is not None and out.dtype is g.dtype:
+            torch.addcmul(shift, g, beta, out=out)
+        elif y is not None:
+            out.copy_(rescaled(g, beta, shift))
+    return dot, y
+
+
+def unscaled(
+    grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of g, β and the shift from that of β·g + shift."""
+    if beta is None and shift_dtype is None:
+        return grad, None, None
+    view = _View.of(g, projection)
+    g, grad = view.arranged(g), view.arranged(grad)
+    precise = accumulate_dtype(g.dtype)
+    factor = None if beta is None else view.of_filters(beta.to(precise))
+    out = grad if beta is None else torch.empty_like(g, dtype=precise)
+    channels = view(g).shape[1:3]
+    sums = torch.zeros(2, *channels, dtype=precise)
+    others = (0,) if view.channels_last else (0, 3)
+    for up, value, written in _split(view(grad), view(g), view(out)):
+        up = up.to(precise)
+        if shift_dtype is not None:
+            sums[1] += up.sum(others)
+        if factor is not None:
+            sums[0] += (up * value).sum(others)
+            torch.mul(up, factor, out=written)
+    by_beta, by_shift = sums.flatten(1)
+    return (out, None if beta is None else by_beta.to(beta.dtype),
+            None if shift_dtype is None else by_shift.to(shift_dtype))  # fmt: skip
+
+
+def prologue(
+    grad: Tensor, g: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
+
+    Args:
+        wanted: whether the gradients of x, of the weight and of k are. The second result is None without the first,
+            the third without the last.
+    """
+    view = _View.of(g, projection)
+    g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k)
+    d_dot, radial = torch.empty_like(g), view.empty_patches(g)
+    grad_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and wanted[2] else None
+    tensors = (view(grad), view(g), view.patches(norm), view(d_dot), view.patches(radial))
+    for up, value, n, out, total in _split(*tensors):
+        up, value = up.to(n.dtype), value.to(n.dtype)
+        slope = CURVES[curve].slope(value, filters_k, SIN_FLOOR[g.dtype])
+        if grad_k is not None and slope.by_k is not None:
+            grad_k += slope.by_k.mul_(up).sum_to_size(grad_k.shape)
+        d = up if slope.by_cos is None else slope.by_cos.mul_(up)
+        if wanted[0]:
+            torch.sum(d * slope.cos, view.channels, keepdim=True, out=total)
+            total.div_(n).div_(n)
+        if out.dtype is n.dtype:
+            torch.div(d, n, out=out)
+        else:
+            out.copy_(d / n)
+    return d_dot, radial if wanted[0] else None, None if grad_k is None else grad_k.view(k.shape)
+
+
+def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None) -> Tensor:
+    """grad_x - x · (the sum of `radial` over the patches of each element), in place."""
+    view = _View.of(x, projection)
+    grad_x = view.arranged(grad_x)
+    places = radial if projection is None else box_spread(radial, x.shape[2:], kernel, projection)
+    for piece, values, place in _split(view(grad_x), view(x), view.patches(places)):
+        if piece.dtype is place.dtype:
+            piece.addcmul_(values, place, value=-1)
+        else:
+            piece.copy_(piece.to(place.dtype).addcmul_(values.to(place.dtype), place, value=-1))
+    return grad_x
+
+
+class _View(NamedTuple):
+    """How a tensor is cut: as (places, groups, channels) in channels_last and for linear maps, else as (B, groups,
+    channels, places). What there is once for a patch has one channel."""
+
+    linear: bool
+    channels_last: bool
+    groups: int
+    channels: int
+    """The dimension."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, projection: Projection | None) -> "_View":
+        channels_last = projection is None or _is_channels_last(tensor)
+        return cls(
+            projection is None, channels_last, projection.groups if projection else 1, -1 if channels_last else 2
+        )
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not self.channels_last:
+            return tensor.flatten(2).unflatten(1, (self.groups, -1))
+        last = tensor if self.linear else tensor.movedim(1, -1)
+        return last.reshape(-1, self.groups, last.shape[-1] // self.groups)
+
+    def patches(self, tensor: Tensor) -> Tensor:
+        """The same of (B, groups, *space), or of (*, 1)."""
+        return self(tensor) if self.linear or tensor.is_contiguous() else self(self.arranged(tensor))
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """A tensor in the layout that the view can cut, copied where it has another."""
+        return tensor.contiguous(memory_format=self.memory_format(tensor.dim()))
+
+    def memory_format(self, dim: int) -> torch.memory_format:
+        return _CHANNELS_LAST[dim] if self.channels_last and not self.linear else torch.contiguous_format
+
+    def empty_patches(self, like: Tensor) -> Tensor:
+        """(B, groups, *space) for a tensor (B, C, *space), or (*, 1), in fp32 at least."""
+        shape = (*like.shape[:-1], 1) if self.linear else (len(like), self.groups, *like.shape[2:])
+        return torch.empty(shape, dtype=accumulate_dtype(like.dtype), memory_format=self.memory_format(like.dim()))
+
+    def of_filters(self, k: Any) -> Any:
+        """k so that it broadcasts over a view."""
+        if not isinstance(k, Tensor) or k.numel() == 1:
+            return k.reshape(1) if isinstance(k, Tensor) else k
+        return k.reshape(self.groups, -1) if self.channels_last else k.reshape(self.groups, -1, 1)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() in _CHANNELS_LAST and tensor.is_contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+
+
+def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of tensors that have their first dimension in common, of about `BLOCK` elements of the first tensor.
+
+    Views of four dimensions have the last in common too: where one index of the first is much, they are cut along that.
+    """
+    first = tensors[0]
+    each = first.numel() // len(first)
+    if first.numel() <= 2 * BLOCK:
+        yield tensors
+    elif each <= 2 * BLOCK or first.dim() < 4:
+        step = max(1, BLOCK // each)
+        yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
+    else:
+        step = max(1, BLOCK * first.shape[-1] // each)
+        for sample in zip(*(tensor.split(1) for tensor in tensors), strict=True):
+            yield from zip(*(tensor.split(step, -1) for tensor in sample), strict=True)

@@ -1,0 +1,419 @@
+"""The passes of the angular map as Triton kernels: for CUDA, or anywhere in Triton's interpreter.
+
+Each function equals a piece of the reference in `functional`, which remains for everything else. There a call asks
+`usable` first, and goes through `attempt`: when a kernel cannot be compiled or launched, the process warns once and
+stays with the reference. SPHEREIFY_KERNELS=0 in the environment, or `enabled(False)`, switches the kernels off.
+
+Triton itself is imported with the first launch.
+"""
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from sphereify.nn.geometry import Projection, is_identity
+from sphereify.nn.operators import SIN_FLOOR
+from sphereify.nn.passes.cpu import is_plain
+from sphereify.nn.rescaling import unscaled as unscaled
+
+Result = TypeVar("Result")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 2048
+"""Elements of a program's tile, 16 for each thread of its four warps."""
+WINDOW_TILE = 256
+"""The same for sums over windows of one channel; four times as many where there are more channels."""
+LARGEST = 2**29
+"""Places in a tile are counted in 32 bits: neither the pixels of a batch nor the numbers of a sample may be more."""
+
+
+class KernelFailure(RuntimeError):
+    """A kernel could not be compiled or launched; the cause is attached."""
+
+
+# ---- When
+
+
+class _Switch:
+    on = os.environ.get("SPHEREIFY_KERNELS", "1").lower() not in ("0", "off", "false", "no")
+    failed = False
+
+
+class enabled:
+    """Switch the kernels on or off for the process: from now on, or inside `with`.
+
+    >>> with enabled(False):
+    ...     pass  # the reference in ATen
+    """
+
+    def __init__(self, on: bool = True):
+        self._before = _Switch.on
+        _Switch.on = on
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        _Switch.on = self._before
+
+
+def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+    """Whether the kernels can do the angular map of x (in the compute dtype) and weight, in a forward or a backward.
+
+    Not while torch.compile or a tracer looks on, for tensors inside vmap or of other classes, for a gradient that is
+    to be differentiated again, for three spatial dimensions, or where x is neither channels_last nor contiguous.
+    """
+    if torch.compiler.is_compiling() or not _Switch.on or _Switch.failed:
+        return False
+    if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
+        return False
+    tensors = all(is_plain(t) and t.dtype in DTYPES and t.numel() and _is_dense(t) for t in (x, weight))
+    return (
+        tensors
+        and x.device == weight.device
+        and not torch.is_grad_enabled()
+        and not torch._C._get_tracing_state()
+        and (projection is None or len(projection.stride) < 3)
+        and _is_small(x, weight, projection)
+        and _has_triton()
+    )
+
+
+def attempt(function: Callable[..., Result], *args: Any) -> Result | None:
+    """function(*args), or None after a warning where a kernel fails; then no kernel is `usable` any more."""
+    try:
+        return function(*args)
+    except KernelFailure as failure:
+        _Switch.failed = True
+        warnings.warn(
+            f"The Triton kernel {failure} failed, so this process goes on without kernels, slower: "
+            f"{type(failure.__cause__).__name__}: {failure.__cause__}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or _is_channels_last(tensor)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_small(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+    channels = x.shape[-1 if projection is None else 1]
+    pixels = x.numel() // channels
+    sample = 1 if projection is None else pixels // x.shape[0]
+    return max(pixels, sample * max(channels, weight.shape[0])) < LARGEST
+
+
+# ---- The passes
+
+
+def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …) in fp32."""
+    unit = torch.empty_like(weight, dtype=dtype)
+    norm = torch.empty((weight.shape[0], *[1] * (weight.dim() - 1)), dtype=torch.float32, device=weight.device)
+    fan_in = weight[0].numel()
+    _launch("normalize_rows", (len(weight),), weight, unit, norm, fan_in, eps, BLOCK=_row_block(fan_in))
+    return unit, norm
+
+
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype and layout of weight; v of any floating dtype, N of `normalize_filters`."""
+    if v.stride() != weight.stride():
+        v = torch.empty_like(weight, dtype=v.dtype).copy_(v)
+    out = torch.empty_like(weight)
+    fan_in = weight[0].numel()
+    _launch("project_rows", (len(weight),), v, weight, norm, out, fan_in, BLOCK=_row_block(fan_in))
+    return out
+
+
+def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
+    """sqrt(‖patch‖² + ε) in fp32: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    if projection is None:
+        return _square_sum(x, 1, _Tensor.of(x, None), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), eps)
+    groups, layout = projection.groups, _Tensor.of(x, projection)
+    size = x.shape[2:]
+    if is_identity(kernel, projection):
+        return _square_sum(x, groups, layout, _map(x, groups, size, layout), eps)
+    depthwise = layout.columns == groups
+    squares = x if depthwise else _square_sum(x, groups, layout, _map(x, groups, size, layout), None)
+    norm = _map(x, groups, _windows(size, kernel, projection), layout)
+    return _window_map(squares, norm, kernel, projection, layout.channels_last, eps=eps, square=depthwise)
+
+
+def epilogue(
+    dot: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    beta: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(g, y): g of dot / norm, which takes the place of `dot`, and β·g + γ, clipped at 0 with `relu`.
+
+    Args:
+        dot: (B, O, …) or (*, O).
+        norm: of `patch_norm`.
+        curve: a name of `operators.CURVES`.
+        k: a number, or a tensor with one k for each filter or for all.
+        beta, shift: (O,) or None. y is None where there is neither of them and no `relu`.
+    """
+    layout = _Tensor.of(dot, projection)
+    dot, norm = layout.arrange(dot), layout.arrange(norm)
+    y = torch.empty_like(dot) if relu or beta is not None or shift is not None else None
+    groups = projection.groups if projection else 1
+    blocks = _elementwise(layout)
+    _launch(
+        "epilogue", layout.grid(blocks), dot, norm, _as_argument(k), beta, shift, dot, y,
+        layout.rows, layout.columns // groups, groups,
+        RELU=relu, GROUPED=groups > 1, **_of_curve(curve, k), **layout.constants(groups), **blocks,
+    )  # fmt: skip
+    return dot, y
+
+
+def prologue(
+    grad: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    wanted: Sequence[bool] = (True, True, True),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
+
+    Args:
+        grad, g: (B, O, …) or (*, O).
+        wanted: whether the gradients of x, of the weight and of k are. Without the last the third result, of the shape
+            of k, is None, as it is where k is no tensor.
+
+    Returns:
+        The first like g, the second in fp32 of the shape of `norm`. Sums are taken in one order always.
+    """
+    layout = _Tensor.of(g, projection)
+    g, grad, norm = layout.arrange(g), layout.arrange(grad), layout.arrange(norm)
+    groups = projection.groups if projection else 1
+    d_dot, radial = torch.empty_like(g), torch.empty_like(norm)
+    blocks = _grouped(layout, groups)
+    grid = layout.grid(blocks, groups)
+    learned = isinstance(k, Tensor) and wanted[2]
+    partial = g.new_empty((grid[0], layout.columns), dtype=torch.float32) if learned else None
+    _launch(
+        "prologue", grid, grad, g, norm, _as_argument(k), d_dot, radial, partial,
+        layout.rows, layout.columns // groups, groups, SIN_FLOOR[g.dtype],
+        **_of_curve(curve, k), **layout.constants(groups), **blocks,
+    )  # fmt: skip
+    if partial is None or not isinstance(k, Tensor):
+        return d_dot, radial, None
+    by_filter = partial.sum(0)
+    return d_dot, radial, by_filter.view(k.shape) if k.numel() > 1 else by_filter.sum().view(k.shape)
+
+
+def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None) -> Tensor:
+    """grad_x - x · (the sum of `radial` over the patches of each element), in place where the layouts agree."""
+    layout = _Tensor.of(x, projection)
+    grad_x, radial = layout.arrange(grad_x), layout.arrange(radial)
+    groups = projection.groups if projection else 1
+    gather = projection is not None and not is_identity(kernel, projection)
+    if projection is not None and gather and 1 < groups < layout.columns:
+        # Neither one map nor one for each channel: gathered once for a group, not once for each of its channels.
+        spread = _map(x, groups, x.shape[2:], layout)
+        radial, gather = _window_map(radial, spread, kernel, projection, layout.channels_last, spread=True), False
+    blocks = _elementwise(layout)
+    _launch(
+        "correct", layout.grid(blocks), grad_x, x, radial, layout.rows, layout.columns // groups, groups,
+        *_sizes(radial, x, projection),
+        GATHER=gather, GROUPED=groups > 1, **_geometry(kernel, projection), **layout.constants(groups), **blocks,
+    )  # fmt: skip
+    return grad_x
+
+
+def _square_sum(x: Tensor, groups: int, layout: "_Tensor", out: Tensor, eps: float | None) -> Tensor:
+    """The sum of squares over the channels of each group, with an `eps` sqrt(sum + eps), written to `out`."""
+    blocks = _grouped(layout, groups)
+    _launch(
+        "square_sum", layout.grid(blocks, groups), x, out, layout.rows, layout.columns // groups, groups, eps or 0.0,
+        ROOT=eps is not None, **layout.constants(groups), **blocks,
+    )  # fmt: skip
+    return out
+
+
+def _window_map(
+    tensor: Tensor, out: Tensor, kernel: Sequence[int], projection: Projection, channels_last: bool,
+    *, eps: float = 0.0, square: bool = False, spread: bool = False,
+) -> Tensor:  # fmt: skip
+    """sqrt(sum over each window + eps), of squares with `square`; the adjoint of the sum with `spread`; to `out`."""
+    layout = _Tensor.of(out, projection, channels_last)
+    columns = min(_power(layout.columns), 32, WINDOW_TILE)
+    blocks = {"BLOCK_ROWS": (1 if layout.columns == 1 else 4) * WINDOW_TILE // columns, "COLUMN_BLOCK": columns}
+    _launch(
+        "window_map", layout.grid(blocks), tensor, out, layout.rows, layout.columns, *_sizes(tensor, out, projection),
+        eps, SPREAD=spread, SQUARE=square, CHANNELS_LAST=channels_last, ALIGN=_alignment(layout.columns),
+        **_geometry(kernel, projection), **blocks,
+    )  # fmt: skip
+    return out
+
+
+# ---- How a tensor is seen
+
+
+class _Tensor(NamedTuple):
+    """A tensor as samples of (rows, columns), as `triton_kernels` has it."""
+
+    samples: int
+    rows: int
+    columns: int
+    channels_last: bool
+    linear: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, projection: Projection | None, channels_last: bool | None = None) -> "_Tensor":
+        if projection is None:
+            return cls(1, tensor.numel() // tensor.shape[-1], tensor.shape[-1], True, True)
+        samples, columns = tensor.shape[:2]
+        rows = math.prod(tensor.shape[2:])
+        if _is_channels_last(tensor) if channels_last is None else channels_last:
+            return cls(1, samples * rows, columns, True, False)
+        return cls(samples, rows, columns, False, False)
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same kind in this layout, copied where it has another."""
+        channels_last = self.channels_last and not self.linear
+        return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def grid(self, blocks: dict[str, Any], groups: int = 1) -> tuple[int, int]:
+        """Programs: blocks of rows of all samples, blocks of columns, or of groups where a program sums over them."""
+        sums = "GROUP_BLOCK" in blocks
+        columns = -(-groups // blocks["GROUP_BLOCK"]) if sums else -(-self.columns // blocks["COLUMN_BLOCK"])
+        return self.samples * -(-self.rows // blocks["BLOCK_ROWS"]), columns
+
+    def constants(self, groups: int) -> dict[str, Any]:
+        """What the compiler should know. In channels_last the number of rows is that of the batch: not that."""
+        row_align = 1 if self.channels_last else _alignment(self.rows)
+        aligned = {"ALIGN": _alignment(self.columns // groups), "GROUP_ALIGN": _alignment(groups)}
+        return {"CHANNELS_LAST": self.channels_last, "ROW_ALIGN": row_align, **aligned}
+
+
+def _elementwise(layout: _Tensor) -> dict[str, Any]:
+    """The block sizes of a pass over all elements. In channels_last they do not depend on the size of the batch."""
+    rows, columns = _tile(layout, layout.columns)
+    return {"BLOCK_ROWS": rows, "COLUMN_BLOCK": columns}
+
+
+def _grouped(layout: _Tensor, groups: int) -> dict[str, Any]:
+    """The block sizes of a pass that sums over the channels of each group."""
+    per = layout.columns // groups
+    rows, columns = _tile(layout, layout.columns)
+    if groups == 1:
+        return {"BLOCK_ROWS": rows, "GROUP_BLOCK": 1, "COLUMN_BLOCK": columns, "DENSE": True}
+    of_group = min(_power(per), columns)
+    at_once = 1 if of_group < per else min(_power(groups), columns // of_group)
+    dense = at_once == 1 or of_group == per
+    return {"BLOCK_ROWS": rows, "GROUP_BLOCK": at_once, "COLUMN_BLOCK": of_group, "DENSE": dense}
+
+
+def _tile(layout: _Tensor, columns: int) -> tuple[int, int]:
+    """(rows, columns) of a tile, powers of two: whole cache lines of what is adjacent, with little beyond the edge."""
+    if layout.channels_last:
+        wide = min((128, 64, 32), key=lambda size: -(-columns // size) * size)
+        wide = min(wide, _power(columns), TILE)
+        return TILE // wide, wide
+    rows = min(_power(layout.rows), 128, TILE)
+    return rows, min(_power(columns), TILE // rows)
+
+
+def _row_block(fan_in: int) -> int:
+    return min(_power(fan_in), TILE)
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _alignment(number: int) -> int:
+    """The largest power of two up to 16 that divides `number`."""
+    return math.gcd(number, 16)
+
+
+def _map(x: Tensor, groups: int, size: Sequence[int], layout: _Tensor) -> Tensor:
+    """An empty fp32 (B, groups, *size) in the layout of x."""
+    memory_format = torch.channels_last if layout.channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], groups, *size), dtype=torch.float32, device=x.device, memory_format=memory_format)
+
+
+def _windows(size: Sequence[int], kernel: Sequence[int], projection: Projection) -> list[int]:
+    stride, padding, dilation, _ = projection
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
+
+
+def _sizes(source: Tensor, target: Tensor, projection: Projection | None) -> tuple[int, int, int, int]:
+    """(pixels of the target, height and width of the source, width of the target); one dimension is one row."""
+    if projection is None:
+        return 1, 1, 1, 1
+    height, width = (1, *source.shape[2:])[-2:]
+    return math.prod(target.shape[2:]), height, width, target.shape[-1]
+
+
+def _geometry(kernel: Sequence[int], projection: Projection | None) -> dict[str, int]:
+    """The constants of a window, in two dimensions."""
+    stride, padding, dilation, _ = projection or ((1, 1), (0, 0), (1, 1), 1)
+    lifted = {"KERNEL": (1, 1, *kernel), "STRIDE": (1, *stride), "PAD": (0, *padding), "DILATION": (1, *dilation)}
+    return {f"{name}_{axis}": values[-2 + i] for name, values in lifted.items() for i, axis in enumerate("HW")}
+
+
+def _of_curve(curve: str, k: float | Tensor | None) -> dict[str, Any]:
+    learned = isinstance(k, Tensor)
+    return {"CURVE": "sigmoid" if "sigmoid" in curve else curve, "LEARNED": learned,
+            "SHARED": isinstance(k, Tensor) and k.numel() == 1}  # fmt: skip
+
+
+def _as_argument(k: float | Tensor | None) -> float | Tensor:
+    """k as the kernels take it: something always, contiguous."""
+    return k.contiguous() if isinstance(k, Tensor) else 1.0 if k is None else k
+
+
+# ---- Launching
+
+
+@cache
+def _kernels() -> ModuleType:
+    from sphereify.nn.passes import triton_kernels
+
+    return triton_kernels
+
+
+def _launch(name: str, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first tensor; `KernelFailure` where that cannot be."""
+    device = args[0].device
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            # Said aloud, because Triton 3.9 warns about its default.
+            getattr(_kernels(), name)[grid](*args, **constants, enable_fp_fusion=True)
+    except Exception as error:
+        raise KernelFailure(name) from error

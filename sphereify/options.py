@@ -1,0 +1,103 @@
+"""Options, each declared once: a field of a frozen dataclass with its type, default, valid values, unit and help.
+
+Python takes the fields as keyword arguments, the command line makes its options from them, and JSON is written from and
+read into them.
+
+>>> @dataclass(frozen=True)
+... class Rates:
+...     lr: float = option_field(1e-3, "Peak learning rate.", above=0, usual="1e-4 to 1e-3")
+...     def __post_init__(self):
+...         check_options(self)
+>>> Rates(lr=0)
+Traceback (most recent call last):
+    ...
+sphereify.errors.UsageError: lr: got 0, expected a number above 0. Usual: 1e-4 to 1e-3.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sphereify.choices import canonical
+from sphereify.errors import choose, invalid, option
+
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides its name, type and default."""
+
+    help: str
+    """A sentence for the person who sets it, with the unit."""
+    panel: str = ""
+    """The group under which the command line lists it."""
+    choices: tuple[str, ...] = ()
+    """The words that it takes; `_` and `-` are alike, and so are capitals."""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    usual: str = ""
+    """Values that are usual, for help and errors."""
+    command_line: str = ""
+    """Its name there, if not `--` and the name with hyphens; "-" where it has none."""
+    metavar: str = ""
+    """How the command line names its value, where its type says too little."""
+
+    @property
+    def expected(self) -> str:
+        """The valid values, as a noun phrase."""
+        bounds = {"above": self.above, "of at least": self.at_least, "below": self.below, "of at most": self.at_most}
+        said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return f"a number {' and '.join(said)}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether a number lies in the range; what is no finite number does not."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def is_number(self) -> bool:
+        """Whether a range is declared."""
+        return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
+
+
+def option_field(default: Any, help: str, **about: Any) -> Any:
+    """A dataclass field that is an option; `about` are the fields of `Option`."""
+    made: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**made, metadata={_KEY: Option(help, **about)})
+
+
+def options_of(cls: Any) -> dict[str, Option]:
+    """The options that a dataclass declares, by name and in order."""
+    return {field.name: field.metadata[_KEY] for field in dataclasses.fields(cls) if _KEY in field.metadata}
+
+
+def check_options(values: Any) -> None:
+    """Check each declared option of a dataclass instance by itself, and bring words into their canonical spelling.
+
+    None passes where it is the default.
+
+    Raises:
+        UsageError: the first value that is not valid, with what is.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    for name, about in options_of(values).items():
+        value = getattr(values, name)
+        if value is None and defaults[name] is None:
+            continue
+        if about.choices:
+            word = canonical(str(value))
+            if word not in about.choices:
+                raise choose(option(name), value, about.choices)
+            object.__setattr__(values, name, word)
+        elif about.is_number and not about.allows(value):
+            raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")

@@ -1,0 +1,137 @@
+"""What a person reads in the terminal."""
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from sphereify.calibration.layer import LayerFit
+from sphereify.calibration.least_squares import Calibration
+from sphereify.calibration.suggestion import Suggestion
+from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.deployment.exporting import Exported
+from sphereify.training import Comparison, Evaluation
+
+COLOURS = {"convert": "green", "keep": "yellow"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; where there is none, wide enough that layer names are not cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 140, highlight=False)
+
+
+def plan_table(plan: ConversionPlan) -> Table:
+    """Each site of the model, what happens to it, and why."""
+    table = Table("layer", "kind", "action", "operator", "role", "why", title=plan.model, header_style="bold")
+    for decision in plan.decisions:
+        colour = COLOURS[decision.action]
+        table.add_row(
+            ", ".join([decision.name or "(the model)", *decision.aliases]),
+            decision.kind,
+            f"[{colour}]{decision.action}[/]",
+            _operator(decision),
+            "" if decision.role == "hidden" else decision.role,
+            decision.reason,
+        )
+    return table
+
+
+def print_plan(out: Console, plan: ConversionPlan) -> None:
+    """The table, the notes, and the sum in one line."""
+    out.print(plan_table(plan))
+    for note in plan.notes:
+        out.print(f"note: {note}", style="yellow", markup=False)
+    out.print(plan.summary(), style="bold", markup=False)
+
+
+def print_export(out: Console, written: Exported) -> None:
+    """What was written, and how it was checked."""
+    table = Table(show_header=False)
+    table.add_row("file", str(written.path))
+    table.add_row("format", written.format + (f", opset {written.opset}" if written.opset else ""))
+    table.add_row("size", f"{written.size / 1e6:.1f} MB")
+    table.add_row("largest difference", "unknown" if written.difference is None else f"{written.difference:.1e}")
+    table.add_row("operators", ", ".join(f"{times} {name}" for name, times in written.operators.items()))
+    out.print(table)
+    out.print(written.note, style=None if written.difference is not None else "yellow", markup=False)
+
+
+def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
+    """How much of each layer's original output is explained, before and after."""
+    table = Table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, header_style="bold")
+    for layer in layers:
+        colour = "green" if layer.after >= 0.8 else "yellow" if layer.after >= 0.5 else "red"
+        table.add_row(
+            layer.name, _share(layer.before), f"[{colour}]{_share(layer.after)}[/]", f"{layer.rows:,}",
+            f"{layer.unknowns:,}", layer.note,
+        )  # fmt: skip
+    table.caption = "share of the original layer's output that is explained (R²)"
+    return table
+
+
+def print_calibration(out: Console, found: Calibration) -> None:
+    """The table in the order of the layers, the notes, and what the steps brought."""
+    out.print(calibration_table(found.layers.values(), "calibration"))
+    for note in found.notes:
+        out.print(f"note: {note}", style="yellow", markup=False)
+    if found.layers:
+        worst = found.worst()[0]
+        mean = sum(found.values()) / len(found)
+        out.print(f"{len(found)} layers calibrated, R² {mean:.2f} on average, {worst.after:.2f} at {worst.name}",
+                  style="bold", markup=False)  # fmt: skip
+    if found.difference is not None:
+        before, after = found.difference
+        out.print(f"steps: the outputs' error fell from {before:.3f} to {after:.3f} of their variance", style="bold")
+
+
+def print_suggestion(out: Console, found: Suggestion) -> None:
+    """The layers by their cost, the trials, and the options to give."""
+    out.print(calibration_table(found.layers, "the least explained layers first"))
+    table = Table("layers excluded", "agreement with the original", header_style="bold")
+    for number, agreement in found.tried.items():
+        table.add_row(str(number), f"{agreement:.1%}")
+    out.print(table)
+    if not found.reached:
+        out.print(f"{found.wanted:.1%} was not reached; try --calibration-images with more images, another --operator, "
+                  f"or accept a greater loss", style="yellow", markup=False)  # fmt: skip
+    elif not found.exclude:
+        out.print(f"{found.agreement:.1%} with all layers converted: nothing to exclude", style="bold", markup=False)
+    if found.exclude:
+        options = " ".join(f"--exclude {name}" for name in found.exclude)
+        out.print(f"{found.agreement:.1%} with: {options}", style="bold", markup=False, soft_wrap=True)
+
+
+def _share(value: float) -> str:
+    return "< 0" if value < 0 else f"{value:.3f}"
+
+
+def print_evaluation(out: Console, found: Evaluation, classes: list[str], rows: int = 20) -> None:
+    """Accuracies, and those of each class, the worst first."""
+    table = Table("class", "images", "accuracy", title="accuracy by class", header_style="bold")
+    counts = found.confusion.sum(1).tolist()
+    order = sorted(range(len(classes)), key=lambda c: (found.per_class[c] if counts[c] else 2.0, c))
+    for place in order[:rows]:
+        table.add_row(classes[place], str(counts[place]), f"{found.per_class[place]:.2%}" if counts[place] else "")
+    if len(classes) > rows:
+        table.caption = f"the {rows} worst of {len(classes)} classes"
+    out.print(table)
+    skipped = f", {found.skipped} could not be read" if found.skipped else ""
+    top5 = f", top-5 {found.top5:.2%}" if len(classes) > 5 else ""
+    out.print(f"top-1 {found.top1:.2%}{top5} of {found.images} images{skipped}; "
+              f"{found.images_per_second:.0f} images/s", style="bold", markup=False)  # fmt: skip
+
+
+def comparison_table(found: Comparison) -> Table:
+    """One network a line, the original first."""
+    table = Table(*found.columns(), header_style="bold")
+    for row in found.rows():
+        table.add_row(*row)
+    return table
+
+
+def _operator(decision: Decision) -> str:
+    k = "" if decision.k is None else f" k={decision.k:g}"
+    shared = f"/{decision.share_k}" if decision.share_k not in (None, "filter") else ""
+    return f"{decision.operator or ''}{k}{shared}"

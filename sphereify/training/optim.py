@@ -1,0 +1,102 @@
+"""Which parameters an optimizer decays, and how fast each layer learns."""
+
+import fnmatch
+from typing import Any
+
+from torch import nn
+
+from sphereify.errors import UsageError
+from sphereify.nn import AngularHead
+from sphereify.nn.functional_calls import AngularCall, angular_weights
+from sphereify.nn.layers import AngularLayer
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.0, *, layer_decay: float | None = None, lr: float | None = None
+) -> list[dict[str, Any]]:
+    """The parameters of `model` in groups for any torch optimizer: with weight decay, and without.
+
+    Without: filters of angular layers and class weights of angular heads (their length has no meaning, so decay only
+    changes the step size), k, β, γ, every parameter of fewer than two dimensions (biases, norms), and what the model's
+    own `no_weight_decay()` names, as timm's transformers do. Parameters that do not require a gradient are left out; a
+    shared one is listed once.
+
+    Args:
+        weight_decay: ≥ 0, of the decayed group.
+        layer_decay: in (0, 1]: factor of the learning rate from each layer to the one before it, by timm's grouping of
+            layers. Each group then has the "lr_scale" that timm's schedulers read.
+        lr: with `layer_decay`, also set each group's "lr" to lr · lr_scale, for optimizers and schedulers of torch.
+
+    Raises:
+        UsageError: weight_decay < 0, a layer_decay outside (0, 1] or for a model that does not say what its layers
+            are, lr without layer_decay.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"param_groups: got {type(model).__name__}, expected a model")
+    if not weight_decay >= 0:
+        raise UsageError(f"weight_decay: got {weight_decay!r}, expected a number ≥ 0")
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise UsageError(f"layer_decay: got {layer_decay!r}, expected a number above 0, at most 1; usual: 0.65 to 0.9")
+    if lr is not None and layer_decay is None:
+        raise UsageError("lr: goes with layer_decay; without it, give the learning rate to the optimizer")
+    undecayed = _undecayed(model)
+    if layer_decay is not None:
+        return _by_layer(model, weight_decay, undecayed, layer_decay, lr)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if name not in undecayed]
+    plain = [p for name, p in trained if name in undecayed]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay."""
+    scale_free = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (AngularLayer, AngularHead, AngularCall))
+        for parameter in module.parameters()
+    } | {id(parameter) for module in model.modules() for parameter in angular_weights(module)}
+    named = {id(p) for p in _named_by(model)}
+    return {n for n, p in model.named_parameters() if p.dim() < 2 or id(p) in scale_free | named}
+
+
+def _named_by(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a model, or else the models that are parts of it or wrapped, want without weight decay."""
+    if not callable(getattr(type(module), "no_weight_decay", None)):
+        return [p for child in module.children() for p in _named_by(child)]
+    patterns = list(module.no_weight_decay())  # type: ignore[operator]  # timm takes them as globs
+    named = module.named_parameters(remove_duplicate=False)
+    return [p for name, p in named if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _by_layer(
+    model: nn.Module, weight_decay: float, undecayed: set[str], layer_decay: float, lr: float | None
+) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay
+
+    if not any(p.requires_grad for p in model.parameters()):
+        return []
+    grouped = _unwrapped(model)
+    if layer_decay < 1 and not hasattr(grouped, "group_matcher"):
+        raise UsageError(
+            f"layer_decay: {type(grouped).__name__} does not say what its layers are, as models of timm do "
+            f"(group_matcher); leave it out"
+        )
+    prefix = next((n for n, p in model.named_parameters()), "").removesuffix(
+        next((n for n, p in grouped.named_parameters()), "")
+    )
+    undecayed = {name.removeprefix(prefix) for name in undecayed}
+    groups = param_groups_layer_decay(grouped, weight_decay, tuple(undecayed), layer_decay=layer_decay)
+    for group in groups:
+        group.pop("param_names", None)  # torch allows names for all groups of an optimizer or for none
+        if lr is not None:
+            group["lr"] = lr * group["lr_scale"]
+    return groups  # type: ignore[no-any-return]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch.compile's or DDP's wrapping."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model

@@ -1,0 +1,385 @@
+"""Files for other runtimes: they compute what the model does, for any batch size, or are not left behind."""
+
+import builtins
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sphereify import fold, save, sphereify
+from sphereify.choices import OPERATORS
+from sphereify.deployment.exporting import export
+from sphereify.errors import ExportError, UnsupportedModelError, UsageError
+from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
+from tests.cli.test_cli import run  # noqa: F401
+from tests.convert.models import Power, conv, images, plain
+from tests.deployment.test_folding import scrambled
+
+
+def network(operator):
+    """Followed by a norm and not, depthwise, grouped, strided, 1×1, 'same' with an even window, linear, with a head."""
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same"), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 2, groups=2, padding="same"), nn.ReLU(),
+        nn.Conv2d(12, 18, 1), nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(18, 6), nn.GELU(), nn.Linear(6, 5),
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    return scrambled(sphereify(nn.Sequential(*layers), operator=operator))
+
+
+def run_onnx(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [known.name for known in session.get_inputs()]
+    return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
+
+
+def run_program(path, *inputs):
+    return torch.export.load(path).module()(*inputs)
+
+
+RUNTIMES = {"onnx": run_onnx, "torch-export": run_program}
+SUFFIXES = {"onnx": "onnx", "torch-export": "pt2"}
+
+
+@torch.no_grad()
+def assert_same(found, model, *inputs):
+    expected = model(*inputs)
+    assert found.shape == expected.shape
+    assert expected.abs().max() > 1e-3
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def assert_standard(path, opset=18):
+    """Checked by onnx itself: operators of the domain ai.onnx alone, no functions, nothing beside the file."""
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert not model.functions
+    assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [
+        ("", opset)
+    ]
+    return model
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+@pytest.mark.parametrize("operator", [*OPERATORS, Power(2)], ids=str)
+def test_every_operator_computes_the_same_elsewhere_at_another_batch_and_image_size(operator, format, tmp_path):
+    model = network(operator)
+    path = tmp_path / f"model.{SUFFIXES[format]}"
+    written = export(model, path, images(size=16), format=format, dynamic_size=True)
+    assert written.difference <= 1e-5
+    for batch, size in ((1, 16), (5, 24)):
+        x = images(batch=batch, size=size)
+        assert_same(RUNTIMES[format](path, x), model, x)
+    if format == "onnx":
+        inputs = assert_standard(path).graph.input[0].type.tensor_type.shape.dim
+        assert [d.dim_param or d.dim_value for d in inputs] == ["batch", 3, "height", "width"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+REAL = {
+    "resnet18": ("cosine", 64, True, {}),
+    "mobilenetv3_small_050": ("linear", 64, True, {}),
+    "vit_tiny_patch16_224": ("sigmoid", 32, False, {"img_size": 32, "depth": 3}),
+    "convnext_atto": ("learnable-sigmoid", 64, True, {"depths": (1, 1, 2, 1)}),
+}
+"""Operator, image size, whether any size will do, and what makes it smaller: an export takes seconds a block."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_model_computes_the_same_in_onnxruntime(name, tmp_path):
+    operator, size, any_size, smaller = REAL[name]
+    torch.manual_seed(0)
+    model = scrambled(sphereify(timm.create_model(name, num_classes=10, **smaller), operator=operator))
+    export(model, tmp_path / "m.onnx", torch.randn(2, 3, size, size), dynamic_size=any_size)
+    x = torch.randn(3, 3, size + 32 * any_size, size)
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+    assert_standard(tmp_path / "m.onnx")
+
+
+def test_a_real_model_computes_the_same_as_an_exported_program(tmp_path):
+    model = scrambled(sphereify(timm.create_model("resnet18"), operator="sigmoid"))
+    export(model, tmp_path / "m.pt2", torch.randn(2, 3, 64, 64), format="torch-export", dynamic_size=True)
+    x = torch.randn(3, 3, 96, 64)
+    assert_same(run_program(tmp_path / "m.pt2", x), model, x)
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+def test_a_model_that_is_not_folded_exports_too(format, tmp_path):
+    model = network("linear")
+    path = tmp_path / f"model.{SUFFIXES[format]}"
+    kept = export(model, path, images(size=16), format=format, folded=False)
+    folded = export(model, path, images(size=16), format=format)
+    batch_norms = {"onnx": "BatchNormalization", "torch-export": "aten.batch_norm.default"}
+    assert kept.operators.get(batch_norms[format]) == 2
+    assert batch_norms[format] not in folded.operators
+    x = images(size=16, batch=3)
+    assert_same(RUNTIMES[format](path, x), model, x)
+
+
+@pytest.mark.parametrize("layer", [SphereConv1d(3, 4, 3), SphereConv3d(3, 4, 3)], ids=["1d", "3d"])
+def test_convolutions_of_other_dimensions_export(layer, tmp_path):
+    dims = layer.weight.dim() - 2
+    model = scrambled(nn.Sequential(layer, nn.ReLU()))
+    export(model, tmp_path / "m.onnx", torch.randn(2, 3, *[8] * dims), dynamic_size=True)
+    x = torch.randn(3, 3, *[9] * dims)
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+def test_functional_calls_and_computed_weights_export(format, tmp_path):
+    beit = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), conv(4, 4), nn.ReLU())
+    for plain_model, size in ((beit, 224), (normed, 16)):
+        model = scrambled(sphereify(plain_model, operator="linear"))
+        path = tmp_path / f"model.{SUFFIXES[format]}"
+        export(model, path, torch.randn(2, 3, size, size), format=format)
+        x = torch.randn(1, 3, size, size)
+        assert_same(RUNTIMES[format](path, x), model, x)
+
+
+def test_two_inputs_share_the_batch(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = SphereConv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, left, right):
+            return self.fc((self.a(left) * self.a(right)).mean((2, 3)))
+
+    model = Pair().eval()
+    export(model, tmp_path / "m.onnx", (images(), images(seed=2)))
+    x = (images(batch=4, seed=3), images(batch=4, seed=4))
+    assert_same(run_onnx(tmp_path / "m.onnx", *x), model, *x)
+
+
+def test_a_fixed_batch_and_a_higher_opset(tmp_path):
+    model = sphereify(plain()).eval()
+    written = export(model, tmp_path / "m.onnx", images(batch=1), dynamic_batch=False, opset=20)
+    assert written.opset == 20
+    shape = assert_standard(tmp_path / "m.onnx", 20).graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_value for d in shape] == [1, 3, 8, 8]
+
+
+def test_the_model_is_not_touched(tmp_path):
+    model = sphereify(plain()).train()
+    export(model, tmp_path / "m.pt2", images(), format="torch-export")
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = SphereConv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+def refusals(tmp_path):
+    model = sphereify(plain()).eval()
+    vit = sphereify(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, img_size=32))
+    (tmp_path / "folder.onnx").mkdir()
+    file = tmp_path / "m.onnx"
+    return {
+        "unknown format": (model, file, images(), {"format": "onxx"}, UsageError, "Did you mean 'onnx'"),
+        "low opset": (model, file, images(), {"opset": 17}, UsageError, "opset: got 17, expected 18 or more"),
+        "high opset": (model, file, images(), {"opset": 999}, UsageError, "opset: got 999, expected at most"),
+        "folder": (model, tmp_path / "folder.onnx", images(), {}, UsageError, "is a folder"),
+        "no folder": (model, tmp_path / "nowhere/m.onnx", images(), {}, UsageError, "there is no folder"),
+        "plain model": (plain(), file, images(), {}, UsageError, "nothing in Sequential is angular"),
+        "fixed size": (vit, file, None, {"dynamic_size": True}, ExportError, "leave out dynamic_size"),
+        "values": (Deciding(), file, images(), {}, ExportError, "cannot be traced by torch.export"),
+        "inputs": (model, file, "images", {}, UsageError, "expected a tensor or a tuple of tensors"),
+        "wrapped": (nn.DataParallel(model), file, images(), {}, UnsupportedModelError, "DataParallel"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [
+    "unknown format", "low opset", "high opset", "folder", "no folder", "plain model", "fixed size", "values", "inputs",
+    "wrapped",
+])  # fmt: skip
+def test_what_cannot_be_done_is_said_and_leaves_no_file(case, tmp_path):
+    model, path, inputs, options, error, text = refusals(tmp_path)[case]
+    with pytest.raises(error, match=re.escape(text)):
+        export(model, path, inputs, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    from sphereify import export as module
+
+    path = tmp_path / "m.pt2"
+    path.write_text("what was there before")
+    wrong = module.FORMATS["torch-export"]._replace(run=lambda path, inputs: [run_program(path, *inputs) * 1.01])
+    monkeypatch.setitem(module.FORMATS, "torch-export", wrong)
+    with pytest.raises(ExportError, match="computes something else than the model"):
+        export(sphereify(plain()), path, images(), format="torch-export")
+    assert path.read_text() == "what was there before"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def without(monkeypatch, *packages):
+    """As if these were not installed."""
+    find, load = importlib.util.find_spec, builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.partition(".")[0] in packages:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in packages else find(name, *a))
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def test_missing_packages_are_named_with_what_installs_them(tmp_path, monkeypatch):
+    without(monkeypatch, "onnx", "onnxscript")
+    with pytest.raises(UsageError, match=re.escape("onnx and onnxscript must be installed to write it: pip install")):
+        export(sphereify(plain()), tmp_path / "m.onnx", images())
+
+
+def test_without_onnxruntime_it_says_that_nothing_was_checked(tmp_path, monkeypatch):
+    without(monkeypatch, "onnxruntime")
+    written = export(sphereify(plain()), tmp_path / "m.onnx", images())
+    assert written.difference is None
+    assert written.note == "not checked: onnxruntime is not installed"
+    assert (tmp_path / "m.onnx").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def artifact(tmp_path, monkeypatch):
+    """A small artifact in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return save(sphereify(timm.create_model("test_resnet", num_classes=10)), Path("tiny"))
+
+
+def test_the_command_writes_checks_and_shows(run, artifact):  # noqa: F811
+    code, out, err = run("export", artifact, "--dynamic-size", "--img-size", 64)
+    assert (code, err) == (0, "")
+    assert re.search(r"file +│ tiny\.onnx", out)
+    assert "opset 18" in out
+    assert re.search(r"size +│ \d\.\d MB", out)
+    assert re.search(r"largest difference +│ \d\.\de-0[678]", out)
+    assert "25 Conv" in out
+    assert "checked with onnxruntime on a random input of 3×3×96×96" in out
+    assert_standard("tiny.onnx")
+
+
+def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, artifact):  # noqa: F811
+    save(fold(sphereify(timm.create_model("test_resnet"))), "folded")
+    code, out, err = run("export", "folded", "--format", "torch-export", "--batch-size", 1, "--img-size", 64)
+    assert (code, err) == (0, "")
+    assert "random input of 1×3×64×64" in out
+    assert torch.export.load("folded.pt2").module()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_without_folding_norms_stay(run, artifact):  # noqa: F811
+    code, out, _ = run("export", artifact, "--no-fold", "--img-size", 64, "-o", "x.onnx", "--opset", 20)
+    assert code == 0
+    assert "BatchNormalization" in out
+    assert "opset 20" in out
+
+
+WRONG = {
+    "test_resnet": ((), 2, "test_resnet: is no saved artifact; make one with: sphereify convert test_resnet"),
+    "nowhere": ((), 2, "nowhere: is no saved artifact"),
+    "broken": ((), 1, "there is no model.safetensors in it"),
+    "tiny": (("-o", "nowhere/x.onnx"), 2, "there is no folder nowhere"),
+    "tiny ": (("-o", "here.onnx"), 2, "here.onnx: exists already; --force replaces it"),
+    "tiny  ": (("--format", "tflite"), 2, "expected one of onnx, torch-export"),
+    "tiny   ": (("--format", "torch-export", "--opset", "20"), 2, "--opset: belongs to ONNX"),
+    "tiny    ": (("--batch-size", "0"), 2, "--batch-size: got 0, expected 1 or more"),
+    "tiny     ": (("--factory", "nowhere:net"), 2, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, artifact):  # noqa: F811
+    options, expected, text = WRONG[given]
+    Path("here.onnx").write_text("mine")
+    Path("broken").mkdir()
+    Path("broken/conversion.json").write_text("{}")
+    code, out, err = run("export", given.strip(), *options)
+    assert (code, out) == (expected, "")
+    assert text in err
+    assert err.count("\n") == 1
+    assert Path("here.onnx").read_text() == "mine"
+    assert sorted(p.name for p in Path().iterdir()) == ["broken", "here.onnx", "tiny"]
+
+
+def test_a_disk_that_cannot_be_written_is_told(run, artifact, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    code, out, err = run("export", artifact, "--format", "torch-export", "--img-size", 64)
+    assert (code, out, err) == (1, "", "error: tiny.pt2: cannot be written (No space left on device)\n")
+    assert [p.name for p in Path().iterdir()] == ["tiny"]
+
+
+def test_missing_packages_are_told_on_the_command_line(run, artifact, monkeypatch):  # noqa: F811
+    without(monkeypatch, "onnx", "onnxscript", "onnxruntime")
+    code, _, err = run("export", artifact, "--img-size", 64)
+    assert code == 2
+    assert "pip install 'sphereify[export]'" in err
+    assert [p.name for p in Path().iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("operator", ["linear", "cosine"])
+def test_black_images_are_no_division_by_zero(tmp_path, operator, folded):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model = sphereify(net, operator=operator, eps=1e-9).eval()
+    x = torch.randn(2, 3, 4, 4)
+    export(model, tmp_path / "net.onnx", x, folded=folded)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    for image in (x * 0, x.clone().index_fill_(3, torch.tensor([0, 1, 2]), 0)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_one_is_enough_to_export_for_any_batch(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    export(sphereify(net), tmp_path / "net.pt2", torch.randn(1, 3, 4, 4), format="torch-export")
+    assert torch.export.load(tmp_path / "net.pt2").module()(torch.randn(5, 3, 4, 4)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_its_own_precision(tmp_path, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
+    found = export(sphereify(net), tmp_path / "net.pt2", torch.randn(2, 3, 4, 4).to(dtype), format="torch-export")
+    assert found.difference < 0.1
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(UsageError, match="no regular file"):
+        export(sphereify(net), tmp_path / "pipe", torch.randn(1, 3, 4, 4))
+
+
+def test_a_long_name_is_no_obstacle(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    path = tmp_path / ("n" * 250 + ".pt2")
+    export(sphereify(net), path, torch.randn(2, 3, 4, 4), format="torch-export")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
