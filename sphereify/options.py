@@ -16,13 +16,17 @@ sphereify.errors.UsageError: lr: got 0, expected a number above 0. Usual: 1e-4 t
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 from sphereify.choices import canonical
 from sphereify.errors import choose, invalid, option
 
 _KEY = "option"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ class Option:
     @property
     def expected(self) -> str:
         """The valid values, as a noun phrase."""
-        bounds = {"above": self.above, "of at least": self.at_least, "below": self.below, "of at most": self.at_most}
-        said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-        return f"a number {' and '.join(said)}"
+        bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        phrases = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        of = "of " if phrases and phrases[0].startswith("at ") else ""
+        return f"a number {of}{' and '.join(phrases)}"
 
     def allows(self, value: Any) -> bool:
         """Whether a number lies in the range; what is no finite number does not."""
@@ -101,3 +106,45 @@ def check_options(values: Any) -> None:
             object.__setattr__(values, name, word)
         elif about.is_number and not about.allows(value):
             raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
+
+
+def to_json(values: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance as plain JSON values; a dataclass inside becomes a dictionary of its own.
+
+    >>> to_json(Option("Peak learning rate.", above=0))["above"]
+    0
+    """
+    return {field.name: _plain(getattr(values, field.name)) for field in dataclasses.fields(values)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(cls: type[T], plain: Mapping[str, Any]) -> T:
+    """The instance of a dataclass that `to_json` was given. A field that is missing takes its default.
+
+    Raises:
+        UsageError: a name that is no field, with the nearest one; or a value that is not valid.
+
+    >>> about = Option("Head.", choices=("keep", "auto"))
+    >>> from_json(Option, to_json(about)) == about
+    True
+    """
+    hints = get_type_hints(cls)
+    for name in plain:
+        if name not in hints:
+            raise choose("option", name, hints)
+    return cls(**{name: _typed(hints[name], value) for name, value in plain.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and hint == Path | None else value

@@ -1,12 +1,11 @@
 """What fine-tuning minimises: the loss of the head, and what keeps filters apart."""
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import DataError, UsageError, choose
+from sphereify.errors import DataError
 from sphereify.nn import (
     AngularHead,
     AngularLoss,
@@ -15,44 +14,10 @@ from sphereify.nn import (
     MarginAnnealing,
     OrthogonalityPenalty,
 )
-from sphereify.nn.regularizers import DISTANCES
+from sphereify.training.terms import Terms
 
 AUXILIARY = 0.3
 """Weight of the losses of auxiliary classifiers, as GoogLeNet was trained."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The terms of the objective; those of weight 0 are left out."""
-
-    label_smoothing: float = 0.0
-    margin_anneal: bool = True
-    """Whether the margin of ga-softmax and a-softmax comes in slowly, by SphereFace's schedule."""
-    mhe: float = 0.0
-    """Weight of the hyperspherical energy. Usual: 1 for s = 0, 1, 2 (Euclidean)."""
-    mhe_s: float = 1.0
-    mhe_half_space: bool = False
-    mhe_distance: str = "euclidean"
-    """"euclidean", or "angular" (A-MHE)."""
-    mhe_hidden: float = 1.0
-    """Factor of the hidden layers' energy; 0 leaves them out."""
-    mhe_output: float = 1.0
-    """Factor of the output layer's energy; the authors' code has 10 for s = 1."""
-    orthogonality: float = 0.0
-    """Weight of the orthogonality penalty on normalised filters. Usual: 1e-4."""
-
-    def __post_init__(self) -> None:
-        for name in ("mhe", "mhe_s", "mhe_hidden", "mhe_output", "orthogonality"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number ≥ 0")
-        if self.mhe_distance not in DISTANCES:
-            raise choose("--mhe-distance", self.mhe_distance, DISTANCES)
-        idle = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
-        if not self.mhe and idle:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{names}: no effect without --mhe, whose usual weight is 1")
-        if not 0 <= self.label_smoothing <= 1:
-            raise UsageError(f"--label-smoothing: got {self.label_smoothing}, expected a number from 0 to 1")
 
 
 class Objective(nn.Module):

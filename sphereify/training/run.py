@@ -30,16 +30,15 @@ from sphereify.errors import (
 )
 from sphereify.nn import AngularHead, HypersphericalEnergy
 from sphereify.nn.functional import gathered
-from sphereify.nn.functional_calls import AngularCall
-from sphereify.nn.layers import AngularLayer
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from sphereify.training.distributed import Processes, join
 from sphereify.training.evaluation import score
+from sphereify.training.freezing import frozen_layers, new_parameters
 from sphereify.training.loader import Batches, make_loader, on_device
 from sphereify.training.objective import Objective, logits_of
 from sphereify.training.optim import param_groups
 from sphereify.training.run_folder import Record, save_model
-from sphereify.training.settings import Settings, differences, frozen_layers
+from sphereify.training.settings import Settings, differences
 from sphereify.training.sharding import Shards
 
 READ_EVERY = 20
@@ -430,7 +429,7 @@ class _Run:
         first = self.epoch < self.settings.warmup_head_epochs
         if first == self.only_new:
             return
-        new = _new_parameters(self.model) & self.trained or self.trained  # all, if nothing is new
+        new = new_parameters(self.model) & self.trained or self.trained  # all, if nothing is new
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in self.trained and (not first or id(parameter) in new))
         self.only_new = first
@@ -687,17 +686,6 @@ def _first_bad_layer(model: nn.Module, images: Tensor | None) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- measurements
-
-
-def _new_parameters(model: nn.Module) -> set[int]:
-    """k, β, γ and the head."""
-    new: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, (AngularHead, AngularCall)):
-            new |= {id(p) for p in module.parameters()}
-        elif isinstance(module, AngularLayer):
-            new |= {id(p) for n, p in module.named_parameters() if n not in ("weight", "bias")}
-    return new
 
 
 def _learned_k(model: nn.Module) -> dict[str, float]:

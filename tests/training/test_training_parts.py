@@ -20,7 +20,8 @@ from sphereify.errors import ArtifactError, DataError, TrainingError, UsageError
 from sphereify.sources import data_config
 from sphereify.training import Settings, Variant, accuracy, compare, evaluate, finetune, train_once, trained
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
-from sphereify.training.objective import Objective, Terms
+from sphereify.training.objective import Objective
+from sphereify.training.terms import Terms
 from tests.training.test_resume import net, usual
 from tests.training.test_run import images, state
 
