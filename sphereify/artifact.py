@@ -217,9 +217,7 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""Opening a network: of timm, of torchvision, of your own, or a saved artifact. Imports torch only when it opens one."""
+"""Opening a network: of timm, of torchvision, of your own, or a saved artifact.
+
+Imports torch only when it opens one, so that `--help` answers at once.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -44,7 +47,9 @@ class SourceOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.pretrained and self.weights is not None:
-            raise UsageError(f"{option('pretrained')} and {option('weights')}: got both, expected one source of weights")
+            raise UsageError(
+                f"{option('pretrained')} and {option('weights')}: got both, expected one source of weights"
+            )
 
 
 def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
@@ -69,7 +74,9 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
     if is_saved(spec):
         for name in ("pretrained", "weights", "num_classes", "in_chans"):
             if getattr(options, name):
-                raise UsageError(f"{option(name)}: does not go with the saved artifact {spec}, which has its own weights")
+                raise UsageError(
+                    f"{option(name)}: does not go with the saved artifact {spec}, which has its own weights"
+                )
         factory = functools.partial(build_model, find_model(options.factory)) if options.factory else None
         return load(spec, factory=factory)
     if options.factory:

@@ -1,6 +1,5 @@
 """What a person reads in the terminal."""
 
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -14,12 +13,6 @@ from sphereify.deployment.exporting import Exported
 from sphereify.training import Comparison, Evaluation
 
 COLOURS = {"convert": "green", "keep": "yellow"}
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the terminal; where there is none, wide enough that layer names are not cut."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 140, highlight=False)
 
 
 def plan_table(plan: ConversionPlan) -> Table:

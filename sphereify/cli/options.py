@@ -1,10 +1,8 @@
 """Options of the command line, made from the dataclasses that declare them: the one place where Typer meets them."""
 
-import ast
 import dataclasses
 import functools
 import inspect
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from sphereify.cli.spelling import Spelling, use
 from sphereify.convert.options import Overrides
 from sphereify.errors import UsageError, spelled
 from sphereify.options import Option, options_of
@@ -51,6 +50,7 @@ def with_options(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own: list[str] = []
+        spelling = Spelling()
         groups: dict[str, _Group] = {}
         parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
         for parameter in inspect.signature(function).parameters.values():
@@ -60,19 +60,21 @@ def with_options(
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             else:
                 groups[parameter.name] = group
-                parameters += group.parameters()
-        unique = {p.name: p for p in reversed(parameters)}  # where two have one name, the first
+                parameters += group.parameters(spelling)
+        unique: dict[str, inspect.Parameter] = {}
+        for parameter in parameters:
+            unique.setdefault(parameter.name, parameter)
 
         @functools.wraps(function)
         def command(context: typer.Context, **values: Any) -> None:
+            use(spelling)
             values = prepare(context, values)
             made = {name: group.make(values) for name, group in groups.items()}
             given = {**values, "context": context}
             function(**{name: given[name] for name in own}, **made)
 
-        shown = list(reversed(unique.values()))
-        command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in shown}
+        command.__signature__ = inspect.Signature(list(unique.values()))  # type: ignore[attr-defined]
+        command.__annotations__ = {name: parameter.annotation for name, parameter in unique.items()}
         return command
 
     return decorate
@@ -86,14 +88,12 @@ class _Group:
     fields: Fields
     as_dict: bool
 
-    def parameters(self) -> list[inspect.Parameter]:
-        """One parameter of Typer's for each option, those of nested dataclasses in their places."""
-        made = []
-        for name, default, hint, about in _declared(self.cls):
-            if self._takes(name):
-                _remember(name, default, about)
-                made.append(_parameter(name, default, hint, about, self.fields.panel))
-        return made
+    def parameters(self, spelling: Spelling) -> list[inspect.Parameter]:
+        """A parameter for Typer for each option; `spelling` learns them."""
+        declared = [option for option in _declared(self.cls) if self._takes(option[0])]
+        for name, default, _, about in declared:
+            spelling.learn(name, default, about)
+        return [_parameter(*option, self.fields.panel, spelling) for option in declared]
 
     def make(self, values: Mapping[str, Any]) -> Any:
         """The instance that the values of the command line describe."""
@@ -140,17 +140,17 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-# ---------------------------------------------------------------------------------------------- options and their values
+# --------------------------------------------------------------------------------------------- options and their values
 
 
-def _parameter(name: str, default: Any, hint: Any, about: Option, panel: str | None) -> inspect.Parameter:
-    flag = about.command_line or f"--{name.replace('_', '-')}"
-    if isinstance(default, bool):
-        flag = f"{flag}/--no-{flag[2:]}" if default else flag
-    usual = f" Usual: {about.usual}." if about.usual else ""
+def _parameter(
+    name: str, default: Any, hint: Any, about: Option, panel: str | None, spelling: Spelling
+) -> inspect.Parameter:
+    flag = spelling(name)
+    usual = f" Usual: {about.usual}." if about.usual and about.usual not in about.help else ""
     information = typer.Option(
-        flag,
-        help=spelled(about.help + usual, command_line).replace("[", r"\["),  # not Rich's markup
+        f"{flag}/--no-{flag[2:]}" if default is True else flag,
+        help=spelled(about.help + usual, spelling).replace("[", r"\["),  # not Rich's markup
         rich_help_panel=about.panel if panel is None else panel or None,
         metavar=about.metavar or None,
     )
@@ -221,50 +221,3 @@ def _number_or_word(key: str, text: str) -> float | str:
 
 _NUMBERS = ("k",)
 """Keys of an override whose value is a number."""
-
-
-# ------------------------------------------------------------------------------------------------- references in messages
-
-
-_flags: dict[str, str] = {}
-"""Options whose flag is not made of their name."""
-_on_by_default: set[str] = set()
-"""Options that are on unless --no-… is given."""
-
-
-def _remember(name: str, default: Any, about: Option) -> None:
-    if about.command_line:
-        _flags[name] = about.command_line
-    if default is True:
-        _on_by_default.add(name)
-
-
-def command_line(name: str, value: str | None = None) -> str:
-    """An option as the command line takes it, for `SphereifyError.spelled`; `value` is a repr.
-
-    >>> command_line("head", "'keep'"), command_line("exclude", "['layer1.*', 'fc']")
-    ('--head keep', "--exclude 'layer1.*' --exclude fc")
-    >>> command_line("batch_size"), command_line("fsdp", "True")
-    ('--batch-size', '--fsdp')
-    """
-    flag = _flags.get(name, f"--{name.replace('_', '-')}")
-    if value is None:
-        return flag
-    try:
-        meant = ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # the repr of an object
-        meant = value
-    if meant is True:
-        return flag
-    if meant is False:
-        return f"--no-{flag[2:]}" if name in _on_by_default else f"no {flag}"
-    if isinstance(meant, Mapping):
-        return " ".join(f"{flag} {shlex.quote(_override(pattern, setting))}" for pattern, setting in meant.items())
-    words = meant if isinstance(meant, (list, tuple, set)) else [meant]
-    return " ".join(f"{flag} {shlex.quote(str(word))}" for word in words)
-
-
-def _override(pattern: str, setting: Any) -> str:
-    if not isinstance(setting, Mapping):
-        return f"{pattern}={setting}"
-    return f"{pattern}={','.join(f'{key}:{value}' for key, value in setting.items())}"
