@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from sphereify import __version__, choices
-from sphereify.errors import ArtifactError, DataError, Interrupted, SphereifyError, UsageError
+from sphereify.errors import ArtifactError, DataError, Interrupted, SphereifyError, UsageError, spelled
 
 app = typer.Typer(
     name="sphereify",
@@ -49,8 +49,15 @@ def main() -> None:
         if isinstance(error, Interrupted) and not _speaks():
             sys.exit(error.exit_code)
         hint = "" if known else "\nThis was not foreseen; --debug shows the traceback."
-        print(f"{prefix}{error}{hint}", file=sys.stderr)
+        message = spelled(Exception.__str__(error), _as_option)
+        print(f"{prefix}{message}{hint}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _as_option(name: str, value: str | None) -> str:
+    """An option as the command line spells it."""
+    word = "" if value is None else f" {value.strip(chr(39))}"
+    return f"--{name.replace('_', '-')}{word}"
 
 
 def _print_version(wanted: bool) -> None:
@@ -515,9 +522,9 @@ def finetune(
     if resume is None:
         _check_output(folder, force)
 
+    from sphereify.files import write_text
     from sphereify.training import Settings, Terms
     from sphereify.training import finetune as train
-    from sphereify.training.run_folder import write_text
 
     settings = Settings(**training, terms=Terms(**terms))
     network, original, data = _network_and_data(model, images, source, options)
@@ -573,8 +580,8 @@ def evaluate(
     found = test(network, data, settings)
     print_evaluation(console(), found, data.classes)
     if output is not None:
+        from sphereify.files import write_text
         from sphereify.plots import plot_confusion
-        from sphereify.training.run_folder import write_text
 
         shares = [None if math.isnan(share) else share for share in found.per_class]
         numbers = {"top1": found.top1, "top5": found.top5, "images": found.images, "skipped": found.skipped,
