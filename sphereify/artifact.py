@@ -33,6 +33,8 @@ from sphereify.sources import Source, build_model, versions
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 DOCUMENT = "conversion.json"
+RECORD_ATTRIBUTE = "training_record"
+"""The attribute of a loaded model with what `save` was given as `training`: the classes, the image size, …"""
 
 
 def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None = None) -> Path:
@@ -110,6 +112,8 @@ def load(
     if document.get("folding") is not None:
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
+    if document["training"] is not None:
+        setattr(model, RECORD_ATTRIBUTE, document["training"])
     return model.to(device).eval()
 
 

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sphereify.errors import UsageError, option
 from sphereify.options import check_options, option_field
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sphereify.datasets import Data
 
 IMAGES = "Images"
 
@@ -53,3 +59,30 @@ class DataOptions:
                 f"{option('data')}: is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm"
             )
         check_options(self)
+
+    def open(self, model: "nn.Module", *, as_trained: bool = False) -> "Data":
+        """The data set, with images prepared as `model` takes them.
+
+        Args:
+            model: decides the channels, the normalization and, where `img_size` does not say it, the size.
+            as_trained: take the size from the training record of a loaded artifact first.
+
+        Raises:
+            DataError, UsageError: as `sphereify.datasets.load_data`.
+        """
+        from sphereify.artifact import RECORD_ATTRIBUTE
+        from sphereify.datasets import load_data
+        from sphereify.sources import data_config, input_channels
+
+        record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
+        trained = record["image_size"][-1] if record.get("image_size") else None
+        return load_data(
+            self.data or "",
+            channels=input_channels(model),
+            img_size=trained if self.img_size is None else self.img_size,
+            config=data_config(model),
+            root=self.data_root,
+            augment=self.augment,
+            train_images=self.train_images,
+            test_images=self.test_images,
+        )

@@ -1,11 +1,35 @@
 """Layers that do not train: those the user names, and at first those that a conversion did not bring."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import AngularCall
 from sphereify.nn.layers import AngularLayer
 from sphereify.patterns import PatternList, Patterns
+
+
+@contextmanager
+def frozen(model: nn.Module, freeze: PatternList) -> Iterator[list[nn.Module]]:
+    """Freeze layers within the block; afterwards each parameter requires a gradient or not, as it did before.
+
+    Args:
+        freeze: patterns over the layers' names; see `frozen_layers`, whose result is what the block receives.
+
+    Raises:
+        UsageError: as `frozen_layers`.
+    """
+    layers = frozen_layers(model, freeze)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for layer in layers:
+            layer.requires_grad_(False)
+        yield layers
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def frozen_layers(model: nn.Module, freeze: PatternList) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: the loss of the head, and what keeps filters apart."""
+"""The objective of training: the loss of the head, plus regularizers that keep filters apart."""
 
 from typing import Any
 
@@ -21,14 +21,19 @@ AUXILIARY = 0.3
 
 
 class Objective(nn.Module):
-    """Loss of a model's training output and targets, plus the regularizers of its filters.
+    """Loss of a model's training output and the targets, plus the regularizers of its filters.
 
-    The annealing's count is its only state.
+    The count of the margin's annealing is its only state.
+
+    Args:
+        model: whose filters are regularized; it does not become a part of this module.
+        terms: weights and kinds of the terms.
+        accumulate: batches that make one optimizer step, by which the annealing counts.
     """
 
     def __init__(self, model: nn.Module, terms: Terms, accumulate: int = 1):
         super().__init__()
-        self._model = (model,)  # its parameters are not this module's
+        self._model = (model,)  # a tuple, so that its parameters do not become this module's
         margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
         annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
         self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
@@ -56,13 +61,17 @@ def _energy(terms: Terms) -> HypersphericalEnergy:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The scores in what a model returned, without a margin."""
+    """The logits in the output of a model, without a margin.
+
+    Raises:
+        DataError: there are none.
+    """
     main, _ = _parts(output)
     return main.logits if isinstance(main, AngularOutput) else main  # type: ignore[return-value]
 
 
 def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
-    """The output of the classifier, and those of auxiliary classifiers."""
+    """The output of the classifier, and the outputs of auxiliary classifiers."""
     if isinstance(output, (Tensor, AngularOutput)):
         return output, []
     parts = [part for part in output if part is not None] if isinstance(output, (tuple, list)) else []
