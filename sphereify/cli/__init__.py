@@ -679,16 +679,12 @@ def export(
 
 def _random_images(model: Any, batch: int, size: list[int]) -> Any:
     """Images to trace with, of that size or the model's own; None where nothing says it, and the usual are tried."""
-    import torch
+    from sphereify.convert.model_inputs import random_images
 
-    from sphereify.sources import data_config, input_channels
-
-    size = size or list(data_config(model).get("input_size") or ())[-2:]
-    if not size:
-        if batch != 2:
-            raise UsageError("--batch-size: goes with --img-size for a model that does not say the size of its images")
-        return None
-    return torch.randn(batch, input_channels(model), *size)
+    images = random_images(model, batch, size)
+    if images is None and batch != 2:
+        raise UsageError("--batch-size: goes with --img-size for a model that does not say the size of its images")
+    return images
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
@@ -756,8 +752,8 @@ def _with_classes(model: str, source: dict[str, Any], images: dict[str, Any]) ->
 
 
 def _load_images(images: dict[str, Any], model: Any) -> Any:
+    from sphereify.convert.model_inputs import data_config, input_channels
     from sphereify.datasets import load_data
-    from sphereify.sources import data_config, input_channels
 
     return load_data(images["data"], channels=input_channels(model), img_size=images["img_size"],
                      config=data_config(model), root=images["data_root"],
@@ -768,8 +764,8 @@ def _load_images(images: dict[str, Any], model: Any) -> Any:
 def _calibration_batches(calibration: dict[str, Any], model: Any) -> Any:
     if hasattr(model, "conversion_plan"):
         raise UsageError("--calibrate: this model is converted already; it takes the plain one, with its --weights")
+    from sphereify.convert.model_inputs import data_config, input_channels
     from sphereify.datasets import load_images
-    from sphereify.sources import data_config, input_channels
 
     return load_images(calibration["calibrate"], calibration["calibration_images"], channels=input_channels(model),
                        img_size=calibration["img_size"], config=data_config(model),
