@@ -36,23 +36,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run("convert", "resnet18", …) -> exit code, stdout, stderr"""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sphereify", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = 0 if stop.code is None else stop.code
-        return (code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory) -> Path:
     """A converted network for ten classes of gray images. Look, don't touch."""
