@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sphereify.convert.graph import class_name, is_site, weight_of
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.sites import class_name, is_site, weight_of
 from sphereify.deployment.folded_layers import FoldedLayer
 from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
 from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option

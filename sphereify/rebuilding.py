@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.graph import class_name
+from sphereify.convert.sites import class_name
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import apply_plan
 from sphereify.deployment.folding import Folding, apply_folding

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.graph import is_site
+from sphereify.convert.sites import is_site
 from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line
 
 SOURCE_ATTRIBUTE = "conversion_source"
@@ -304,27 +304,6 @@ def _without_prefix(tensors: dict[str, torch.Tensor], wanted: set[str]) -> dict[
         if not wanted & set(tensors) and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def input_channels(model: nn.Module) -> int:
-    """How many channels the first convolution of a model takes."""
-    first = next((m for m in model.modules() if is_site(m) and m.weight.dim() > 2), None)  # type: ignore[union-attr, operator]
-    return int(first.weight.shape[1]) * int(getattr(first, "groups", 1)) if first is not None else 3  # type: ignore[union-attr, index, arg-type]
-
-
-def data_config(model: nn.Module) -> dict[str, Any]:
-    """How a model's images were prepared: a timm model's own configuration, ImageNet's usual one for torchvision's."""
-    config = getattr(model, "pretrained_cfg", None)
-    if config is None and type(model).__module__.startswith("torchvision.models."):
-        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875,
-                "interpolation": "bilinear"}  # fmt: skip
-    return config or {}
-
-
-def example_inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
-    """One random image of the size that a timm model's configuration names; None for a model without one."""
-    size: Sequence[int] | None = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    return (torch.randn(1, input_channels(model), *size[1:]),) if size else None
 
 
 def versions() -> dict[str, str]:

@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
+from sphereify.convert.model_inputs import input_channels
 from sphereify.datasets import load_data
 from sphereify.errors import DataError, UsageError
-from sphereify.sources import input_channels
 
 
 def paint(folder: Path, number: int = 3, mode: str = "RGB", size: tuple[int, int] = (20, 24), value: int | None = None):

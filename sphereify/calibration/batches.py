@@ -11,19 +11,6 @@ from sphereify.errors import DataError, UsageError
 
 
 @contextlib.contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode back at the end."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
 def unless_raised(model: nn.Module) -> Iterator[None]:
     """After an error the model's tensors are what they were."""
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -42,11 +29,6 @@ def check_steps(steps: int) -> None:
         raise UsageError(f"calibration: got {steps!r} steps, expected 0 or more; usual: 200 to 500")
     if torch.is_inference_mode_enabled():
         raise UsageError("calibration: inside torch.inference_mode, where no gradient can be had; call it outside")
-
-
-def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the tensors, for a network that may write to its input."""
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 
 
 def joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import batches_of, check_steps, evaluating, fresh
+from sphereify.calibration.batches import batches_of, check_steps
 from sphereify.calibration.head import centred
-from sphereify.convert.provenance import tensors_in
+from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
 from sphereify.errors import UsageError
 
 BATCH = 64

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from sphereify.calibration.batches import (
     batches_of,
     check_steps,
-    evaluating,
-    fresh,
     joined,
     out_of_range,
     unless_raised,
@@ -35,9 +33,9 @@ from sphereify.calibration.layer import LayerFit, keeps_statistics, scale_of, se
 from sphereify.calibration.layer_pairs import Site, is_tied, path_of, reference_of
 from sphereify.calibration.lockstep import Follow, Pass, Pending, Place, Received, current
 from sphereify.calibration.rows import MOST_PRODUCTS, MOST_ROWS, Batch, rows_at
+from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.planner import submodule
-from sphereify.convert.provenance import tensors_in
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import DataError, UsageError, first_line
 from sphereify.nn import AngularHead

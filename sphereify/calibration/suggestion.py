@@ -3,18 +3,23 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import batches_of, evaluating, fresh
+from sphereify.calibration.batches import batches_of
 from sphereify.calibration.layer import LayerFit
 from sphereify.calibration.least_squares import calibrate
+from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.provenance import tensors_in
 from sphereify.convert.rewrite import apply_plan
 from sphereify.errors import UsageError
+from sphereify.options import with_keywords_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,14 @@ class Suggestion:
         return self.agreement >= self.wanted
 
 
+@with_keywords_of(ConversionOptions)
 def suggest(
     model: nn.Module,
     batches: Iterable[Tensor | tuple[Any, ...]],
     *,
     loss: float = 0.02,
     on_trial: Callable[[int, float], None] = lambda excluded, agreement: None,
-    **options: Any,
+    **options: "Unpack[ConversionKeywords]",
 ) -> Suggestion:
     """Find the fewest layers to exclude for a converted, calibrated network to agree with the original.
 
@@ -61,7 +67,7 @@ def suggest(
         batches: as for `calibrate`; the last quarter is held out to measure the agreement on.
         loss: the disagreement that is accepted, in (0, 1).
         on_trial: called after each trial with the number of excluded layers and the agreement.
-        options: as for `plan_conversion`.
+        {options}
 
     Raises:
         UsageError: a loss outside (0, 1), fewer than 8 inputs, or options that `plan_conversion` does not take.
@@ -76,7 +82,8 @@ def suggest(
     def trial(number: int) -> float:
         if number not in tried:
             kept = {pattern_of(layer.name): "keep" for layer in layers[:number]}
-            plan = plan_conversion(model, **options, overrides={**kept, **given} or None)
+            keywords: ConversionKeywords = {**options, "overrides": {**kept, **given} or None}
+            plan = plan_conversion(model, **keywords)
             converted = apply_plan(model, plan)
             calibration = calibrate(converted, model, fitted)
             if not layers:

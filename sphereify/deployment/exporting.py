@@ -13,7 +13,7 @@ import os
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from sphereify import choices
-from sphereify.convert.observe import Inputs, assumed_inputs
-from sphereify.convert.planner import check_model
-from sphereify.convert.provenance import tensors_in
-from sphereify.convert.rewrite import copy_of
+from sphereify.convert.copies import copy_of
+from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import Inputs, arguments_of, noise, runnable_inputs, tensors_in
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.errors import ExportError, SphereifyError, UsageError, choose, first_line
 
@@ -180,29 +179,13 @@ def _quietly() -> Iterator[None]:
 
 def _inputs(model: nn.Module, example_inputs: Inputs) -> tuple[Tensor, ...]:
     """Inputs to trace with, where the model is and in its dtype."""
-    like = next(model.parameters(), torch.empty(0))
     if example_inputs is not None:
-        given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        given = arguments_of(example_inputs)
         if not all(isinstance(one, Tensor) and one.dim() > 0 for one in given):
             raise UsageError("example_inputs: expected a tensor or a tuple of tensors, with the batch in dimension 0")
-        return tuple(one.to(like.device) for one in given)
-    errors = []
-    for candidate in assumed_inputs(model):
-        real = tuple(_noise(one.shape).to(like) for one in candidate)
-        try:
-            model(*real)
-        except Exception as error:  # a forward may raise anything
-            errors.append(first_line(error))
-        else:
-            return real
-    raise UsageError(
-        f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example_inputs, or "
-        f"--img-size on the command line"
-    )
-
-
-def _noise(shape: Iterable[int]) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        device = next(model.parameters(), torch.empty(0)).device
+        return tuple(one.to(device) for one in given)
+    return runnable_inputs(model)
 
 
 def _axes(one: Tensor, batch: bool, size: bool) -> Axes:
@@ -243,7 +226,7 @@ def _another(one: Tensor, axes: Axes) -> Tensor:
     """An input with other values, and with another size along each axis that may differ."""
     shape = [size + (0 if axis not in axes else 1 if axis == 0 else 32) for axis, size in enumerate(one.shape)]
     if one.is_floating_point():
-        return _noise(shape).to(one)
+        return noise(shape).to(one)
     for axis, size in enumerate(shape):  # numbers of words, say: no others than were given
         one = one.index_select(axis, torch.arange(size, device=one.device) % one.shape[axis])
     return one

@@ -72,7 +72,7 @@ class DataOptions:
         """
         from sphereify.artifact import RECORD_ATTRIBUTE
         from sphereify.datasets import load_data
-        from sphereify.sources import data_config, input_channels
+        from sphereify.convert.model_inputs import data_config, input_channels
 
         record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
         trained = record["image_size"][-1] if record.get("image_size") else None

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from sphereify.convert.model_inputs import data_config
 from sphereify.datasets import Data, load_data
 from sphereify.errors import ArtifactError, DataError, TrainingError, UsageError
-from sphereify.sources import data_config
 from sphereify.training import Settings, Variant, accuracy, compare, evaluate, finetune, train_once, trained
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from sphereify.training.objective import Objective
