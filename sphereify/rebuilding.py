@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.sites import class_name
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import apply_plan
+from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
 from sphereify.sources import Source, build_model, recognise
 

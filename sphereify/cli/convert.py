@@ -10,7 +10,7 @@ from sphereify.calibration.options import CalibrationOptions
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.convert.options import ConversionOptions
-from sphereify.models import SPECIFICATION, SourceOptions
+from sphereify.models import SPECIFICATION, SourceOptions, open_model
 
 if TYPE_CHECKING:
     from sphereify.convert.plan import ConversionPlan
@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and n
 @with_options()
 def convert(
     model: Model,
-    options: ConversionOptions,
+    conversion: ConversionOptions,
     source: SourceOptions,
     calibration: CalibrationOptions,
     output: Annotated[
@@ -33,20 +33,20 @@ def convert(
     json: Json = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
-    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(options.operator))}")
+    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(conversion.operator))}")
     check_folder(folder, force)
 
     from sphereify.artifact import save
+    from sphereify.calibration.images import calibration_images
     from sphereify.conversion import sphereify
-    from sphereify.models import open_model
     from sphereify.tables import print_calibration
     from sphereify.terminal import console
 
     network = open_model(model, source)
     before = getattr(network, "conversion_plan", None)
-    batches = _batches(calibration, network)
-    converted = sphereify(network, inplace=batches is None, **vars(options))
-    result = _calibrate(converted, network, batches, calibration.calibrate_steps) if batches is not None else None
+    batches = None if calibration.data is None else calibration_images(network, calibration)
+    converted = sphereify(network, inplace=batches is None, **conversion.keywords())
+    result = None if batches is None else _calibrate(converted, network, batches, calibration.steps)
     save(converted, folder)
     _print_plan(converted.conversion_plan, json)  # type: ignore[arg-type]
     if json:
@@ -61,7 +61,7 @@ def convert(
 @with_options()
 def inspect(
     model: Model,
-    options: ConversionOptions,
+    conversion: ConversionOptions,
     source: SourceOptions,
     json: Json = False,
     verify: Annotated[
@@ -79,70 +79,42 @@ def inspect(
 ) -> None:
     """Show what convert would do, layer by layer and why, without writing anything."""
     from sphereify.convert.planner import plan_conversion
-    from sphereify.models import open_model
 
     network = open_model(model, source)
     if energy or energy_plot is not None:
         _print_energy(network, energy_plot)
         return
-    plan = plan_conversion(network, **vars(options))
+    plan = plan_conversion(network, **conversion.keywords())
     if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
         plan = getattr(network, "conversion_plan", plan)
     _print_plan(plan.verify(network) if verify else plan, json)
 
 
-@with_options()
+@with_options(flags={"loss": "--accuracy-loss"})
 def suggest(
     model: Model,
-    options: ConversionOptions,
+    conversion: ConversionOptions,
     source: SourceOptions,
-    calibration: Annotated[CalibrationOptions, Fields(without=("calibrate_steps",))],
+    calibration: Annotated[CalibrationOptions, Fields(without=("steps",))],
     accuracy_loss: Annotated[
         float,
         typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
     ] = 0.02,
 ) -> None:
     """Find which layers of a trained model to exclude, so that it keeps what it knows. Nothing is written."""
+    from sphereify.calibration.images import calibration_images
     from sphereify.calibration.suggestion import suggest as find
-    from sphereify.errors import UsageError, option
-    from sphereify.models import open_model
     from sphereify.tables import print_suggestion
     from sphereify.terminal import console
 
-    if calibration.calibrate is None:
-        raise UsageError(
-            f"{option('calibrate')}: is missing; the images to measure on: digits, a folder, or a name of timm's"
-        )
     network = open_model(model, source)
+    batches = calibration_images(network, calibration)
 
     def show(excluded: int, agreement: float) -> None:
         console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
 
-    batches = _batches(calibration, network)
-    assert batches is not None
-    suggestion = find(network, batches, loss=accuracy_loss, on_trial=show, **vars(options))
+    suggestion = find(network, batches, loss=accuracy_loss, on_trial=show, **conversion.keywords())
     print_suggestion(console(), suggestion)
-
-
-def _batches(calibration: CalibrationOptions, model: Any) -> Any:
-    if calibration.calibrate is None:
-        return None
-    from sphereify.datasets import load_images
-    from sphereify.errors import UsageError, option
-    from sphereify.sources import data_config, input_channels
-
-    if hasattr(model, "conversion_plan"):
-        raise UsageError(
-            f"{option('calibrate')}: this model is converted already; it takes the plain one, with its {option('weights')}"
-        )
-    return load_images(
-        calibration.calibrate,
-        1024 if calibration.calibration_images is None else calibration.calibration_images,
-        channels=input_channels(model),
-        img_size=calibration.img_size,
-        config=data_config(model),
-        root=calibration.data_root,
-    )
 
 
 def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:

@@ -67,7 +67,7 @@ def _random_images(model: Any, batch: int, size: list[int]) -> Any:
     """Images to trace with, of that size or the model's own; None where nothing says it, and the usual are tried."""
     import torch
 
-    from sphereify.sources import data_config, input_channels
+    from sphereify.convert.model_inputs import data_config, input_channels
 
     size = size or list(data_config(model).get("input_size") or ())[-2:]
     if not size:

@@ -37,6 +37,8 @@ class Fields:
 
 def with_options(
     prepare: Callable[[typer.Context, dict[str, Any]], dict[str, Any]] = lambda context, values: values,
+    *,
+    flags: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function whose parameters may be dataclasses of options.
 
@@ -46,11 +48,12 @@ def with_options(
     Args:
         prepare: changes the values by parameter name, as they came from the command line, before anything is made of
             them.
+        flags: flags of the command for names that the library's messages use.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own: list[str] = []
-        spelling = Spelling()
+        spelling = Spelling(flags)
         groups: dict[str, _Group] = {}
         parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
         for parameter in inspect.signature(function).parameters.values():

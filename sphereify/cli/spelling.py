@@ -18,8 +18,8 @@ class Spelling:
     ('--batch-size', '--fsdp')
     """
 
-    def __init__(self) -> None:
-        self.flags: dict[str, str] = {}
+    def __init__(self, flags: Mapping[str, str] | None = None) -> None:
+        self.flags = dict(flags or {})
         """Flags that are not made of the name of their option."""
         self.on_by_default: set[str] = set()
         """Options that are on unless --no-… is given."""
