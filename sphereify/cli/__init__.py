@@ -56,7 +56,7 @@ def _print_error(error: Exception) -> None:
         print(f"error: {error.spelled(command_line)}", file=sys.stderr)
     else:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("This error was not expected; --debug shows its traceback.", file=sys.stderr)
+        print("This was not foreseen; --debug shows the traceback.", file=sys.stderr)
 
 
 def _show_warning(
