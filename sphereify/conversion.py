@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from sphereify.calibration.batches import batches_of, check_steps
+from sphereify.calibration.batches import checked_batches
+from sphereify.calibration.distillation import check_steps
 from sphereify.calibration.least_squares import calibrate
 from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.observe import Inputs
@@ -78,7 +79,7 @@ def sphereify(
     """
     if calibration is None and calibration_steps:
         raise UsageError("calibration_steps: has no effect without calibration, which brings the inputs")
-    check_steps(calibration_steps)
+    check_steps(calibration_steps, "calibration_steps")
     plan = plan_conversion(
         model,
         operator=operator,
@@ -98,7 +99,7 @@ def sphereify(
         eps=eps,
         example_inputs=example_inputs,
     )
-    calibration = batches_of(calibration) if calibration is not None else None  # refused before anything is changed
+    calibration = checked_batches(calibration) if calibration is not None else None  # refused before anything is changed
     original = copy.deepcopy(model) if calibration is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if calibration is not None:

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from sphereify import __version__, choices
+from sphereify.calibration.options import CalibrationOptions
 from sphereify.errors import ArtifactError, DataError, Interrupted, SphereifyError, UsageError
+from sphereify.options import options_of
 
 app = typer.Typer(
     name="sphereify",
@@ -49,8 +51,16 @@ def main() -> None:
         if isinstance(error, Interrupted) and not _speaks():
             sys.exit(error.exit_code)
         hint = "" if known else "\nThis was not foreseen; --debug shows the traceback."
-        print(f"{prefix}{error}{hint}", file=sys.stderr)
+        message = error.spelled(_spell) if isinstance(error, SphereifyError) else error
+        print(f"{prefix}{message}{hint}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _spell(name: str, value: str | None) -> str:
+    """An option as it is written on the command line."""
+    shared = {n: about.command_line for n, about in options_of(CalibrationOptions).items() if about.command_line}
+    flag = shared.get(name) or f"--{name.replace('_', '-')}"
+    return flag if value is None else f"{flag} {value.strip(chr(39))}"
 
 
 def _print_version(wanted: bool) -> None:
@@ -310,41 +320,20 @@ def _images(
     return locals()
 
 
-CALIBRATION = "Calibration"
-
-
-def _calibration_option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=CALIBRATION)
+def _calibration_option(name: str) -> Any:
+    about = options_of(CalibrationOptions)[name]
+    names = [about.command_line] if about.command_line else []
+    return typer.Option(*names, help=about.help, rich_help_panel=about.panel)
 
 
 def _calibration(
-    calibrate: Annotated[
-        str | None,
-        _calibration_option(
-            "Fit the layers to what a trained model computes on these images: digits, a folder of "
-            "images, or a name of timm's. No labels are used."
-        ),
-    ] = None,
-    calibration_images: Annotated[
-        int | None, _calibration_option("How many, of the training part; default 1024, usual: 500 to 2,000.")
-    ] = None,
-    calibrate_steps: Annotated[
-        int, _calibration_option("Optimizer steps towards the original's outputs afterwards; usual: 0, or 200 to 500.")
-    ] = 0,
-    data_root: Annotated[Path | None, _calibration_option("Where a data set of timm's lies.")] = None,
-    img_size: Annotated[
-        int | None, _calibration_option("Pixels of the images; default 32 for digits, else the model's.")
-    ] = None,
-) -> dict[str, Any]:
-    """Which images to calibrate on, for `_calibration_batches`."""
-    if calibrate is None:
-        for name, value in (("--calibration-images", calibration_images), ("--calibrate-steps", calibrate_steps),
-                            ("--data-root", data_root), ("--img-size", img_size)):  # fmt: skip
-            if value not in (None, 0):
-                raise UsageError(f"{name}: has no effect without --calibrate, which names the images")
-    if calibrate_steps < 0:
-        raise UsageError(f"--calibrate-steps: got {calibrate_steps}, expected 0 or more; usual: 200 to 500")
-    return {**locals(), "calibration_images": 1024 if calibration_images is None else calibration_images}
+    calibrate: Annotated[str | None, _calibration_option("data")] = None,
+    calibration_images: Annotated[int, _calibration_option("images")] = 1024,
+    calibrate_steps: Annotated[int, _calibration_option("steps")] = 0,
+    data_root: Annotated[Path | None, _calibration_option("data_root")] = None,
+    img_size: Annotated[int | None, _calibration_option("img_size")] = None,
+) -> Any:
+    return CalibrationOptions(calibrate, calibration_images, calibrate_steps, data_root, img_size)
 
 
 Output = Annotated[
@@ -374,14 +363,15 @@ def convert(
     _check_output(folder, force)
 
     from sphereify.artifact import save
+    from sphereify.calibration.images import calibration_images
     from sphereify.conversion import sphereify
 
     network = _open_model(model, **source)
     before = getattr(network, "conversion_plan", None)
-    batches = _calibration_batches(calibration, network) if calibration["calibrate"] is not None else None
+    batches = calibration_images(network, calibration) if calibration.data is not None else None
     converted = sphereify(network, inplace=batches is None, **options)
     if batches is not None:
-        found = _calibrate(converted, network, batches, calibration["calibrate_steps"])
+        found = _calibrate(converted, network, batches, calibration.steps)
     save(converted, folder)
     _show_plan(converted.conversion_plan, json)
     if not json:
@@ -438,16 +428,17 @@ def suggest(
     ] = 0.02,
 ) -> None:
     """Find which layers of a trained model to exclude, so that it keeps what it knows. Nothing is written."""
-    if calibration["calibrate"] is None:
+    if calibration.data is None:
         raise UsageError("--calibrate: is missing; the images to measure on: digits, a folder, or a name of timm's")
-    if calibration["calibrate_steps"]:
+    if calibration.steps:
         raise UsageError("--calibrate-steps: suggest makes none; give them to convert")
 
+    from sphereify.calibration.images import calibration_images
     from sphereify.calibration.suggestion import suggest as find
     from sphereify.tables import console, print_suggestion
 
     network = _open_model(model, **source)
-    batches = _calibration_batches(calibration, network)
+    batches = calibration_images(network, calibration)
 
     def tell(excluded: int, agreement: float) -> None:
         console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
@@ -765,37 +756,22 @@ def _load_images(images: dict[str, Any], model: Any) -> Any:
                      test_images=images["test_images"])  # fmt: skip
 
 
-def _calibration_batches(calibration: dict[str, Any], model: Any) -> Any:
-    if hasattr(model, "conversion_plan"):
-        raise UsageError("--calibrate: this model is converted already; it takes the plain one, with its --weights")
-    from sphereify.datasets import load_images
-    from sphereify.sources import data_config, input_channels
-
-    return load_images(calibration["calibrate"], calibration["calibration_images"], channels=input_channels(model),
-                       img_size=calibration["img_size"], config=data_config(model),
-                       root=calibration["data_root"])  # fmt: skip
-
-
 def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:
     """Calibrate with a bar in a terminal, on the GPU where there is one."""
-    import torch
     from rich.progress import Progress
 
     from sphereify.calibration.least_squares import calibrate
     from sphereify.tables import console
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     screen = console(stderr=True)
     with Progress(console=screen, disable=not screen.is_terminal, transient=True) as bar:
         layers = bar.add_task("calibrating", total=len(converted.conversion_plan.converted))
         walk = bar.add_task("steps", total=steps, visible=steps > 0)
-        found = calibrate(
-            converted.to(device), original.to(device), [batch.to(device) for batch in batches], steps=steps,
+        return calibrate(
+            converted, original, batches, steps=steps, device="auto",
             on_layer=lambda name, explained: bar.update(layers, advance=1, description=f"calibrating {name}"),
             on_step=lambda step, loss: bar.update(walk, completed=step, description=f"steps, error {loss:.3f}"),
         )  # fmt: skip
-    converted.cpu()
-    return found
 
 
 def _teacher(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sphereify.calibration.batches import evaluating, fresh
+from sphereify.calibration.network_state import evaluating, fresh
 from sphereify.convert.graph import class_name, trace
 from sphereify.convert.observe import Inputs
 from sphereify.convert.plan import ConversionPlan, count
