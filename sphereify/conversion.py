@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sphereify.calibration.batches import batches_of, check_steps
+from sphereify.calibration.batches import checked_batches
+from sphereify.calibration.distillation import check_steps
 from sphereify.calibration.least_squares import calibrate
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
@@ -57,9 +58,9 @@ def sphereify(
         raise UsageError(
             f"{option('calibration_steps')}: has no effect without {option('calibration')}, which brings the inputs"
         )
-    check_steps(calibration_steps)
+    check_steps(calibration_steps, "calibration_steps")
     plan = plan_conversion(model, example_inputs=example_inputs, **options)
-    batches = batches_of(calibration) if calibration is not None else None  # refused before anything is changed
+    batches = checked_batches(calibration) if calibration is not None else None  # refused before anything is changed
     original = copy.deepcopy(model) if batches is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if batches is not None:

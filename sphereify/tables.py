@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from sphereify.calibration.layer import LayerFit
-from sphereify.calibration.least_squares import Calibration
+from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.deployment.exporting import Exported
@@ -64,36 +63,36 @@ def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
     return table
 
 
-def print_calibration(out: Console, found: Calibration) -> None:
-    """The table in the order of the layers, the notes, and what the steps brought."""
-    out.print(calibration_table(found.layers.values(), "calibration"))
-    for note in found.notes:
+def print_calibration(out: Console, calibration: Calibration) -> None:
+    """Print the fit of each layer in their order, the notes, and the summary."""
+    out.print(calibration_table(calibration.layers.values(), "calibration"))
+    for note in calibration.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
-    if found.layers:
-        worst = found.worst()[0]
-        mean = sum(found.values()) / len(found)
-        out.print(f"{len(found)} layers calibrated, R² {mean:.2f} on average, {worst.after:.2f} at {worst.name}",
-                  style="bold", markup=False)  # fmt: skip
-    if found.difference is not None:
-        before, after = found.difference
-        out.print(f"steps: the outputs' error fell from {before:.3f} to {after:.3f} of their variance", style="bold")
+    out.print(calibration.summary(), style="bold", markup=False)
 
 
-def print_suggestion(out: Console, found: Suggestion) -> None:
-    """The layers by their cost, the trials, and the options to give."""
-    out.print(calibration_table(found.layers, "the least explained layers first"))
+def print_suggestion(out: Console, suggestion: Suggestion) -> None:
+    """Print the layers by what is explained of them, the trials, and the options to give."""
+    out.print(calibration_table(suggestion.layers, "the least explained layers first"))
     table = Table("layers excluded", "agreement with the original", header_style="bold")
-    for number, agreement in found.tried.items():
+    for number, agreement in suggestion.trials.items():
         table.add_row(str(number), f"{agreement:.1%}")
     out.print(table)
-    if not found.reached:
-        out.print(f"{found.wanted:.1%} was not reached; try --calibration-images with more images, another --operator, "
-                  f"or accept a greater loss", style="yellow", markup=False)  # fmt: skip
-    elif not found.exclude:
-        out.print(f"{found.agreement:.1%} with all layers converted: nothing to exclude", style="bold", markup=False)
-    if found.exclude:
-        options = " ".join(f"--exclude {name}" for name in found.exclude)
-        out.print(f"{found.agreement:.1%} with: {options}", style="bold", markup=False, soft_wrap=True)
+    if not suggestion.reached:
+        out.print(
+            f"{suggestion.goal:.1%} was not reached; try --calibration-images with more images, another --operator, or "
+            f"accept a greater loss",
+            style="yellow",
+            markup=False,
+        )
+    elif not suggestion.exclude:
+        out.print(f"{suggestion.agreement:.1%} with all layers converted: nothing to exclude", style="bold")
+    if suggestion.exclude:
+        first = suggestion.given.get("overrides")  # overrides win over --exclude, and the first one that matches wins
+        options = (f"--override {name}=keep" if first else f"--exclude {name}" for name in suggestion.exclude)
+        place = ", given before your own --override" if first else ""
+        line = f"{suggestion.agreement:.1%} with: {' '.join(options)}{place}"
+        out.print(line, style="bold", markup=False, soft_wrap=True)
 
 
 def _share(value: float) -> str:
