@@ -37,7 +37,7 @@ def load_data(
     channels: int = 3,
     img_size: int | None = None,
     config: dict[str, Any] | None = None,
-    root: str | Path | None = None,
+    data_root: str | Path | None = None,
     splits: tuple[str, str] = ("train", "validation"),
     augment: str | None = None,
     shift: bool = True,
@@ -54,7 +54,7 @@ def load_data(
         channels: channels of an image, 1 or 3.
         img_size: height and width in pixels; default: 32 for digits, else the size in `config`, or 224.
         config: a model's `pretrained_cfg`: size, mean and standard deviation, crop and interpolation.
-        root: folder that holds a data set of timm.
+        data_root: folder that holds a data set of timm.
         splits: names of the training and the test part in a data set of timm.
         augment: automatic augmentation by timm of the training images, such as "rand-m9-mstd0.5".
         shift: shift training images of up to 64 pixels by up to an eighth, as in CIFAR-10+; otherwise they are only
@@ -74,7 +74,7 @@ def load_data(
         raise UsageError(
             f"{asked}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
         )
-    data = _load(spec, channels, img_size, config or {}, root, splits, augment, shift)
+    data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
             data = _subset(data, part, count)
@@ -164,7 +164,7 @@ def load_images(
     channels: int = 3,
     img_size: int | None = None,
     config: dict[str, Any] | None = None,
-    root: str | Path | None = None,
+    data_root: str | Path | None = None,
     split: str = "train",
     batch_size: int = 64,
 ) -> list[Tensor]:
@@ -173,7 +173,7 @@ def load_images(
     Args:
         spec: as for `load_data`, or a folder with images at any depth; if it has a folder train/, only those in there.
         count: size, ≥ 1, of a fixed random choice of images; all of them if there are fewer.
-        channels, img_size, config, root: as for `load_data`.
+        channels, img_size, config, data_root: as for `load_data`.
         split: name of the training part of a data set of timm.
         batch_size: images per tensor.
 
@@ -187,8 +187,10 @@ def load_images(
     if count < 1:
         raise invalid("count", count, "a number of at least 1", "Usual: 500 to 2,000")
     _check_shape(spec, channels, img_size)
-    if root is not None and not spec.startswith(TIMM_READERS):
-        raise UsageError(f"{option('root')}: has no effect on {spec!r}; it names the folder of a data set of timm's")
+    if data_root is not None and not spec.startswith(TIMM_READERS):
+        raise UsageError(
+            f"{option('data_root')}: has no effect on {spec!r}; it names the folder of a data set of timm's"
+        )
     if spec == "digits":
         part: Any = _digits(channels, img_size or 32).train
         total, image_of = len(part), lambda index: part[index][0]
@@ -196,7 +198,7 @@ def load_images(
         size = _size(img_size, config or {})
         move = _transform(size, channels, config or {}, training=False, augment=None)
         if spec.startswith(TIMM_READERS):
-            part = _of_timm(spec, root, (split,), [move], (channels, size, size)).train
+            part = _of_timm(spec, data_root, (split,), [move], (channels, size, size)).train
             total, image_of = len(part), lambda index: part[index][0]
         else:
             files = _image_files(spec)
@@ -217,7 +219,7 @@ def _image_files(spec: str) -> list[Path]:
     return files
 
 
-def class_count(spec: str, *, root: str | Path | None = None) -> int:
+def class_count(spec: str, *, data_root: str | Path | None = None) -> int:
     """The number of classes of a data set, without reading it if it is a folder.
 
     Raises:
@@ -225,7 +227,7 @@ def class_count(spec: str, *, root: str | Path | None = None) -> int:
     """
     if spec != "digits" and (Path(spec) / "train").is_dir():
         return sum(entry.is_dir() for entry in (Path(spec) / "train").iterdir())
-    return len(load_data(spec, root=root).classes)
+    return len(load_data(spec, data_root=data_root).classes)
 
 
 def _check_shape(spec: str, channels: int, img_size: int | None) -> None:

@@ -37,5 +37,5 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
         channels=input_channels(model),
         img_size=options.img_size,
         config=data_config(model),
-        root=options.data_root,
+        data_root=options.data_root,
     )

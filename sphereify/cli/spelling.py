@@ -27,7 +27,7 @@ class Spelling:
     def learn(self, name: str, default: Any, about: Option) -> None:
         """Take in an option of the command."""
         if about.command_line:
-            self.flags[name] = about.command_line
+            self.flags[name] = about.command_line.partition("/")[0]
         if default is True:
             self.on_by_default.add(name)
 

@@ -81,7 +81,7 @@ class DataOptions:
             channels=input_channels(model),
             img_size=trained if self.img_size is None else self.img_size,
             config=data_config(model),
-            root=self.data_root,
+            data_root=self.data_root,
             augment=self.augment,
             train_images=self.train_images,
             test_images=self.test_images,

@@ -69,4 +69,4 @@ def for_classes_of(images: DataOptions, spec: str, source: SourceOptions) -> Sou
     find_model(spec)  # an unknown name fails before the data is read
     if source.num_classes is not None or not accepts(spec, "num_classes"):
         return source
-    return dataclasses.replace(source, num_classes=class_count(images.data or "", root=images.data_root))
+    return dataclasses.replace(source, num_classes=class_count(images.data or "", data_root=images.data_root))
