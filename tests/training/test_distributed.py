@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,36 +36,11 @@ class Net(nn.Module):
 def net(num_classes=10):
     return Net(num_classes)
 """
-BEGIN = [
-    "finetune",
-    "own.py:net",
-    "--data",
-    "digits",
-    "--train-images",
-    "192",
-    "--epochs",
-    "2",
-    "--img-size",
-    "12",
-    "--lr",
-    "0.01",
-    "--device",
-    "cpu",
-    "--operator",
-    "learnable-sigmoid",
-    "--head",
-    "a-softmax",
-    "--margin",
-    "2",
-    "--rescale",
-    "always",
-    "--mhe",
-    "0.5",
-    "--orthogonality",
-    "0.01",
-    "--checkpoint-minutes",
-    "0",
-]
+BEGIN = shlex.split(
+    "finetune own.py:net --data digits --train-images 192 --epochs 2 --img-size 12 --lr 0.01 "
+    "--device cpu --operator learnable-sigmoid --head a-softmax --margin 2 --rescale always --mhe "
+    "0.5 --orthogonality 0.01 --checkpoint-minutes 0"
+)
 
 
 def start(folder: Path, processes: int, *arguments: str) -> subprocess.Popen:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,32 +34,16 @@ def small(num_classes=10, in_chans=1):
 """
 
 
-BEGIN = [
-    "finetune",
-    "own.py:small",
-    "--data",
-    "digits",
-    "--epochs",
-    "3",
-    "--img-size",
-    "8",
-    "--batch-size",
-    "128",
-    "--lr",
-    "0.01",
-    "--ema",
-    "0.9",
-    "--checkpoint-minutes",
-    "0",
-    "--device",
-    "cpu",
-]
+BEGIN = shlex.split(
+    "finetune own.py:small --data digits --epochs 3 --img-size 8 --batch-size 128 --lr 0.01 --ema "
+    "0.9 --checkpoint-minutes 0 --device cpu"
+)
 
 
 FORKS = """
 import json, os, sys
 import sklearn.datasets, sklearn.model_selection, timm.data, timm.optim, timm.scheduler, timm.utils, torchvision
-import sphereify.cli, sphereify.training, sphereify.plots, matplotlib.backends.backend_agg
+import sphereify.cli, sphereify.training.run, sphereify.training.comparison, sphereify.plots, matplotlib.backends.backend_agg
 
 for line in sys.stdin:
     asked = json.loads(line)
