@@ -6,9 +6,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sphereify import sphereify
 from sphereify.datasets import Data
-from sphereify.training import (
-    Settings,
-)
+from sphereify.training import Settings
 
 CPU = {"device": "cpu"}
 
@@ -25,9 +23,8 @@ def images(number: int = 26, classes: int = 3, seed: int = 0) -> Data:
     return Data("patterns", part(number), part(12), [f"class {i}" for i in range(classes)], (2, 6, 6))
 
 
-def net(seed: int = 0, **options) -> nn.Module:
-    torch.manual_seed(seed)
-    plain = nn.Sequential(
+def plain_net() -> nn.Module:
+    return nn.Sequential(
         nn.Conv2d(2, 4, 3),
         nn.BatchNorm2d(4),
         nn.ReLU(),
@@ -37,7 +34,11 @@ def net(seed: int = 0, **options) -> nn.Module:
         nn.Flatten(),
         nn.Linear(16, 3),
     )
-    return sphereify(plain, inplace=True, **options)
+
+
+def net(seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return sphereify(plain_net(), inplace=True, **options)
 
 
 class Layered(nn.Sequential):

@@ -9,9 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sphereify.errors import ArtifactError
-from sphereify.training import (
-    finetune,
-)
+from sphereify.training import finetune
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from tests.training.small import (
     dropout_net,

@@ -10,13 +10,7 @@ from torch.utils.data import DataLoader
 
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
-from sphereify.training import (
-    Variant,
-    accuracy,
-    compare,
-    train_once,
-    trained,
-)
+from sphereify.training import Variant, accuracy, compare, train_once, trained, variants
 from tests.training.small import (
     images,
     linear_net,
@@ -89,3 +83,17 @@ def test_the_table_of_a_comparison_is_what_the_runs_gave(tmp_path):
         assert runs.deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert found.columns() == ["", "test accuracy, %", f"steps to {found.reach:.1%}", "images/s", "ratio"]
     assert (tmp_path / "comparison.md").read_text() == found.markdown()
+
+
+def test_the_variants_of_some_operators_share_their_options():
+    first, *others = variants(["Learnable_Sigmoid", "linear"], {"head": "keep", "operator": "cosine"})
+    assert (first.name, first.options) == ("original", None)
+    assert [variant.name for variant in others] == ["learnable-sigmoid", "linear"]
+    assert [variant.options for variant in others] == [
+        {"head": "keep", "operator": "learnable-sigmoid"},
+        {"head": "keep", "operator": "linear"},
+    ]
+    assert variants("linear, cosine,") == variants(["linear", "cosine"])
+    for nothing in ("", " , ", []):
+        with pytest.raises(UsageError, match="operators: got none, expected some of linear, cosine"):
+            variants(nothing)

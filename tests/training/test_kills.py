@@ -43,7 +43,8 @@ BEGIN = shlex.split(
 FORKS = """
 import json, os, sys
 import sklearn.datasets, sklearn.model_selection, timm.data, timm.optim, timm.scheduler, timm.utils, torchvision
-import sphereify.cli, sphereify.training.run, sphereify.training.comparison, sphereify.plots, matplotlib.backends.backend_agg
+import sphereify.cli, sphereify.training.run, sphereify.training.comparison, sphereify.plots
+import matplotlib.backends.backend_agg
 
 for line in sys.stdin:
     asked = json.loads(line)

@@ -7,11 +7,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sphereify.datasets import Data
 from sphereify.errors import DataError
-from sphereify.training import (
-    Settings,
-    evaluate,
-    finetune,
-)
+from sphereify.training import Settings, evaluate, finetune
 from sphereify.training.loader import Batches
 from tests.training.small import CPU, Augmented, dropout_net, images, net, same, state, usual
 

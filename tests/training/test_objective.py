@@ -8,12 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.nn import HypersphericalEnergy
-from sphereify.training import (
-    Objective,
-    Settings,
-    Terms,
-    finetune,
-)
+from sphereify.training import Objective, Settings, Terms, finetune
 from sphereify.training.checkpoint import checkpoints, read_checkpoint
 from tests.training.small import CPU, dropout_net, images, net, state, usual
 

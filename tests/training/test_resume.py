@@ -9,11 +9,7 @@ import torch
 
 from sphereify.datasets import Data
 from sphereify.errors import ArtifactError, Interrupted, UsageError
-from sphereify.training import (
-    Result,
-    Terms,
-    finetune,
-)
+from sphereify.training import Result, Terms, finetune
 from sphereify.training.checkpoint import checkpoints, read_checkpoint
 from tests.training.small import (
     Augmented,

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from sphereify import sphereify
 from sphereify.datasets import load_data
 from sphereify.errors import TrainingError
-from sphereify.training import (
-    Epoch,
-    Result,
-    Settings,
-    Step,
-    finetune,
-)
+from sphereify.training import Epoch, Result, Settings, Step, finetune
 from sphereify.training.checkpoint import checkpoints, read_checkpoint
 from tests.training.small import (
     CPU,

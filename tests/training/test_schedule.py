@@ -5,10 +5,7 @@ import math
 import pytest
 from torch import Tensor
 
-from sphereify.training import (
-    Settings,
-    finetune,
-)
+from sphereify.training import Settings, finetune
 from tests.training.small import CPU, images, net, same, state
 
 
