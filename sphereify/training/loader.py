@@ -33,8 +33,16 @@ class Batches(Sampler[list[Key]]):
         epoch_batches: batches of an epoch, which then begins where the one before it ended; None: one pass.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1,
-                 epoch_batches: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        epoch_batches: int | None = None,
+    ):
         super().__init__()
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.epoch_batches = epoch_batches

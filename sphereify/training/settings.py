@@ -214,7 +214,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
     def flat(settings: Settings) -> dict[str, Any]:
         values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-        return {**values, **vars(values.pop("terms"))}
+        terms = values.pop("terms")
+        return {**values, **vars(terms)}
 
     old, new = flat(before), flat(now)
     return [
