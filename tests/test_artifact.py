@@ -354,6 +354,32 @@ def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_that_was_replaced_after_the_conversion_is_not_saved_as_if_it_were_converted(tmp_path):
+    model = sphereify(plain())
+    model.fc = nn.Linear(8, 7)
+    with pytest.raises(UsageError, match=r"fc: was planned with weight \(5, 8\) and is now .*\(7, 8\)"):
+        save(model, tmp_path / "out")
+    model = sphereify(plain())
+    model.stem = nn.Conv2d(3, 4, 3)
+    with pytest.raises(UsageError, match="stem: was planned with weight"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_head_can_be_converted_and_saved_again(tmp_path):
+    model = sphereify(plain())
+    model.fc = nn.Linear(8, 7)
+    model = sphereify(model, inplace=True).eval()
+    save(model, tmp_path)
+
+    def factory():
+        network = plain()
+        network.fc = nn.Linear(8, 7)
+        return network
+
+    torch.testing.assert_close(load(tmp_path, factory=factory)(images()), model(images()), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- on the disk
 
 

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.copies import copy_of
 from sphereify.convert.names import relative_parameter
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
@@ -149,7 +149,7 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         values = {name: value for name, value in values.items() if value is not None}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **values)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
-    twin.only_read = decision.output_read_only
+    twin.output_read_only = decision.output_read_only
     if twin.beta is not None:
         _start_beta(twin.beta, weight, operator)
     twin.train(plain.training)

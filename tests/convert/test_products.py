@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from sphereify import ConversionPlan, apply_plan, load, plan_conversion, save, sphereify
 from sphereify.convert.graph import read_graph
 from sphereify.errors import UnsupportedModelError
+from tests.convert.answers import linear_answer, shake, the_call
 from tests.convert.models import Net, conv
-from tests.convert.test_calls import linear_answer, shake, the_call
 from tests.nn.oracle import normal, slope
 
 # ---------------------------------------------------------------------------------------------- products and witnesses
