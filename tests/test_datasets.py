@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sphereify.convert.model_inputs import data_config, input_channels
+from sphereify.convert.model_inputs import data_config
 from sphereify.datasets import load_data
 from sphereify.errors import DataError, UsageError
 
