@@ -27,7 +27,7 @@ from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_foldi
 from sphereify.errors import ArtifactError, UsageError
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
-from sphereify.sources import Source, build_model, recognise, versions
+from sphereify.sources import TRAINING_ATTRIBUTE, Source, build_model, recognise, versions
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
@@ -107,6 +107,7 @@ def load(
     if document.get("folding") is not None:
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
+    setattr(model, TRAINING_ATTRIBUTE, document["training"])
     return model.eval()
 
 

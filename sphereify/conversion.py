@@ -99,7 +99,8 @@ def sphereify(
         eps=eps,
         example_inputs=example_inputs,
     )
-    calibration = checked_batches(calibration) if calibration is not None else None  # refused before anything is changed
+    if calibration is not None:
+        calibration = checked_batches(calibration)  # refused before anything is changed
     original = copy.deepcopy(model) if calibration is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if calibration is not None:

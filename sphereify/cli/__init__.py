@@ -18,6 +18,7 @@ import typer
 
 from sphereify import __version__, choices
 from sphereify.calibration.options import CalibrationOptions
+from sphereify.deployment.options import ExportOptions
 from sphereify.errors import ArtifactError, DataError, Interrupted, SphereifyError, UsageError
 from sphereify.options import options_of
 
@@ -617,69 +618,43 @@ def compare(
     print(f"written to {folder}/comparison.md, .json and .png")
 
 
+def _export_option(name: str) -> Any:
+    about = options_of(ExportOptions)[name]
+    names = [about.command_line] if about.command_line else []
+    return typer.Option(*names, help=about.help, rich_help_panel=about.panel or None)
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A saved artifact.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default ARTIFACT.onnx or ARTIFACT.pt2.")
     ] = None,
-    format: Annotated[str, typer.Option(help=f"One of: {_listed(choices.EXPORT_FORMATS)} (.pt2).")] = "onnx",
-    dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Let the file take any image size; not every model allows it.")
-    ] = False,
-    img_size: Annotated[
-        int | None, typer.Option(help="Pixels of the images; default those it was trained on, else the model's.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Fix the batch to so many images; default any number.")] = None,
-    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators, 18 or more; default 18.")] = None,
-    no_fold: Annotated[
-        bool, typer.Option("--no-fold", help="Leave normalizations and filter norms as they are: slower.")
-    ] = False,
+    format: Annotated[str, _export_option("format")] = "onnx",
+    dynamic_size: Annotated[bool, _export_option("dynamic_size")] = False,
+    img_size: Annotated[int | None, _export_option("img_size")] = None,
+    batch_size: Annotated[int | None, _export_option("batch_size")] = None,
+    opset: Annotated[int | None, _export_option("opset")] = None,
+    folded: Annotated[bool, _export_option("folded")] = True,
     factory: Annotated[
         str | None, typer.Option(help="What makes the plain model of an artifact of your own: see convert.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write an artifact to one file for other runtimes, folded for inference, and check the file against it."""
-    from sphereify.artifact import is_artifact, read_document
+    from sphereify.artifact import is_artifact
 
     if not (Path(model).is_dir() or is_artifact(model)):
         raise UsageError(f"{model}: is no saved artifact; make one with: sphereify convert {model}")
-    for option, value in (("--img-size", img_size), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option}: got {value}, expected 1 or more")
-    if opset is not None and choices.canonical(format) != "onnx":
-        raise UsageError(f"--opset: belongs to ONNX and has no effect on {format}")
-    suffix = {"torch-export": "pt2"}.get(choices.canonical(format), "onnx")
-    file = output or Path(f"{Path(model).resolve().name}.{suffix}")
+    options = ExportOptions(format, folded, batch_size, dynamic_size, img_size, opset)
+    file = output or Path(f"{Path(model).resolve().name}{options.suffix}")
     if file.exists() and not force:
         raise UsageError(f"{file}: exists already; --force replaces it, -o names another file")
 
-    from sphereify.deployment.exporting import LOWEST_OPSET
     from sphereify.deployment.exporting import export as write
     from sphereify.tables import console, print_export
 
-    known = read_document(model).get("training") or {}
-    network = _open_model(model, factory=factory)
-    size = [img_size] * 2 if img_size else (known.get("image_size") or [])[-2:]
-    images = _random_images(network, batch_size or 2, size)
-    written = write(network, file, images, format=format, folded=not no_fold, dynamic_batch=batch_size is None,
-                    dynamic_size=dynamic_size, opset=LOWEST_OPSET if opset is None else opset)  # fmt: skip
-    print_export(console(), written)
-
-
-def _random_images(model: Any, batch: int, size: list[int]) -> Any:
-    """Images to trace with, of that size or the model's own; None where nothing says it, and the usual are tried."""
-    import torch
-
-    from sphereify.sources import data_config, input_channels
-
-    size = size or list(data_config(model).get("input_size") or ())[-2:]
-    if not size:
-        if batch != 2:
-            raise UsageError("--batch-size: goes with --img-size for a model that does not say the size of its images")
-        return None
-    return torch.randn(batch, input_channels(model), *size)
+    print_export(console(), write(_open_model(model, factory=factory), file, **vars(options)))
 
 
 def _open_model(spec: str, *, pretrained: bool = False, weights: Path | None = None, num_classes: int | None = None,
