@@ -28,13 +28,11 @@ from sphereify.files import replacing
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
 from sphereify.rebuilding import proven_source
-from sphereify.sources import Source, build_model, versions
+from sphereify.sources import TRAINING_ATTRIBUTE, Source, build_model, versions
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 DOCUMENT = "conversion.json"
-RECORD_ATTRIBUTE = "training_record"
-"""The attribute of a loaded model with what `save` was given as `training`: the classes, the image size, …"""
 
 
 def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None = None) -> Path:
@@ -113,7 +111,7 @@ def load(
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
     if document["training"] is not None:
-        setattr(model, RECORD_ATTRIBUTE, document["training"])
+        setattr(model, TRAINING_ATTRIBUTE, document["training"])
     return model.to(device).eval()
 
 

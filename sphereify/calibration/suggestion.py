@@ -63,7 +63,8 @@ class Suggestion:
 
         Overrides win over `exclude`: where some were given, `exclude` alone may have no effect.
         """
-        return {**dict.fromkeys(self.exclude, "keep"), **(self.given.get("overrides") or {})}
+        given = self.given.get("overrides") or {}
+        return {**dict.fromkeys(self.exclude, "keep"), **{p: v for p, v in given.items() if p not in self.exclude}}
 
     @property
     def options(self) -> ConversionKeywords:
