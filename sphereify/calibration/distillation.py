@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sphereify.calibration.batches import Arguments, checked_batches
 from sphereify.calibration.head import centred
-from sphereify.calibration.network_state import evaluating, fresh
-from sphereify.convert.provenance import tensors_in
+from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
 from sphereify.errors import UsageError, invalid
 
 BATCH_SIZE = 64

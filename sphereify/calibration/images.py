@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from sphereify.calibration.options import CalibrationOptions
+from sphereify.convert.model_inputs import data_config, input_channels
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
 from sphereify.errors import UsageError, option
-from sphereify.sources import data_config, input_channels
 
 
 def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Tensor]:
@@ -37,5 +37,5 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
         channels=input_channels(model),
         img_size=options.img_size,
         config=data_config(model),
-        root=options.data_root,
+        data_root=options.data_root,
     )

@@ -7,10 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.convert.graph import relative_parameter
+from sphereify.convert.copies import copy_of
+from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.convert.planner import submodule
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan, copy_of
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
 from sphereify.nn.functional_calls import CALLS, AngularCall, call_key
 
 

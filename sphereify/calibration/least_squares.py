@@ -21,11 +21,12 @@ from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.head import set_head
 from sphereify.calibration.layer import set_layer
 from sphereify.calibration.layer_pairs import LayerPair, layer_pairs, reference_of
-from sphereify.calibration.network_state import evaluating, on_device, restored_on_error
+from sphereify.calibration.network_state import on_device, restored_on_error
 from sphereify.calibration.paired_passes import run_paired
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.rows import Batch
 from sphereify.calibration.trial_runs import can_take_turns, first_run
+from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError

@@ -1,31 +1,12 @@
-"""The state of networks while a calibration runs: mode, device, and tensors that come back after an error."""
+"""The state of networks while a calibration runs: their device, and tensors that come back after an error."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sphereify.errors import UsageError, option
-
-
-@contextlib.contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Put networks into eval mode, and each of their modules back into its own mode at the end."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with a copy of each tensor, for a network that may write to its input."""
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 
 
 @contextlib.contextmanager

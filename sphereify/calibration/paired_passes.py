@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sphereify.calibration.batches import Arguments
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.calibration.network_state import fresh
 from sphereify.calibration.norms import keeps_statistics, scale_of, shift_of
 from sphereify.calibration.rows import Batch, rows_at, sampled_positions
 from sphereify.calibration.tracking import (
@@ -25,6 +24,7 @@ from sphereify.calibration.tracking import (
     pause_before,
     record_places,
 )
+from sphereify.convert.model_inputs import fresh
 from sphereify.errors import DataError
 from sphereify.nn.functional_calls import AngularCall
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from sphereify.calibration.batches import Arguments, checked_batches
 from sphereify.calibration.least_squares import calibrate
-from sphereify.calibration.network_state import evaluating, fresh
 from sphereify.calibration.results import LayerFit
-from sphereify.convert.observe import Inputs
-from sphereify.convert.options import ConversionKeywords
+from sphereify.convert.model_inputs import Inputs, evaluating, fresh, tensors_in
+from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.provenance import tensors_in
 from sphereify.convert.rewrite import apply_plan
 from sphereify.errors import UsageError, invalid
+from sphereify.options import with_keywords_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,6 +72,7 @@ class Suggestion:
         return cast(ConversionKeywords, {**self.given, "overrides": self.overrides} if self.exclude else self.given)
 
 
+@with_keywords_of(ConversionOptions)
 def suggest(
     model: nn.Module,
     batches: Iterable[Tensor | tuple[Any, ...]],
@@ -94,7 +94,7 @@ def suggest(
         loss: largest accepted share of disagreement, in (0, 1).
         example_inputs: as for `plan_conversion`.
         on_trial: called after each trial with the number of excluded layers and the agreement.
-        options: as for `plan_conversion`.
+        {options}
 
     Raises:
         UsageError: a loss outside (0, 1), fewer than 8 inputs, or options that `plan_conversion` does not take.

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from sphereify.calibration.batches import Arguments
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.lockstep import Pass, active_pass
-from sphereify.calibration.network_state import fresh
-from sphereify.convert.provenance import tensors_in
+from sphereify.convert.model_inputs import fresh, tensors_in
 from sphereify.errors import DataError, UsageError, first_line
 
 

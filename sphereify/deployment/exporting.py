@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.convert.observe import Inputs, assumed_inputs
-from sphereify.convert.planner import check_model
-from sphereify.convert.provenance import tensors_in
-from sphereify.convert.rewrite import copy_of
+from sphereify.convert.copies import copy_of
+from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import (
+    Inputs,
+    arguments_of,
+    input_channels,
+    noise,
+    runnable_inputs,
+    tensors_in,
+)
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.files import replacing
-from sphereify.sources import TRAINING_ATTRIBUTE, input_channels
+from sphereify.sources import RECORD_ATTRIBUTE
 
 TOLERANCE = 1e-3
 """Largest difference of outputs that counts as rounding, relative to the largest output."""
@@ -148,7 +154,7 @@ def _inputs(model: nn.Module, example_inputs: Inputs, options: ExportOptions) ->
 
 
 def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tuple[Tensor, ...]:
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(example_inputs)
     for one in arguments:
         if not isinstance(one, Tensor):
             raise wrong_type("example_inputs", one, "a tensor or a tuple of tensors, with the batch in dimension 0")
@@ -165,28 +171,16 @@ def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tup
 
 def _default_inputs(model: nn.Module, options: ExportOptions) -> tuple[Tensor, ...]:
     """Random inputs of the size that is asked for, or trained on, or usual for such a model."""
-    like = next(model.parameters(), torch.empty(0))
-    trained = (getattr(model, TRAINING_ATTRIBUTE, None) or {}).get("image_size") or []
+    batch = options.batch_size or 2
+    trained = (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size") or []
     size = trained[-2:] if options.img_size is None else [options.img_size] * 2
     if size:
-        return (_noise((options.batch_size or 2, input_channels(model), *size)).to(like),)
-    errors = []
-    for candidate in assumed_inputs(model):
-        inputs = tuple(_noise((options.batch_size or 2, *one.shape[1:])).to(like) for one in candidate)
-        try:
-            model(*inputs)
-        except Exception as error:  # a forward may raise anything
-            errors.append(first_line(error))
-        else:
-            return inputs
-    raise UsageError(
-        f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example_inputs or "
-        f"{option('img_size')}"
-    )
-
-
-def _noise(shape: Iterable[int]) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        like = next(model.parameters(), torch.empty(0))
+        return (noise([batch, input_channels(model), *size]).to(like),)
+    try:
+        return runnable_inputs(model, batch)
+    except UsageError as error:
+        raise UsageError(f"{error}; give example_inputs or {option('img_size')}") from error
 
 
 def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:
@@ -202,7 +196,7 @@ def _other_input(one: Tensor, axes: Axes) -> Tensor:
     """An input with other values, and with another size along each axis that may differ."""
     shape = [size + (0 if axis not in axes else 1 if axis == 0 else 32) for axis, size in enumerate(one.shape)]
     if one.is_floating_point():
-        return _noise(shape).to(one)
+        return noise(shape).to(one)
     for axis, size in enumerate(shape):  # token ids, for example: only values that the given input holds
         one = one.index_select(axis, torch.arange(size, device=one.device) % one.shape[axis])
     return one

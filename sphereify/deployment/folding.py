@@ -9,18 +9,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sphereify.calibration.network_state import evaluating, fresh
-from sphereify.convert.graph import class_name, trace
-from sphereify.convert.observe import Inputs
-from sphereify.convert.plan import ConversionPlan, count
-from sphereify.convert.planner import check_model, submodule
-from sphereify.convert.provenance import tensors_in
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, copy_of, without_norm
+from sphereify.convert.copies import copy_of
+from sphereify.convert.graph import read_graph
+from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
+from sphereify.convert.names import submodule
+from sphereify.convert.plan import ConversionPlan
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
+from sphereify.convert.sites import class_name
 from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
+from sphereify.wording import count
 
 FOLDING_ATTRIBUTE = "folding"
 """Where a folded model carries its `Folding`."""
@@ -116,7 +118,7 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
 @torch.no_grad()
 def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) -> None:
     """Compare the outputs: a model may read the weight of a folded layer itself, and nothing else would show that."""
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(example_inputs)
     with evaluating(model):
         pairs = zip(*(tensors_in(network(*fresh(arguments))) for network in (model, twin)), strict=True)
         for expected, output in pairs:
@@ -203,7 +205,7 @@ def _computes_weights(layer: nn.Module) -> bool:
 def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
     """The BatchNorm that follows each layer and serves that layer alone, by the layer's name."""
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
-    sites: Any = plan.decisions if plan is not None else trace(model, example_inputs).sites
+    sites: Any = plan.decisions if plan is not None else read_graph(model, example_inputs).sites
     owned = {site.name: site.norm for site in sites if site.owns_norm and site.norm is not None}
     return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}
 

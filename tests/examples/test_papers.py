@@ -18,7 +18,7 @@ from examples.papers import cells, conditioning, fourier, gan_energy, plain_cnn
 from sphereify import plots, sphereify
 from sphereify.datasets import load_data
 from sphereify.training import Objective
-from sphereify.training.comparison import built
+from sphereify.training.comparison import build_variant
 
 TRAINED = ("operators_and_losses", "depth", "without_relu", "width", "batch_size", "learnable_k", "sphere_resnet",
            "minimum_energy")  # fmt: skip
@@ -83,7 +83,7 @@ def test_each_network_of_the_full_scale_has_a_loss_with_a_gradient(name):
     images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
     for cell in program.cells(scale):
         settings = scale.settings(cell, 0, 0)
-        network = built(cells.Builder(cell, 10), cell.variant, settings).train()
+        network = build_variant(cells.Builder(cell, 10), cell.variant, settings).train()
         loss = Objective(network, settings.terms)(network(images), targets)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in network.parameters()), cell.name
