@@ -31,6 +31,7 @@ def test_the_command_writes_checks_and_shows(run, tiny):
     assert_standard("tiny.onnx")
 
 
+@pytest.mark.export
 def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, tiny):
     save(fold(sphereify(timm.create_model("test_resnet"))), "folded")
     code, out, err = run("export", "folded", "--format", "torch-export", "--batch-size", 1, "--img-size", 64)

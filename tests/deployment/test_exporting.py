@@ -225,7 +225,7 @@ def refusals(tmp_path):
         "no model": ("resnet18", file, images(), {}, ArgumentTypeError, "got str, expected a torch.nn.Module"),
         "size twice": (model, file, images(), {"img_size": 16}, UsageError, "img_size: has no effect with"),
         "other batch": (model, file, images(), {"batch_size": 3}, UsageError, "batch_size: got 3, expected that of"),
-        "no such opset": (model, file, images(), torch_opset, UsageError, "opset: has no effect on format='torch-export'"),
+        "no such opset": (model, file, images(), torch_opset, UsageError, "opset: has no effect on format="),
         "wrapped": (nn.DataParallel(model), file, images(), {}, UnsupportedModelError, "DataParallel"),
     }  # fmt: skip
 
