@@ -167,7 +167,7 @@ def layers(bench: Bench) -> Iterator[list[str]]:
         for operator in bench.options.operators:
             twin = SphereConv2d.from_conv if isinstance(plain, nn.Conv2d) else SphereLinear.from_linear
             variants[operator] = twin(copy.deepcopy(plain), operator=operator)  # type: ignore[operator]
-            variants[operator].only_read = True
+            variants[operator].output_read_only = True
         if isinstance(plain, nn.Conv2d) and plain.groups == 1:
             variants["naive"] = made_naive(nn.Sequential(variants["cosine"]))
 

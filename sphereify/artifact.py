@@ -260,7 +260,7 @@ def _is_as(rebuilt: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
     return rebuilt[:-1] == wanted[:-1] and settings[0] == settings[1]
 
 
-_NO_SETTING = {"training", "grad_checkpointing", "only_read"}
+_NO_SETTING = {"training", "grad_checkpointing", "output_read_only"}
 
 
 def _is_plain(value: Any) -> bool:

@@ -23,6 +23,7 @@ from sphereify.convert.observe import Call, Inputs, Run, run, unchanged
 from sphereify.convert.wiring import Wiring
 from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead
+from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, make_plain, parameter_name
 from sphereify.nn.layers import AngularLayer
 
@@ -621,20 +622,10 @@ def _with_ends(sites: list[Site], seen: Run) -> list[Site]:
 
 def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:
     """Without a trace of the whole model: what the model itself calls its classifier, or the last linear map."""
-    named = _own_classifier(model)
+    named = {id(module) for module in own_classifier(model) if is_site(module)}
     if not named:
         linear = [site for site in sites if site.kind == "linear" and site.module is not None]
         usual = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|output|out)(\.|$)")
         fits = linear and (output is None or (len(output) == 2 and output[1] == linear[-1].shape[0]))
         named = {id(linear[-1].module)} if fits and usual.search(linear[-1].name) else set()
     return [replace(s, role="classifier", heads=1) if id(s.module) in named else s for s in sites]
-
-
-def _own_classifier(model: nn.Module) -> set[int]:
-    """timm's convention: `get_classifier()`."""
-    try:
-        classifier = model.get_classifier()  # type: ignore[operator]
-    except Exception:  # absent, abstract, or in need of arguments
-        return set()
-    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    return {id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules() if is_site(m)}

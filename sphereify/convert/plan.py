@@ -39,8 +39,8 @@ class Decision:
     margin: float | None = None
     norm: str | None = None
     """The affine normalization that directly follows, by name."""
-    only_read: bool = False
-    """Whether it is known that nothing changes the layer's output in place: a normalization alone reads it."""
+    output_read_only: bool = False
+    """True if nothing changes the layer's output in place, because a normalization alone reads it."""
     owns_norm: bool = False
     """Whether a trace shows that this normalization runs once, on this site's output and on nothing else."""
     drops_norm: bool = False
@@ -151,13 +151,20 @@ class ConversionPlan:
                     f"plan: format version {plain['version']} is newer than {PLAN_VERSION}, which this sphereify "
                     f"reads. Upgrade with: pip install --upgrade sphereify"
                 )
-            decisions = [
-                Decision(**{**d, "aliases": tuple(d["aliases"]), "shape": tuple(d["shape"]), "call": _call(d["call"])})
-                for d in plain["decisions"]
-            ]
+            decisions = [_decision(d) for d in plain["decisions"]]
             return cls(plain["model"], decisions, list(plain["notes"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
+
+
+def _decision(plain: dict[str, Any]) -> Decision:
+    fields = {RENAMED.get(name, name): value for name, value in plain.items()}
+    about = {"aliases": tuple(fields["aliases"]), "shape": tuple(fields["shape"]), "call": _call(fields["call"])}
+    return Decision(**{**fields, **about})
+
+
+RENAMED = {"only_read": "output_read_only"}
+"""Fields of a decision by the names that plans written earlier give them."""
 
 
 def _call(plain: dict[str, Any] | None) -> Call | None:

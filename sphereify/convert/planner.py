@@ -183,7 +183,7 @@ class _Planner:
             return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
         rescale, drops_norm, why = self._rescale(site, setting)
         return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps,
-                       only_read=site.norm_seen and not rescale)  # fmt: skip
+                       output_read_only=site.norm_seen and not rescale)  # fmt: skip
 
     def _setting(self, site: Site) -> dict[str, Any] | str:
         """The first override that matches, "keep" from `exclude` or `include`, or nothing."""

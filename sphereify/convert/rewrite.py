@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.graph import computed_tensors, is_site, kind_of, relative_parameter, weight_of
 from sphereify.convert.observe import Call
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.operators import CLASSES, make_operator
@@ -157,7 +157,7 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         given = {name: getattr(decision, name) for name in ("scale", "margin") if getattr(decision, name) is not None}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **given)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
-    twin.only_read = decision.only_read
+    twin.output_read_only = decision.output_read_only
     if twin.beta is not None:
         _start_beta(twin.beta, weight, operator)
     twin.train(plain.training)

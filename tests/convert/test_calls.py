@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from sphereify import ConversionPlan, apply_plan, load, plan_conversion, save, sphereify
+from sphereify.choices import DEFAULT_EPS
 from sphereify.nn import LearnableSigmoidOperator
-from sphereify.nn.functional import DEFAULT_EPS
 from sphereify.nn.functional_calls import AngularCall
 from tests.nn.oracle import conv_angles, g_of_angles, linear_angles, normal
 
