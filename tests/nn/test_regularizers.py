@@ -595,7 +595,7 @@ def test_wrong_argument_is_refused(given, text):
     "model", [nn.ReLU(), nn.Linear(4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Sequential(), nn.Embedding(4, 3)]
 )
 def test_a_model_in_which_nothing_could_repel_is_refused(model):
-    text = f"{type(model).__name__}: no layer with two or more filters was found"
+    text = f"{type(model).__name__}: there is no layer with two or more filters"
     with pytest.raises(UsageError, match=text):
         HypersphericalEnergy()(model)
     with pytest.raises(UsageError, match=text):
@@ -603,15 +603,15 @@ def test_a_model_in_which_nothing_could_repel_is_refused(model):
 
 
 def test_a_model_of_which_everything_is_excluded_is_refused():
-    with pytest.raises(UsageError, match="ModuleDict: no layer with two or more filters was found"):
+    with pytest.raises(UsageError, match="ModuleDict: there is no layer with two or more filters"):
         HypersphericalEnergy(exclude="*")(make_model())
-    with pytest.raises(UsageError, match="ModuleDict: no hidden convolution or linear layer was found"):
+    with pytest.raises(UsageError, match="ModuleDict: there is no hidden convolution or linear layer"):
         OrthogonalityPenalty(exclude="*")(make_model())
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Linear(4, 3))])
 def test_a_model_without_hidden_layers_is_refused_by_the_penalty(model):
-    with pytest.raises(UsageError, match=f"{type(model).__name__}: no hidden convolution or linear layer was found"):
+    with pytest.raises(UsageError, match=f"{type(model).__name__}: there is no hidden convolution or linear layer"):
         OrthogonalityPenalty()(model)
 
 
