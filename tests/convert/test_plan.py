@@ -318,12 +318,6 @@ def test_a_plan_goes_to_json_and_back(make, options):
     assert json.loads(plan.to_json())["decisions"][0]["name"] == plan.decisions[0].name
 
 
-def test_a_plan_with_the_earlier_name_of_a_field_loads():
-    plan = plan_conversion(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), example_inputs=torch.zeros(2, 3, 5, 5))
-    assert any(decision.output_read_only for decision in plan.decisions)
-    assert ConversionPlan.from_json(plan.to_json().replace("output_read_only", "only_read")) == plan
-
-
 def test_a_printed_plan_names_every_layer_with_its_action_and_reason():
     plan = plan_conversion(residual(), skip_shortcuts=True)
     lines = str(plan).splitlines()
