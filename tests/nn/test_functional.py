@@ -309,6 +309,8 @@ def conv2d(x=(1, 2, 4, 4), w=(3, 2, 3, 3), x_dtype=torch.float32, w_dtype=torch.
             r"padding='same' needs a stride of 1, got \(2, 2\)\. Give the padding as numbers\.",
         ),
         (conv2d(padding="full"), "padding: got 'full', expected numbers, 'same' or 'valid'"),
+        (conv2d(bias=torch.zeros(2)), r"bias: got shape \(2,\), expected \(3,\), one a filter"),
+        (conv2d(beta=torch.ones(1)), r"beta: got shape \(1,\), expected \(3,\), one a filter"),
     ],
 )
 def test_wrong_call_is_refused_with_what_arrived_and_what_to_do(call, text):
