@@ -39,8 +39,8 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import DataError, UsageError, first_line
 from sphereify.nn import AngularHead
-from sphereify.nn.functional import no_autocast
 from sphereify.nn.functional_calls import AngularCall
+from sphereify.nn.precision import no_autocast
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphereify.calibration.layer_pairs import Site
 from sphereify.calibration.regression import Rows
-from sphereify.nn.functional import per_axis
+from sphereify.nn.geometry import per_axis
 
 MOST_ROWS = 65_536
 """Positions that a layer is fitted to, drawn from all of them."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose, wrong_type
-from sphereify.nn.functional import no_autocast
 from sphereify.nn.heads import AngularHead, AngularOutput
+from sphereify.nn.precision import no_autocast
 from sphereify.nn.regularizers import pair_energy
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -28,11 +28,6 @@ from sphereify.errors import UsageError, choose
 SIN_FLOOR = {torch.float64: 1.5e-7, torch.float32: 1.5e-3, torch.float16: 1.5e-3, torch.bfloat16: 3e-3}
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which norms, angles and sums are taken."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 class Slope(NamedTuple):
     """The derivatives of g, recovered from its value. `by_cos` is None where it is 1, `by_k` where there is no k."""
 

@@ -29,7 +29,7 @@ from sphereify.errors import (
     first_line,
 )
 from sphereify.nn import AngularHead, HypersphericalEnergy
-from sphereify.nn.functional import gathered
+from sphereify.nn.filters import gathered
 from sphereify.nn.functional_calls import AngularCall
 from sphereify.nn.layers import AngularLayer
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
