@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.nn.functional import per_axis
+from sphereify.nn.geometry import per_axis
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,26 @@ from typing import Annotated
 
 import typer
 
-from sphereify.cli.options import with_options
+from sphereify.cli.options import Fields, with_options
 from sphereify.deployment.options import ExportOptions
 from sphereify.errors import UsageError, option
+from sphereify.models import SourceOptions, is_saved, open_model
 
 
 @with_options()
 def export(
     model: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A saved artifact.", show_default=False)],
-    options: ExportOptions,
+    form: ExportOptions,
+    source: Annotated[SourceOptions, Fields(only=("factory",), panel="")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; default ARTIFACT.onnx or ARTIFACT.pt2.")
-    ] = None,
-    factory: Annotated[
-        str | None, typer.Option(help="What makes the plain model of an artifact of your own: see convert.")
+        Path | None, typer.Option("--output", "-o", help="File to write; default: ARTIFACT.onnx or ARTIFACT.pt2.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write an artifact to one file for other runtimes, folded for inference, and check the file against it."""
-    from sphereify.models import SourceOptions, is_saved, open_model
-
     if not is_saved(model):
         raise UsageError(f"{model}: is no saved artifact; make one with: sphereify convert {model}")
-    file = output or Path(f"{Path(model).resolve().name}{options.suffix}")
+    file = output or Path(f"{Path(model).resolve().name}{form.suffix}")
     if file.exists() and not force:
         raise UsageError(
             f"{file}: exists already; {option('force')} replaces it, {option('output')} names another file"
@@ -37,5 +34,4 @@ def export(
     from sphereify.tables import print_export
     from sphereify.terminal import console
 
-    network = open_model(model, SourceOptions(factory=factory))
-    print_export(console(), write(network, file, **vars(options)))
+    print_export(console(), write(open_model(model, source), file, **vars(form)))

@@ -70,9 +70,9 @@ class DataOptions:
         Raises:
             DataError, UsageError: as `sphereify.datasets.load_data`.
         """
-        from sphereify.artifact import RECORD_ATTRIBUTE
         from sphereify.convert.model_inputs import data_config, input_channels
         from sphereify.datasets import load_data
+        from sphereify.sources import RECORD_ATTRIBUTE
 
         record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
         trained = record["image_size"][-1] if record.get("image_size") else None

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sphereify.artifact import RECORD_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.errors import DataError
 from sphereify.files import write_text
 from sphereify.plots import plot_confusion
+from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.checks import check_classes, check_record
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import make_loader, on_device, test_batches

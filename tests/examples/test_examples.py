@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.papers
+
 ROOT = Path(__file__).parents[2]
 
 
