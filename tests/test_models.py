@@ -183,7 +183,7 @@ def test_a_factory_belongs_to_an_artifact():
 
 def test_a_folder_without_an_artifact_is_a_damaged_one(folder):
     (folder / "empty").mkdir()
-    with pytest.raises(ArtifactError, match="empty: there is no conversion.json in it"):
+    with pytest.raises(ArtifactError, match=r"empty: there is no conversion\.json in it"):
         open_model("empty")
 
 
