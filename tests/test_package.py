@@ -37,16 +37,22 @@ PUBLIC = {
 COMMANDS = ["convert", "inspect", "suggest", "finetune", "evaluate", "compare", "export"]
 
 
-def loaded_after(code: str) -> set[str]:
-    """The heavy packages that a fresh interpreter has loaded after `code`."""
-    script = f"import sys\n{code}\nprint(*(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
+def loaded_after(*steps: str) -> list[set[str]]:
+    """The heavy packages that a fresh interpreter has loaded after each step."""
+    look = f"print(*(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
+    script = "\n".join(["import sys", *(f"{step}\n{look}" for step in steps)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(done.stderr.split())
+    return [set(line.split()) for line in done.stderr.splitlines()]
 
 
 def test_importing_the_package_loads_no_other():
-    assert loaded_after("import sphereify; dir(sphereify); sphereify.__version__; sphereify.__all__") == set()
+    assert loaded_after("import sphereify; dir(sphereify); sphereify.__version__; sphereify.__all__") == [set()]
+
+
+def test_options_need_no_torch():
+    names = "ConversionOptions, Settings"
+    assert loaded_after(f"from sphereify import {names}; from sphereify.models import SourceOptions") == [set()]
 
 
 def test_help_loads_nothing_but_the_terminal():
@@ -59,34 +65,22 @@ def test_help_loads_nothing_but_the_terminal():
             except SystemExit as end:
                 assert not end.code
     """)
-    loaded = loaded_after(code)
+    (loaded,) = loaded_after(code)
     assert "typer" in loaded
     assert loaded <= {"typer", "rich"}
 
 
-def test_the_layers_need_nothing_but_torch():
-    assert loaded_after("import sphereify.nn") <= {"torch", "numpy"}
-
-
-def test_the_groups_of_an_optimizer_need_no_training():
-    assert not loaded_after("import sphereify; sphereify.param_groups") & {"timm", "torchvision", "typer", "rich"}
-
-
-def test_options_need_no_torch():
-    names = "ConversionOptions, Settings"
-    assert loaded_after(f"from sphereify import {names}; from sphereify.models import SourceOptions") == set()
-
-
-def test_converting_needs_no_terminal_and_no_timm():
-    code = (
-        "from torch import nn; from sphereify import sphereify\n"
-        "sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))"
+def test_layers_parameter_groups_and_conversions_load_what_they_need():
+    layers, groups, conversion = loaded_after(
+        "import sphereify.nn",
+        "import sphereify; sphereify.param_groups",
+        "from torch import nn\n"
+        "small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))\n"
+        "sphereify.sphereify(small)",
     )
-    assert not loaded_after(code) & {"timm", "typer", "rich", "matplotlib", "sklearn"}
-
-
-def test_parameter_groups_need_nothing_but_torch():
-    assert loaded_after("from sphereify import param_groups") <= {"torch", "numpy"}
+    assert layers <= {"torch", "numpy"}
+    assert groups <= {"torch", "numpy"}
+    assert not conversion & {"timm", "typer", "rich", "matplotlib", "sklearn"}
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in PUBLIC.items() for name in names.split()])
