@@ -1,4 +1,4 @@
-"""What a user can get wrong, classed by what can be done about it.
+"""Errors that a user can cause, classed by what can be done about them.
 
 Every message names the place, what arrived, what was expected and what to try.
 """
@@ -26,6 +26,11 @@ def in_python(name: str, value: str | None) -> str:
     return name if value is None else f"{name}={value}"
 
 
+def spelled(message: str, spell: Callable[[str, str | None], str] = in_python) -> str:
+    """A message with its references to options (`option`) written out."""
+    return _REFERENCE.sub(lambda match: spell(match[1], match[2]), message)
+
+
 class SphereifyError(Exception):
     """Base of every error that this package raises on purpose. Shown on the command line without a traceback."""
 
@@ -40,13 +45,25 @@ class SphereifyError(Exception):
         return spelled(super().__str__(), spell)
 
 
-def spelled(message: str, spell: Callable[[str, str | None], str] = in_python) -> str:
-    """A message with its references to options (`option`) written out."""
-    return _REFERENCE.sub(lambda match: spell(match[1], match[2]), message)
+class SphereifyWarning(UserWarning):
+    """A warning whose message may refer to options, as those of the errors do."""
+
+    def __str__(self) -> str:
+        return self.spelled(in_python)
+
+    def spelled(self, spell: Callable[[str, str | None], str]) -> str:
+        """The message with each option as `spell(name, value)` writes it."""
+        return spelled(super().__str__(), spell)
 
 
 class UsageError(SphereifyError, ValueError):
     """The request itself is wrong: an option, a name, a pattern. Change the call."""
+
+    exit_code = 2
+
+
+class ArgumentTypeError(SphereifyError, TypeError):
+    """An argument of the wrong type, such as something that is no module where a model is expected."""
 
     exit_code = 2
 
@@ -108,6 +125,15 @@ def invalid(name: str, value: object, expected: str, remedy: str = "") -> UsageE
     """
     advice = f". {remedy}." if remedy else ""
     return UsageError(f"{option(name)}: got {value!r}, expected {expected}{advice}")
+
+
+def wrong_type(where: str, value: object, expected: str) -> ArgumentTypeError:
+    """The error for an argument of the wrong type.
+
+    >>> print(wrong_type("AngularLoss", [1], "a model or an AngularHead"))
+    AngularLoss: got list, expected a model or an AngularHead
+    """
+    return ArgumentTypeError(f"{where}: got {type(value).__name__}, expected {expected}")
 
 
 def choose(what: str, given: object, choices: Iterable[str]) -> UsageError:

@@ -10,11 +10,10 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import nn
 
+from sphereify.convert.model_inputs import data_config
 from sphereify.datasets import load_data
 from sphereify.errors import DataError, UsageError
-from sphereify.sources import data_config, input_channels
 
 
 def paint(folder: Path, number: int = 3, mode: str = "RGB", size: tuple[int, int] = (20, 24), value: int | None = None):
@@ -227,22 +226,6 @@ def test_parts_of_different_classes_name_the_odd_ones(folder):
 def test_an_impossible_size(folder, spec, size):
     with pytest.raises(UsageError, match=f"--img-size: got {size}, expected at least 1 pixel"):
         load_data(spec if spec == "digits" else str(folder), img_size=size)
-
-
-# ---------------------------------------------------------------------------------------------------------- channels
-
-
-@pytest.mark.parametrize(
-    ("model", "channels"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 4, 3)), 1),
-        (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), 3),
-        (nn.Sequential(nn.Linear(5, 5), nn.Conv2d(2, 4, 3)), 2),
-        (nn.Linear(5, 5), 3),
-    ],
-)
-def test_the_channels_of_a_model_are_those_of_its_first_convolution(model, channels):
-    assert input_channels(model) == channels
 
 
 # ------------------------------------------------------------------------------------------------------ small images

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from sphereify import apply_plan, load, plan_conversion, save, sphereify
 from sphereify.choices import OPERATORS
-from sphereify.convert.observe import assumed_inputs
+from sphereify.convert.model_inputs import assumed_inputs
 from sphereify.errors import SphereifyError
 from sphereify.sources import Source, build_model
 

@@ -20,7 +20,7 @@ KEEPS_CLASSES = {
 """Operations between the classifier and the output of a model that leave each channel its class."""
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
-PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
+PRODUCT_NAMES = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
 
 
 def word(function: object) -> str:

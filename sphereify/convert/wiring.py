@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sphereify.convert.observe import Call
-from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCTS, SAME_VALUES, SCALE
+from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCT_NAMES, SAME_VALUES, SCALE
+from sphereify.convert.sites import Call, is_affine_norm, is_site
 from sphereify.nn.functional_calls import FUNCTIONS
 
 UPSAMPLE = {
@@ -24,19 +24,17 @@ TURNED = {"t", "transpose", "permute", "to", "type_as", "float", "getattr"}
 class Wiring:
     """One graph of a model or a part of it; sites are named relative to that part."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, is_site: Any, is_affine_norm: Any):
+    def __init__(self, graph: fx.Graph, root: nn.Module):
         self.graph = graph
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.parameters = dict(root.named_parameters(remove_duplicate=False))
-        self.is_site = is_site
-        self.is_affine_norm = is_affine_norm
         self.sites: dict[fx.Node, str] = {}
         for node in graph.nodes:
             if (name := self._site_name(node)) is not None:
                 self.sites[node] = name
 
     def _site_name(self, node: fx.Node) -> str | None:
-        if node.op == "call_module" and self.is_site(self.modules[str(node.target)]):
+        if node.op == "call_module" and is_site(self.modules[str(node.target)]):
             return str(node.target)
         if not (node.op == "call_function" and node.target in FUNCTIONS) and not self._multiplies_columns(node):
             return None
@@ -44,7 +42,7 @@ class Wiring:
         if weight is None:
             return None
         owner = str(weight.target).rpartition(".")[0]
-        return owner if owner in self.modules and self.is_site(self.modules[owner]) else str(weight.target)
+        return owner if owner in self.modules and is_site(self.modules[owner]) else str(weight.target)
 
     def _multiplies_columns(self, node: fx.Node) -> bool:
         """`x @ weight`: the filters of such a call are the columns of what it is given."""
@@ -102,7 +100,7 @@ class Wiring:
     def products(self) -> Iterator[tuple[fx.Node, str]]:
         """Other products with a parameter, by its name; none of them can be made angular."""
         for node in self.graph.nodes:
-            multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCTS
+            multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCT_NAMES
             for source in node.all_input_nodes if multiplies and node not in self.sites else ():
                 origin = self._source(source)
                 while isinstance(origin, fx.Node) and self.name(origin) in ("getitem", "view", "reshape", "contiguous"):
@@ -135,7 +133,7 @@ class Wiring:
             if len(readers) != 1:
                 return None
             node = readers[0]
-            if node.op == "call_module" and self.is_affine_norm(self.modules[str(node.target)]):
+            if node.op == "call_module" and is_affine_norm(self.modules[str(node.target)]):
                 return str(node.target)
             if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
                 place = FUNCTIONAL_NORMS[node.target]

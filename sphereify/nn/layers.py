@@ -47,7 +47,7 @@ class AngularLayer(nn.Module):
         # Backward recovers what it needs from g itself, which an operation in place (ReLU, +=) would destroy. A layer
         # that adds or multiplies returns another tensor; one that does not returns a copy, unless it is known that only
         # a normalization reads it.
-        self.only_read = False
+        self.output_read_only = False
         ones = torch.ones(filters, device=self.weight.device, dtype=self.weight.dtype)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         # A bias is γ already; a second number added to the same channel would be trained twice as fast.
@@ -78,7 +78,7 @@ class AngularLayer(nn.Module):
     def _own(self, y: Tensor) -> Tensor:
         """A tensor that whoever receives it may write to."""
         kept = self.beta is None and self._shift is None and y.requires_grad
-        return y.clone() if kept and (not self.only_read or self._forward_hooks) else y
+        return y.clone() if kept and (not self.output_read_only or self._forward_hooks) else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rescale={self.rescale}, eps={self.eps:g}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sphereify.errors import UsageError, choose
+from sphereify.errors import UsageError, choose, wrong_type
 from sphereify.nn.functional import no_autocast
 from sphereify.nn.heads import AngularHead, AngularOutput
 from sphereify.nn.regularizers import pair_energy
@@ -82,6 +82,7 @@ class AngularLoss(nn.Module):
 
     Raises:
         UsageError: options or targets out of range, sizes that do not fit, a margin output without a head.
+        ArgumentTypeError: something that is no model, or an output or targets that are no tensors.
     """
 
     class_weight: Tensor | None
@@ -108,7 +109,7 @@ class AngularLoss(nn.Module):
             if not (value >= 0 and math.isfinite(value)):
                 raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
         if annealing is not None and not isinstance(annealing, MarginAnnealing):
-            raise UsageError(f"annealing: got {type(annealing).__name__}, expected a MarginAnnealing, or None")
+            raise wrong_type("annealing", annealing, "a MarginAnnealing, or None")
         if type(ignore_index) is not int:
             raise UsageError(f"ignore_index: got {ignore_index!r}, expected a class index; -100 ignores none")
         if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
@@ -165,7 +166,7 @@ class AngularLoss(nn.Module):
                 raise UsageError(f"AngularLoss: got features of shape {shape}, expected (batch, features)")
             return output.logits, output.features
         if not isinstance(output, Tensor):
-            raise UsageError(f"AngularLoss: got {type(output).__name__}, expected an AngularOutput or logits")
+            raise wrong_type("AngularLoss", output, "an AngularOutput or logits")
         if output.dim() != 2:
             raise UsageError(f"AngularLoss: got logits of shape {tuple(output.shape)}, expected (batch, classes)")
         if self.chunk_size is not None:
@@ -333,14 +334,14 @@ def _checked(targets: Any) -> Any:
     if isinstance(targets, tuple):
         raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
     if not isinstance(targets, Tensor):
-        raise UsageError(f"targets: got {type(targets).__name__}, expected a tensor, or (y_a, y_b, share) for mixup")
+        raise wrong_type("targets", targets, "a tensor, or (y_a, y_b, share) for mixup")
     is_index = targets.dtype != torch.bool and not targets.is_floating_point() and not targets.is_complex()
     return targets.long() if is_index else targets
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:
     if not isinstance(model, nn.Module):
-        raise UsageError(f"AngularLoss: got {type(model).__name__}, expected a model or an AngularHead")
+        raise wrong_type("AngularLoss", model, "a model or an AngularHead")
     heads = [module for module in model.modules() if isinstance(module, AngularHead)]
     if len(heads) > 1 and any(head.has_margin for head in heads):
         raise UsageError(
@@ -431,5 +432,5 @@ def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
     torch.Size([])
     """
     if not isinstance(head, AngularHead):
-        raise UsageError(f"as_metric_loss: got {type(head).__name__}, expected an AngularHead")
+        raise wrong_type("as_metric_loss", head, "an AngularHead")
     return MetricLoss(head, **options)

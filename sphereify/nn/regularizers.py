@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
-from sphereify.errors import UsageError, choose
+from sphereify.errors import UsageError, choose, wrong_type
 from sphereify.nn.functional import gathered, no_autocast
 from sphereify.nn.functional_calls import filters_of_calls
 from sphereify.nn.heads import AngularHead
@@ -334,10 +334,11 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
     With `single`, also of layers of one filter (a group), such as depthwise convolutions.
 
     Raises:
-        UsageError: not a module, or no layer of the name `output`.
+        ArgumentTypeError: not a module.
+        UsageError: no layer of the name `output`.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"got {type(model).__name__}, expected a model or a tensor of filters")
+        raise wrong_type("model", model, "a model or a tensor of filters")
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise UsageError(f"{type(model).__name__} has lazy layers without weights yet: run it once first")
     outputs = _output_layers(model, output)

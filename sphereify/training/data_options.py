@@ -70,18 +70,18 @@ class DataOptions:
         Raises:
             DataError, UsageError: as `sphereify.datasets.load_data`.
         """
-        from sphereify.artifact import RECORD_ATTRIBUTE
+        from sphereify.convert.model_inputs import data_config, input_channels
         from sphereify.datasets import load_data
-        from sphereify.sources import data_config, input_channels
+        from sphereify.sources import TRAINING_ATTRIBUTE
 
-        record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
+        record = getattr(model, TRAINING_ATTRIBUTE, None) or {} if as_trained else {}
         trained = record["image_size"][-1] if record.get("image_size") else None
         return load_data(
             self.data or "",
             channels=input_channels(model),
             img_size=trained if self.img_size is None else self.img_size,
             config=data_config(model),
-            root=self.data_root,
+            data_root=self.data_root,
             augment=self.augment,
             train_images=self.train_images,
             test_images=self.test_images,

@@ -1,17 +1,22 @@
 """Evaluation: the accuracy of a network on images that it was not trained on."""
 
+import json
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sphereify.artifact import RECORD_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.errors import DataError
+from sphereify.files import write_text
+from sphereify.plots import plot_confusion
+from sphereify.sources import TRAINING_ATTRIBUTE
 from sphereify.training.checks import check_classes, check_record
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import make_loader, on_device, test_batches
@@ -58,7 +63,7 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
     settings = settings or Settings()
     if not len(data.test):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no test images")
-    check_record(getattr(model, RECORD_ATTRIBUTE, None), data)
+    check_record(getattr(model, TRAINING_ATTRIBUTE, None), data)
     check_classes(model, data)
     alone = Processes(0, 1, settings.chosen_device)
     layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
@@ -102,6 +107,28 @@ def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: 
         images_per_second=count / seconds,
         skipped=int(counts[-1]),
     )
+
+
+def write_evaluation(evaluation: Evaluation, classes: list[str], folder: Path) -> None:
+    """Write the results as evaluation.json and the confusion matrix as confusion.png.
+
+    Raises:
+        ArtifactError: a file cannot be written.
+        UsageError: matplotlib is not installed.
+    """
+    shares = [None if math.isnan(share) else share for share in evaluation.per_class]
+    results = {
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "images": evaluation.images,
+        "skipped": evaluation.skipped,
+        "images_per_second": evaluation.images_per_second,
+        "classes": classes,
+        "per_class": shares,
+        "confusion": evaluation.confusion.tolist(),
+    }
+    write_text(folder / "evaluation.json", json.dumps(results, indent=1) + "\n")
+    plot_confusion(evaluation.confusion, classes, folder / "confusion.png")
 
 
 def autocast(device: torch.device, amp: str) -> Any:

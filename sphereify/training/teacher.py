@@ -28,12 +28,13 @@ class Original:
 
 
 def open_teacher(
-    name: str, classes: int, *, weights: str | Path | None = None, original: Original | None = None
-) -> nn.Module:
+    name: str | None, classes: int, *, weights: str | Path | None = None, original: Original | None = None
+) -> nn.Module | None:
     """A teacher by name, whose classifier has been trained for the classes of the data.
 
     Args:
-        name: "original", the folder of an artifact, or a model as `sphereify.sources.find_model` takes it.
+        name: "original", the folder of an artifact, or a model as `sphereify.sources.find_model` takes it. None: there
+            is no teacher.
         classes: number of classes of the data, with which a model is built by name.
         weights: file of its weights; default: the library's pretrained ones. Not for an original or an artifact.
         original: the network that "original" means; None: there is none, as for an artifact that is trained further.
@@ -42,12 +43,14 @@ def open_teacher(
         UsageError: no original, a network that has not been trained, a classifier for another number of classes, or
             weights where none belong.
     """
+    if weights is not None and name in (None, ORIGINAL):
+        raise UsageError(
+            f"{option('teacher_weights')}: belong to a {option('teacher')} by name; the original has those of "
+            f"{option('weights')}"
+        )
+    if name is None:
+        return None
     if name == ORIGINAL:
-        if weights is not None:
-            raise UsageError(
-                f"{option('teacher_weights')}: belong to a {option('teacher')} by name; the original has those of "
-                f"{option('weights')}"
-            )
         return _checked_original(original, classes)
     if Path(name).is_dir():
         return load(name)

@@ -48,7 +48,10 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+UNMARKED = ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn")
+
+
+@pytest.mark.parametrize("name", [n if n in UNMARKED else pytest.param(n, marks=pytest.mark.zoo) for n in NETWORKS])
 def test_the_output_layers_of_detection_and_optical_flow_are_kept_with_a_reason_and_no_other_is(name):
     outputs, others = NETWORKS[name]
     nothing = {"weights": None} if name == "raft_small" else {"weights": None, "weights_backbone": None}

@@ -18,7 +18,6 @@ from sphereify.choices import OPERATORS
 from sphereify.deployment.exporting import export
 from sphereify.errors import ExportError, UnsupportedModelError, UsageError
 from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
-from tests.cli.test_cli import run  # noqa: F401
 from tests.convert.models import Power, conv, images, plain
 from tests.deployment.test_folding import scrambled
 
@@ -271,7 +270,7 @@ def artifact(tmp_path, monkeypatch):
     return save(sphereify(timm.create_model("test_resnet", num_classes=10)), Path("tiny"))
 
 
-def test_the_command_writes_checks_and_shows(run, artifact):  # noqa: F811
+def test_the_command_writes_checks_and_shows(run, artifact):
     code, out, err = run("export", artifact, "--dynamic-size", "--img-size", 64)
     assert (code, err) == (0, "")
     assert re.search(r"file +│ tiny\.onnx", out)
@@ -283,7 +282,7 @@ def test_the_command_writes_checks_and_shows(run, artifact):  # noqa: F811
     assert_standard("tiny.onnx")
 
 
-def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, artifact):  # noqa: F811
+def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, artifact):
     save(fold(sphereify(timm.create_model("test_resnet"))), "folded")
     code, out, err = run("export", "folded", "--format", "torch-export", "--batch-size", 1, "--img-size", 64)
     assert (code, err) == (0, "")
@@ -291,7 +290,7 @@ def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, artifact):  #
     assert torch.export.load("folded.pt2").module()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
-def test_without_folding_norms_stay(run, artifact):  # noqa: F811
+def test_without_folding_norms_stay(run, artifact):
     code, out, _ = run("export", artifact, "--no-fold", "--img-size", 64, "-o", "x.onnx", "--opset", 20)
     assert code == 0
     assert "BatchNormalization" in out
@@ -312,7 +311,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given", WRONG)
-def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, artifact):  # noqa: F811
+def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, artifact):
     options, expected, text = WRONG[given]
     Path("here.onnx").write_text("mine")
     Path("broken").mkdir()
@@ -325,7 +324,7 @@ def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, artifact):  
     assert sorted(p.name for p in Path().iterdir()) == ["broken", "here.onnx", "tiny"]
 
 
-def test_a_disk_that_cannot_be_written_is_told(run, artifact, monkeypatch):  # noqa: F811
+def test_a_disk_that_cannot_be_written_is_told(run, artifact, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -335,7 +334,7 @@ def test_a_disk_that_cannot_be_written_is_told(run, artifact, monkeypatch):  # n
     assert [p.name for p in Path().iterdir()] == ["tiny"]
 
 
-def test_missing_packages_are_told_on_the_command_line(run, artifact, monkeypatch):  # noqa: F811
+def test_missing_packages_are_told_on_the_command_line(run, artifact, monkeypatch):
     without(monkeypatch, "onnx", "onnxscript", "onnxruntime")
     code, _, err = run("export", artifact, "--img-size", 64)
     assert code == 2

@@ -967,12 +967,17 @@ def test_a_model_without_hidden_layers_is_refused_by_the_penalty(model):
         (torch.tensor(1.0), r"got a tensor of shape \(\) and torch.float32, expected filters \(N, fan_in\) of floats"),
         (torch.ones(3, 2, dtype=torch.int64), r"got a tensor of shape \(3, 2\) and torch.int64, expected filters"),
         (torch.ones(3, 2, dtype=torch.bool), r"got a tensor of shape \(3, 2\) and torch.bool, expected filters"),
-        ([[1.0, 2.0]], "got list, expected a model or a tensor of filters"),
-        (SimpleNamespace(weight=torch.ones(3, 2)), "got SimpleNamespace, expected a model or a tensor of filters"),
     ],
 )
-def test_what_is_neither_a_model_nor_filters_is_refused(regularizer, given, text):
+def test_a_tensor_that_holds_no_filters_is_refused(regularizer, given, text):
     with pytest.raises(UsageError, match=text):
+        regularizer(given)
+
+
+@pytest.mark.parametrize("regularizer", [HypersphericalEnergy(), OrthogonalityPenalty()])
+@pytest.mark.parametrize("given", [[[1.0, 2.0]], SimpleNamespace(weight=torch.ones(3, 2))])
+def test_what_is_neither_a_model_nor_a_tensor_is_a_type_error(regularizer, given):
+    with pytest.raises(TypeError, match=f"model: got {type(given).__name__}, expected a model or a tensor of filters"):
         regularizer(given)
 
 

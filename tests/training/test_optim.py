@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from sphereify import param_groups, sphereify
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv2d, SphereLinear
+from tests.convert.models import Casting
 
 DECAYED = {"stem.weight", "fc.weight"}
 
@@ -59,6 +60,14 @@ def test_frozen_parameters_are_absent():
     listed = {name for _, names in by_name(model, param_groups(model, 0.1)) for name in names}
     assert not listed & {"stem.weight", "conv.weight", "norm.bias"}
     assert "fc.weight" in listed
+
+
+def test_filters_of_functional_calls_are_not_decayed():
+    model = nn.Sequential(Casting(), nn.Tanh(), nn.Linear(6, 4), nn.Tanh())
+    model = sphereify(model, example_inputs=torch.randn(5, 4), exclude="2")
+    decayed, undecayed = param_groups(model, 0.1)
+    assert decayed["params"] == [model[2].weight]
+    assert any(p is model[0].weight for p in undecayed["params"])
 
 
 def test_group_without_parameters_is_left_out():
