@@ -1,4 +1,4 @@
-"""A converted network in a LightningModule: nothing in it knows of angles but the loss and the parameter groups."""
+"""A converted network in a LightningModule: only the loss and the parameter groups differ from usual training."""
 
 import argparse
 
