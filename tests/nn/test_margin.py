@@ -191,8 +191,13 @@ def test_s_softmax_on_a_simplex_has_the_minimum_of_the_theory_at_any_length_of_t
 GRADCHECKS = [(kind, name, m) for kind, name in HEADS for m in ([1, 1.5, 2, 3, 4] if (kind, name) in MARGINS else [1])]
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize(("kind", "operator", "margin"), GRADCHECKS)
+@pytest.mark.parametrize(
+    ("kind", "operator", "margin", "chunk_size"),
+    grid(
+        [(*case, chunk_size) for case in GRADCHECKS for chunk_size in (None, 2)],
+        lambda kind, operator, margin, chunk_size: (margin in (1, 1.5)) == (chunk_size is None),
+    ),
+)
 def test_gradcheck_by_features_weight_bias_and_k(kind, operator, margin, chunk_size):
     head = build(kind, operator, margin=margin, scale=3, bias=True, sizes=(3, 3))
     loss = as_metric_loss(head, label_smoothing=0.1, chunk_size=chunk_size)
