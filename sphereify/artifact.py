@@ -28,7 +28,7 @@ from sphereify.files import replacing
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
 from sphereify.rebuilding import proven_source
-from sphereify.sources import TRAINING_ATTRIBUTE, Source, build_model, versions
+from sphereify.sources import RECORD_ATTRIBUTE, Source, build_model, versions
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
@@ -111,7 +111,7 @@ def load(
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
     if document["training"] is not None:
-        setattr(model, TRAINING_ATTRIBUTE, document["training"])
+        setattr(model, RECORD_ATTRIBUTE, document["training"])
     return model.to(device).eval()
 
 

@@ -20,7 +20,7 @@ from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_li
 SOURCE_ATTRIBUTE = "conversion_source"
 """The attribute in which a model that was built by name carries its `Source`."""
 
-TRAINING_ATTRIBUTE = "training_record"
+RECORD_ATTRIBUTE = "training_record"
 """Where a model from an artifact carries the record of its training: the data, the classes, the size of the images."""
 
 

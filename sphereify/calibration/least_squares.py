@@ -31,7 +31,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
-from sphereify.nn.functional import no_autocast
+from sphereify.nn.precision import no_autocast
 
 WHOLE = slice(None)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.nn.functional import per_axis
+from sphereify.nn.geometry import per_axis
+from sphereify.nn.precision import accumulated
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,5 @@ class Geometry:
             rows = rows.movedim(1, 0)
         else:
             rows = patches[positions].unsqueeze(0)
-        rows = precise(rows)
+        rows = accumulated(rows)
         return rows / (rows.square().sum(2, keepdim=True) + self.eps).sqrt()
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor in single precision, or in double precision if it has that."""
-    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -32,6 +32,7 @@ from sphereify.convert.sites import (
 from sphereify.convert.trace import TraceFacts, trace_model
 from sphereify.errors import UsageError, option
 from sphereify.nn import AngularHead
+from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 
@@ -318,20 +319,10 @@ def _with_ends(sites: list[Site], seen: Observation) -> list[Site]:
 
 def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:
     """The sites with a classifier by its name, for a model that can be neither traced nor run as a whole."""
-    classifiers = _own_classifier(model)
+    classifiers = {id(module) for module in own_classifier(model) if is_site(module)}
     if not classifiers:
         linear = [site for site in sites if site.kind == "linear" and site.module is not None]
         usual = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|output|out)(\.|$)")
         fits = linear and (output is None or (len(output) == 2 and output[1] == linear[-1].shape[0]))
         classifiers = {id(linear[-1].module)} if fits and usual.search(linear[-1].name) else set()
     return [replace(s, role="classifier", heads=1) if id(s.module) in classifiers else s for s in sites]
-
-
-def _own_classifier(model: nn.Module) -> set[int]:
-    """The sites, by id, that the model itself calls its classifier: timm's convention `get_classifier()`."""
-    try:
-        classifier = model.get_classifier()  # type: ignore[operator]
-    except Exception:  # absent, abstract, or in need of arguments
-        return set()
-    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    return {id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules() if is_site(m)}

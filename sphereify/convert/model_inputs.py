@@ -74,7 +74,7 @@ def _required_arguments(model: nn.Module) -> int:
     return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))
 
 
-def runnable_inputs(model: nn.Module) -> tuple[Tensor, ...]:
+def runnable_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...]:
     """Random inputs of the first usual shape with which a model runs, on its device and in its dtype.
 
     Raises:
@@ -83,7 +83,7 @@ def runnable_inputs(model: nn.Module) -> tuple[Tensor, ...]:
     like = next(model.parameters(), torch.empty(0))
     errors = []
     for candidate in assumed_inputs(model):
-        inputs = tuple(noise(one.shape).to(like) for one in candidate)
+        inputs = tuple(noise([batch, *one.shape[1:]]).to(like) for one in candidate)
         try:
             model(*inputs)
         except Exception as error:  # a forward may raise anything
@@ -94,12 +94,6 @@ def runnable_inputs(model: nn.Module) -> tuple[Tensor, ...]:
         f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example inputs that it "
         f"takes, or the size of its images"
     )
-
-
-def random_images(model: nn.Module, batch: int = 2, size: list[int] | None = None) -> Tensor | None:
-    """Random images of this height and width, or of the model's own; None if neither says the size."""
-    size = size or list(data_config(model).get("input_size") or ())[-2:]
-    return torch.randn(batch, input_channels(model), *size) if size else None
 
 
 def noise(shape: Iterable[int]) -> Tensor:

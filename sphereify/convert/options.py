@@ -38,9 +38,9 @@ class ConversionOptions:
 
     operator: OperatorLike = option_field(
         "cosine",
-        f"g(θ) in place of the inner product: {listed(choices.OPERATORS)}.",
+        f"Function g(θ) in place of the inner product: {listed(choices.OPERATORS)}.",
         panel=ANGLES,
-        python_help=f"g(θ) in place of the inner product: {listed(choices.OPERATORS)}, or an operator object.",
+        python_help=f"Function g(θ) in place of the inner product: {listed(choices.OPERATORS)}, or an operator object.",
     )
     k: float | None = option_field(
         None,
@@ -50,7 +50,7 @@ class ConversionOptions:
     )
     share_k: str = option_field(
         "filter",
-        f"What shares one learnable k: {listed(choices.SHARE_K)}.",
+        f"Extent over which a learnable k is shared: {listed(choices.SHARE_K)}.",
         panel=ANGLES,
         choices=choices.SHARE_K,
     )
@@ -59,11 +59,13 @@ class ConversionOptions:
     )
     head: str = option_field(
         "auto",
-        f"Classifier: {listed(choices.HEADS)}. auto: w-softmax where there is a linear classifier.",
+        f"Kind of classifier: {listed(choices.HEADS)}. auto: w-softmax where there is a linear classifier.",
         panel=ANGLES,
         choices=choices.HEADS,
     )
-    head_operator: OperatorLike | None = option_field(None, "g(θ) of the head; default: the operator.", panel=ANGLES)
+    head_operator: OperatorLike | None = option_field(
+        None, "Function g(θ) of the head; default: the operator.", panel=ANGLES
+    )
     margin: float = option_field(
         4.0,
         "Angular margin m ≥ 1 of ga-softmax and a-softmax; usual: 2 to 4.",
@@ -73,7 +75,7 @@ class ConversionOptions:
     scale: float = option_field(30.0, "Scale s > 0 of s-softmax; usual: 10 to 64.", panel=ANGLES, above=0)
     rescale: str = option_field(
         "auto",
-        f"SphereNorm β·g(θ)+γ: {listed(choices.RESCALE)}. auto: where no affine normalization follows.",
+        f"SphereNorm rescaling β·g(θ)+γ: {listed(choices.RESCALE)}. auto: where no affine normalization follows.",
         panel=ANGLES,
         choices=choices.RESCALE,
     )

@@ -81,7 +81,7 @@ class Provenance:
         self.cut: set[str] = set()
         """Weights whose products are used without their gradient: detached, as indices, as numbers."""
         self.read_detached: set[str] = set()
-        """Those of them that another site reads all the same: features whose gradient is stopped."""
+        """Weights in `cut` whose products another site reads all the same: features whose gradient is stopped."""
 
     def note(self, function: Any, operands: list[Tensor], result: Any, weight: str) -> None:
         """Record the call of a function on these tensors; `weight` names its weight if it is a site, else it is ""."""

@@ -18,13 +18,20 @@ from torch import Tensor, nn
 
 from sphereify.convert.copies import copy_of
 from sphereify.convert.model_checks import check_model
-from sphereify.convert.model_inputs import Inputs, assumed_inputs, input_channels, noise, tensors_in
+from sphereify.convert.model_inputs import (
+    Inputs,
+    arguments_of,
+    input_channels,
+    noise,
+    runnable_inputs,
+    tensors_in,
+)
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.files import replacing
-from sphereify.sources import TRAINING_ATTRIBUTE
+from sphereify.sources import RECORD_ATTRIBUTE
 
 TOLERANCE = 1e-3
 """Largest difference of outputs that counts as rounding, relative to the largest output."""
@@ -147,7 +154,7 @@ def _inputs(model: nn.Module, example_inputs: Inputs, options: ExportOptions) ->
 
 
 def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tuple[Tensor, ...]:
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(example_inputs)
     for one in arguments:
         if not isinstance(one, Tensor):
             raise wrong_type("example_inputs", one, "a tensor or a tuple of tensors, with the batch in dimension 0")
@@ -164,24 +171,16 @@ def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tup
 
 def _default_inputs(model: nn.Module, options: ExportOptions) -> tuple[Tensor, ...]:
     """Random inputs of the size that is asked for, or trained on, or usual for such a model."""
-    like = next(model.parameters(), torch.empty(0))
-    trained = (getattr(model, TRAINING_ATTRIBUTE, None) or {}).get("image_size") or []
+    batch = options.batch_size or 2
+    trained = (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size") or []
     size = trained[-2:] if options.img_size is None else [options.img_size] * 2
     if size:
-        return (noise((options.batch_size or 2, input_channels(model), *size)).to(like),)
-    errors = []
-    for candidate in assumed_inputs(model):
-        inputs = tuple(noise((options.batch_size or 2, *one.shape[1:])).to(like) for one in candidate)
-        try:
-            model(*inputs)
-        except Exception as error:  # a forward may raise anything
-            errors.append(first_line(error))
-        else:
-            return inputs
-    raise UsageError(
-        f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example_inputs or "
-        f"{option('img_size')}"
-    )
+        like = next(model.parameters(), torch.empty(0))
+        return (noise([batch, input_channels(model), *size]).to(like),)
+    try:
+        return runnable_inputs(model, batch)
+    except UsageError as error:
+        raise UsageError(f"{error}; give example_inputs or {option('img_size')}") from error
 
 
 def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:

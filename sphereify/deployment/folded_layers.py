@@ -18,18 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.errors import UnsupportedModelError
-from sphereify.nn.functional import (
-    _compute_dtype,
-    _normalize_filters,
-    _resolve_padding,
-    no_autocast,
-    per_axis,
+from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, resolve
+from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
+from sphereify.nn.layers import (
+    AngularLayer,
+    ConvGeometry,
+    SphereConv1d,
+    SphereConv2d,
+    SphereConv3d,
+    SphereLinear,
+    adopted,
 )
-from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity
-from sphereify.nn.heads import HEAD_EPS, AngularHead, _eps, _length
-from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
-from sphereify.nn.operators import accumulate_dtype, is_built_in
-from sphereify.nn.passes.cpu import is_plain
+from sphereify.nn.operators import is_built_in
+from sphereify.nn.passes.reference import normalize_filters
+from sphereify.nn.precision import (
+    CHANNELS_LAST,
+    accumulate_dtype,
+    cast,
+    compute_dtype,
+    fit_into,
+    is_channels_last,
+    is_plain,
+    no_autocast,
+)
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -42,7 +53,7 @@ class Affine(NamedTuple):
 
 
 class FoldedLayer(nn.Module):
-    """What folded layers share. Made from an angular layer, and fixed: parameters require no gradient.
+    """Base of the folded layers, which are made from angular layers and fixed: parameters require no gradient.
 
     Attributes:
         weight: the unit filters; for the cosine operator, times a.
@@ -65,7 +76,7 @@ class FoldedLayer(nn.Module):
 
     def _fold(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
         """Become scale·g(θ) + shift, both of shape (filters,) or None for 1 and 0, from the layer that this copies."""
-        unit, _ = _normalize_filters(self.weight.detach().double(), self.eps)
+        unit, _ = normalize_filters(self.weight.detach().double(), self.eps, torch.float64)
         sharpness = None
         self.curve = operator.name if is_built_in(operator) else "own"
         if self.curve == "cosine" and scale is not None:
@@ -92,22 +103,29 @@ class FoldedLayer(nn.Module):
             )
         return super().train(False)
 
+    def _fit_into(self, dtype: torch.dtype, x: Tensor) -> Tensor:
+        """x in `dtype`, within its range together with filters that are longer than 1."""
+        longest = None
+        if dtype is torch.float16:
+            longest = self.weight.to(torch.float32).flatten(1).norm(dim=1).amax(dim=0)
+        return fit_into(dtype, x, self.weight[0].numel(), longest)
+
     def _finish(self, dot: Tensor, inverse: Tensor | None, channels: Ints) -> Tensor:
         """From inner products to outputs, in place: times 1/N, through the curve, scaled and shifted.
 
         `channels` is the shape in which (filters,) broadcasts. Without `inverse` the products are cosines already, and
         for the cosine operator all is done.
         """
-        shift = None if self.bias is None else _cast(self.bias, dot.dtype).view(channels)
+        shift = None if self.bias is None else cast(self.bias, dot.dtype).view(channels)
         if self.curve == "cosine":
             return dot if inverse is None else _scale_and_shift(dot, inverse, shift)
         g = self._g(dot if inverse is None else dot.mul_(inverse), channels)
         if self.scale is not None:
-            return _scale_and_shift(g, _cast(self.scale, g.dtype).view(channels), shift)
+            return _scale_and_shift(g, cast(self.scale, g.dtype).view(channels), shift)
         return g if shift is None else g + shift
 
     def _g(self, cos: Tensor, channels: Ints) -> Tensor:
-        """What of the operator's curve is not in the scale, in place where it is one of the four."""
+        """The part of the operator's curve that the scale does not hold, in place for one of the four operators."""
         cos = F.hardtanh(cos, inplace=True)
         if self.curve == "own":
             return self.operator(cos)  # type: ignore[no-any-return]
@@ -116,7 +134,7 @@ class FoldedLayer(nn.Module):
         angle = cos.asin_()
         if self.sharpness is None:
             return angle
-        sharpness = _cast(self.sharpness, angle.dtype)
+        sharpness = cast(self.sharpness, angle.dtype)
         # tanh(u) = 2·logistic(2u) - 1, where the logistic function takes a sixth of the time.
         logistic = angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).sigmoid_()
         return logistic - 0.5 if logistic.requires_grad else logistic.sub_(0.5)
@@ -127,8 +145,8 @@ class FoldedLayer(nn.Module):
 
 def _constant(value: Tensor, like: Any) -> nn.Parameter:
     """A parameter that requires no gradient, with the dtype and, for filters, the memory format of another."""
-    last = value.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    form = torch.channels_last if last else torch.contiguous_format
+    last = value.dim() > 1 and not like.is_contiguous() and is_channels_last(like)
+    form = CHANNELS_LAST[value.dim()] if last else torch.contiguous_format
     return nn.Parameter(value.to(like.dtype).clone(memory_format=form), requires_grad=False)
 
 
@@ -141,52 +159,30 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return torch.addcmul(shift, y, scale, out=y)
 
 
-def _fit(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
-    """x in `dtype`, with each sample divided down whose inner products could exceed fp16's 65504; angles stay."""
-    if dtype is not torch.float16 or x.numel() == 0:
-        return _cast(x, dtype)
-    peak = x.to(torch.float32).abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
-    longest = weight.to(torch.float32).flatten(1).norm(dim=1).amax(dim=0)
-    return (x / (peak * longest * (math.sqrt(weight[0].numel()) / 6e4)).clamp_min(1)).to(dtype)
-
-
-class _FoldedConv(FoldedLayer):
-    """Shared by the three convolutions."""
-
-    padding_mode: Any
-    padding: Any
-    stride: Any
-    dilation: Any
-    groups: int
-    _reversed_padding_repeated_twice: list[int]
+class _FoldedConv(FoldedLayer, ConvGeometry):
+    """Base of the three convolutions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        dim = self.weight.dim() - 2
-        x = input if input.dim() == dim + 2 else input.unsqueeze(0)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        strides, dilations = per_axis(self.stride, dim), per_axis(self.dilation, dim)
-        x, paddings = _resolve_padding(x, padding, self.weight.shape[2:], strides, dilations)
-        dtype = _compute_dtype(x, self.weight)
-        x = _fit(dtype, x, self.weight)
+        padded, padding = self._padded(input)
+        kernel = self.weight.shape[2:]
+        x, projection = resolve(padded, kernel, self.stride, padding, self.dilation, self.groups)
+        dtype = compute_dtype(x, self.weight)
+        x = self._fit_into(dtype, x)
         with no_autocast(x.device.type):
-            y = _cast(
-                self._map(x, _cast(self.weight, dtype), Projection(strides, paddings, dilations, self.groups)), dtype
-            )
-        return y if input.dim() == dim + 2 else y.squeeze(0)
+            y = cast(self._map(x, cast(self.weight, dtype), projection), dtype)
+        return y if input.dim() == len(kernel) + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
-        squares = _squares(_cast(x, precise), groups, weight.shape[1])
+        squares = _squares(cast(x, precise), groups, weight.shape[1])
         inverse = box_sum(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
         filters = (1, -1, *ones)
         if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
-            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
-            dot = convolve(x * _cast(inverse, x.dtype), weight, bias, projection)
-            return self._finish(_cast(dot, precise), None, filters)
-        dot = _cast(convolve(x, weight, None, projection), precise)
+            bias = cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            dot = convolve(x * cast(inverse, x.dtype), weight, bias, projection)
+            return self._finish(cast(dot, precise), None, filters)
+        dot = cast(convolve(x, weight, None, projection), precise)
         if groups == 1 or groups == len(weight):
             return self._finish(dot, inverse, filters)
         if self.curve == "cosine":
@@ -247,19 +243,20 @@ class FoldedLinear(FoldedLayer, nn.Linear):
                 f"a BatchNorm was folded into this linear map, which takes (B, {self.in_features}) then, and got "
                 f"{tuple(input.shape)}"
             )
-        dtype = _compute_dtype(input, self.weight)
-        rows = _fit(dtype, input if input.dim() > 1 else input.unsqueeze(0), self.weight)
+        dtype = compute_dtype(input, self.weight)
+        rows = input if input.dim() > 1 else input.unsqueeze(0)
+        rows = self._fit_into(dtype, rows)
         with no_autocast(rows.device.type):
-            y = _cast(self._map(rows, _cast(self.weight, dtype)), dtype)
+            y = cast(self._map(rows, cast(self.weight, dtype)), dtype)
         return y if input.dim() > 1 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
         precise = accumulate_dtype(x.dtype)
-        inverse = _inverse_length(_cast(x, precise), self.eps)
+        inverse = _inverse_length(cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:
-            bias = _cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
-            return self._finish(_cast(F.linear(x * _cast(inverse, x.dtype), weight, bias), precise), None, (-1,))
-        return self._finish(_cast(F.linear(x, weight), precise), inverse, (-1,))
+            bias = cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
+            return self._finish(cast(F.linear(x * cast(inverse, x.dtype), weight, bias), precise), None, (-1,))
+        return self._finish(cast(F.linear(x, weight), precise), inverse, (-1,))
 
 
 def _inverse_length(x: Tensor, eps: float) -> Tensor:
@@ -282,21 +279,21 @@ class FoldedHead(FoldedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         precise = accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):
-            x, weight = _cast(input, precise), _cast(self.weight, precise)
+            x, weight = cast(input, precise), cast(self.weight, precise)
             if self.curve == "cosine" and self.kind != "s-softmax":
-                logits = F.linear(x, weight, None if self.bias is None else _cast(self.bias, precise))
+                logits = F.linear(x, weight, None if self.bias is None else cast(self.bias, precise))
             else:
                 rows = x if x.dim() > 1 else x.unsqueeze(0)
-                logits = self._angular(rows, weight, _length(rows, _eps(input)))
+                logits = self._angular(rows, weight, length_of(rows, head_eps(input)))
                 logits = logits if x.dim() > 1 else logits.squeeze(0)
-        return logits if input.dtype is not self.weight.dtype else _cast(logits, input.dtype)
+        return logits if input.dtype is not self.weight.dtype else cast(logits, input.dtype)
 
     def _angular(self, x: Tensor, weight: Tensor, length: Tensor) -> Tensor:
         dot = F.linear(x, weight)
         if self.kind == "s-softmax":
             return self._finish(dot, 1 / length, (-1,))
-        factor = length if self.scale is None else length * _cast(self.scale, length.dtype)
-        shift = None if self.bias is None else _cast(self.bias, length.dtype)
+        factor = length if self.scale is None else length * cast(self.scale, length.dtype)
+        shift = None if self.bias is None else cast(self.bias, length.dtype)
         return _scale_and_shift(self._g(dot.div_(length), (-1,)), factor, shift)
 
     def extra_repr(self) -> str:
@@ -310,7 +307,7 @@ FOLDED: dict[type[nn.Module], type[FoldedLayer]] = {
     SphereLinear: FoldedLinear,
     AngularHead: FoldedHead,
 }
-"""Which class takes the place of which; of exactly these types, since a subclass may compute something else."""
+"""The folded class of each angular class; not of subclasses, which may compute something else."""
 
 
 def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
@@ -318,7 +315,7 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
 
     Args:
         layer: of one of the types in `FOLDED`.
-        affine: what a BatchNorm behind it does to each channel in evaluation.
+        affine: the affine map of each channel that a BatchNorm behind it is in evaluation.
     """
     twin = FOLDED[type(layer)].__new__(FOLDED[type(layer)])
     twin.__dict__.update(adopted(layer))
@@ -337,11 +334,6 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
         scale = affine.scale if scale is None else affine.scale * scale
     twin._fold(layer.operator, scale, shift)
     return twin
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`. A cast that changes nothing would stay in an exported graph."""
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _double(value: Tensor | None) -> Tensor | None:

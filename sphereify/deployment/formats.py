@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphereify import choices
-from sphereify.convert.provenance import tensors_in
+from sphereify.convert.model_inputs import tensors_in
 from sphereify.errors import ExportError, UsageError, option
 
 Axes = dict[int, str]

@@ -1,4 +1,4 @@
-"""Convolutions and linear maps that a forward calls as functions, made angular where they are called.
+"""Angular answers to the convolutions and linear maps that a forward calls as functions.
 
 `F.linear(x, self.qkv.weight, bias)` has no layer to swap. The module whose forward makes the call is given a subclass
 of its own class, with the same name after "Angular", that runs the inherited forward and answers those calls, known by
@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sphereify.errors import UnsupportedModelError
-from sphereify.nn.functional import Operator, gathered, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.errors import UnsupportedModelError, option
+from sphereify.nn.attention import Project, attend
+from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear, writable
 
 CALLS = "angular_calls"
-"""Where a module keeps its `AngularCall`s, by key."""
+"""Name of the attribute in which a module holds its `AngularCall`s, by key."""
 
 
 class Arguments(NamedTuple):
-    """What a functional convolution or linear map was called with; filters are the rows of `weight`."""
+    """The arguments of a functional convolution or linear map; filters are the rows of `weight`."""
 
     x: Tensor
     weight: Tensor
@@ -35,8 +36,18 @@ class Arguments(NamedTuple):
     """The tensor that was passed as the weight, before any transposition."""
 
 
-def _conv_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-                    dilation: Any = 1, groups: int = 1) -> Arguments:  # fmt: skip
+# Their parameters have the names that torch's have, so that Python itself reads a call's arguments.
+
+
+def _conv_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Arguments:
     return Arguments(input, weight, bias, (stride, padding, dilation, groups), weight)
 
 
@@ -54,16 +65,18 @@ def _matmul_arguments(input: Tensor, other: Tensor | None = None, *, mat2: Tenso
 
 
 class Function(NamedTuple):
+    """A function of torch's that multiplies with filters, and the angular function that takes its place."""
+
     kind: str
     arguments: Callable[..., Arguments]
     angular: Callable[..., Tensor]
     columns: bool = False
-    """Whether the filters are the columns of the matrix that it takes."""
+    """True if the filters are the columns of the matrix that it takes."""
     any_product: bool = False
-    """Whether it multiplies all sorts of things, and is a linear map only with a learned matrix on the right."""
+    """True if it multiplies any two tensors, and is a linear map only with a learned matrix on the right."""
 
     def read(self, args: tuple, kwargs: dict[str, Any]) -> Arguments | None:
-        """The arguments of a call, or None if it is made in a way that has no angular answer, such as with `out`."""
+        """The arguments of a call, or None for arguments without an angular answer, such as `out`."""
         try:
             return self.arguments(*args, **kwargs)
         except (TypeError, AttributeError):
@@ -82,7 +95,7 @@ FUNCTIONS: dict[Any, Function] = {
     **{f: Function("conv2d", _conv_arguments, sphere_conv2d) for f in (F.conv2d, torch.conv2d)},
     **{f: Function("conv3d", _conv_arguments, sphere_conv3d) for f in (F.conv3d, torch.conv3d)},
 }
-"""The functions that count as sites, with how to read their arguments."""
+"""The functions whose calls are sites."""
 
 
 class AngularCall(nn.Module):
@@ -93,10 +106,10 @@ class AngularCall(nn.Module):
         filters: number of rows of the weight.
         operator: an operator object.
         rescale: learn `beta` and, unless the call passes a bias, `gamma`.
-        has_bias: whether the call passes a bias, which then is γ.
+        has_bias: the call passes a bias, which then is γ.
         eps: as `SphereConv2d`.
-        columns: whether the filters are the columns of the weight that is passed.
-        groups: of the convolution.
+        columns: the filters are the columns of the weight that is passed.
+        groups: number of groups of the convolution.
     """
 
     beta: nn.Parameter | None
@@ -121,7 +134,7 @@ class AngularCall(nn.Module):
         self.columns = columns
         self.groups = groups
         self.of_parametrization = False
-        """Whether torch computes the weight, until its parametrization is removed."""
+        """True if torch computes the weight, until its parametrization is removed."""
         self.operator = operator
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
@@ -130,35 +143,33 @@ class AngularCall(nn.Module):
 
     def forward(self, function: Function, call: Arguments, rows: slice = slice(None)) -> Tensor:
         """The angular answer to a call; `rows` are the filters that take part, where it is one of several."""
-        x, weight, bias, geometry, _ = call
-        g = function.angular(x, weight, self.operator, None, *geometry, eps=self.eps)
-        channels = (-1, *[1] * (weight.dim() - 2))
-        if self.beta is not None:
-            g = g * self.beta[rows].to(g.dtype).view(channels)
-        for shift in (self.gamma[rows] if self.gamma is not None else None, bias):
-            if shift is not None:
-                whole = shift.dim() > 1  # the addend of an addmm may be a matrix
-                g = g + (shift.to(g.dtype) if whole else shift.to(g.dtype).view(channels))
-        unchanged = self.beta is None and self.gamma is None and bias is None
-        return g.clone() if unchanged and g.requires_grad else g  # backward needs g as it is; see AngularLayer
+        beta, gamma = (None if values is None else values[rows] for values in (self.beta, self.gamma))
+        # A call may pass a bias where none was passed when the model was converted.
+        shift = call.bias if gamma is None else gamma if call.bias is None else gamma + call.bias
+        y = function.angular(call.x, call.weight, self.operator, shift, *call.geometry, eps=self.eps, beta=beta)
+        return writable(y, beta, shift)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        """The angular answer to F.linear(x, weight, bias)."""
+        return self(FUNCTIONS[F.linear], Arguments(x, weight, bias, (), weight), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
 
 
 class _Answer(TorchFunctionMode):
-    """While active, answers the calls that a module's `AngularCall`s stand for; all others pass."""
+    """A mode that answers those calls of a module for which it has an `AngularCall`; all others pass."""
 
     def __init__(self, owner: nn.Module):
         super().__init__()
         self.owner = owner
         self.with_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.calls: Any = getattr(owner, CALLS)
-        self.weights = [(key, _resolve(owner, key)) for key in self.calls]
+        self.weights = [(key, weight_of_call(owner, key)) for key in self.calls]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is F.multi_head_attention_forward:
-            return _attend(self, *args, **(kwargs or {}))
+            return attend(self.projection_of, *args, **(kwargs or {}))
         function = FUNCTIONS.get(func)
         if function is not None:
             call = function.read(args, kwargs or {})
@@ -170,92 +181,64 @@ class _Answer(TorchFunctionMode):
                 return answer(function, call)
         return func(*args, **(kwargs or {}))
 
-    def answer_to(self, weight: Tensor | None, *, may_be_computed: bool = True) -> "AngularCall | None":
-        """The call that stands for this weight: a parameter, a view of one, or something computed."""
+    def projection_of(self, weight: Tensor | None) -> Project | None:
+        """The angular map in place of a linear projection by this weight."""
+        answer = self.answer_to(weight)
+        return None if answer is None else answer.linear
+
+    def answer_to(self, weight: Tensor | None, *, may_be_computed: bool = True) -> AngularCall | None:
+        """The `AngularCall` for this weight: a parameter, a view of one, or a computed tensor."""
         if weight is None:
             return None
-        for key, known in self.weights:
-            if known is not None and (weight is known or weight._base is known):
-                if weight.numel() != known.numel():
+        for key, parameter in self.weights:
+            if parameter is not None and (weight is parameter or weight._base is parameter):
+                if weight.numel() != parameter.numel():
                     if COMPUTED in self.calls:
                         continue
                     raise UnsupportedModelError(
                         f"{_base(type(self.owner)).__name__} uses a part of {parameter_name(key)}, of shape "
-                        f"{tuple(weight.shape)}, as a weight, and was planned with all of it: keep it with exclude"
+                        f"{tuple(weight.shape)}, as a weight, and was planned with all of it: keep it with "
+                        f"{option('exclude')}"
                     )
                 return self.calls[key]  # type: ignore[no-any-return]
         for key, _ in self.weights:
             if self.calls[key].of_parametrization and weight is self.owner._parameters.get("weight"):
                 return self.calls[key]  # type: ignore[no-any-return]  # the parametrization has been removed
-        for key, known in self.weights:
-            fits = may_be_computed if known is None else _is_cast(weight, known)
+        for key, parameter in self.weights:
+            fits = may_be_computed if parameter is None else _is_cast(weight, parameter)
             if fits and not isinstance(weight, nn.Parameter) and not self._holds(weight):
                 return self.calls[key]  # type: ignore[no-any-return]
         return None
 
     def _holds(self, tensor: Tensor) -> bool:
-        """Whether this is a parameter or buffer of the owner's as it is, plain where `torch.func` put it there."""
-        return any(tensor is one for one in (*self.owner.parameters(), *self.owner.buffers()))
+        """True for a parameter or buffer of the owner itself, a plain tensor where `torch.func` put it there."""
+        return any(tensor is own for own in (*self.owner.parameters(), *self.owner.buffers()))
 
 
 def _refuse_checkpoint(owner: nn.Module) -> None:
-    """In the backward pass, a checkpoint would repeat the owner's calls without their answers."""
+    """Raise where a checkpoint runs the owner's calls, which it would repeat in the backward without their answers."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _AnswersCalls.forward.__code__:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise UnsupportedModelError(
                 f"{_base(type(owner)).__name__} makes its angular call inside torch.utils.checkpoint, which would "
                 f"repeat it as a plain one. Put the checkpoint around the whole module, switch it off, or keep the "
-                f"call with exclude."
+                f"call with {option('exclude')}."
             )
         frame = frame.f_back  # type: ignore[assignment]
 
 
 def _is_cast(weight: Tensor, parameter: Tensor) -> bool:
-    """Whether this is most likely the parameter in another dtype, as of `self.weight.to(x.dtype)`."""
-    other = weight.dtype is not parameter.dtype and not isinstance(weight, nn.Parameter)
-    return other and weight.shape == parameter.shape
-
-
-def _attend(answers: _Answer, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
-            in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None,
-            add_zero_attn: bool, dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None,
-            **options: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`F.multi_head_attention_forward` with angular projections.
-
-    Queries, keys and values are projected here, the attention itself is torch's, with the identity for its projections:
-    masks, added keys and weights stay what they are, at the price of four products with an identity matrix.
-    """
-    separate = [options.pop(name, None) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    options.pop("use_separate_proj_weight", None)
-    together = answers.answer_to(in_proj_weight)
-    weights: Any = in_proj_weight.chunk(3) if in_proj_weight is not None else separate
-    biases: Any = in_proj_bias.chunk(3) if in_proj_bias is not None else (None,) * 3
-    projected = []
-    for place, (x, weight, bias) in enumerate(zip((query, key, value), weights, biases, strict=True)):
-        rows = slice(place * len(weight), (place + 1) * len(weight)) if together else slice(None)
-        projected.append(_project(together or answers.answer_to(weight), x, weight, bias, rows))
-    identity = torch.eye(embed_dim_to_check, device=query.device, dtype=projected[0].dtype)
-    output, attention = cast(Any, F.multi_head_attention_forward)(
-        *projected, embed_dim_to_check, num_heads, None, None, bias_k, bias_v, add_zero_attn, dropout_p, identity, None,
-        use_separate_proj_weight=True, q_proj_weight=identity, k_proj_weight=identity, v_proj_weight=identity,
-        **options,
-    )  # fmt: skip
-    output = _project(answers.answer_to(out_proj_weight), output, out_proj_weight, out_proj_bias, slice(None))
-    return output, attention
-
-
-def _project(answer: "AngularCall | None", x: Tensor, weight: Any, bias: Tensor | None, rows: slice) -> Tensor:
-    if answer is None:
-        return F.linear(x, weight, bias)
-    return answer(FUNCTIONS[F.linear], Arguments(x, weight, bias, (), weight), rows)  # type: ignore[no-any-return]
+    """True for what is most likely the parameter in another dtype, such as `self.weight.to(x.dtype)`."""
+    differs = weight.dtype is not parameter.dtype and not isinstance(weight, nn.Parameter)
+    return differs and weight.shape == parameter.shape
 
 
 COMPUTED = "computed"
-"""The key of a call whose weight is no parameter but computed from some, as in weight standardization."""
+"""The key of a call whose weight is computed from parameters, as in weight standardization."""
 
 
-def _resolve(owner: nn.Module, key: str) -> Tensor | None:
+def weight_of_call(owner: nn.Module, key: str) -> Tensor | None:
     """The parameter that a key stands for; None for a computed weight."""
     if key == COMPUTED:
         return None
@@ -292,7 +275,7 @@ def angular_class(base: Hashable) -> Any:
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Whether this is a class that torch makes for a module with parametrizations."""
+    """True for a class that torch makes for a module with parametrizations."""
     return getattr(vars(cls).get("__getstate__"), "__module__", "") == "torch.nn.utils.parametrize"
 
 
@@ -312,6 +295,7 @@ def make_plain(module: nn.Module) -> None:
 
 
 def answers_calls(module: nn.Module) -> bool:
+    """True if functional calls of the module's forward are answered by its `AngularCall`s."""
     return isinstance(module, _AnswersCalls)
 
 
@@ -321,7 +305,7 @@ def answer_call(owner: nn.Module, parameter: str | None, call: AngularCall) -> N
     Args:
         owner: the module whose forward makes the call.
         parameter: qualified name of the weight, relative to the owner.
-        call: what answers.
+        call: the module that answers.
     """
     call.of_parametrization = _is_parametrized(type(owner))
     if not answers_calls(owner):
@@ -331,9 +315,9 @@ def answer_call(owner: nn.Module, parameter: str | None, call: AngularCall) -> N
 
 
 def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters whose direction alone matters, because an owner's angular calls use them as filters."""
+    """The parameters that an owner's angular calls use as filters, so that only their direction matters."""
     for key in getattr(owner, CALLS) if answers_calls(owner) else ():
-        weight = _resolve(owner, key)
+        weight = weight_of_call(owner, key)
         if isinstance(weight, nn.Parameter):
             yield weight
         else:  # computed from what the owner and its parametrizations hold
@@ -341,21 +325,11 @@ def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
             yield from (p for n, p in owner.named_parameters() if n.startswith("parametrizations."))
 
 
-def filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Name, weight and filters (groups, N, fan_in) of an owner's angular calls on a whole parameter."""
-    for key, call in getattr(owner, CALLS).items() if answers_calls(owner) else ():
-        weight = _resolve(owner, key)
-        if isinstance(weight, nn.Parameter):
-            matrix = gathered(weight)
-            rows = matrix.t() if call.columns else matrix.flatten(1)
-            yield parameter_name(key), weight, rows.unflatten(0, (call.groups, -1))
-
-
 def call_key(parameter: str | None) -> str:
-    """The key of a parameter's call: a ModuleDict's keys hold no dots."""
+    """The key of the call with a parameter: the keys of a ModuleDict hold no dots."""
     return COMPUTED if parameter is None else parameter.replace(".", "/")
 
 
 def parameter_name(key: str) -> str:
-    """The parameter that a key stands for, as `call_key` made it."""
+    """The name of the parameter from the key of its call."""
     return key.replace("/", ".")

@@ -1,4 +1,7 @@
-"""Windows of a convolution over a tensor with one channel a group: their sums, and the adjoint."""
+"""Geometry of a convolution: strides and padding as numbers, its products with the filters, sums over its windows.
+
+Every linear operation here has its adjoint beside it: `project` and `project_backward`, `box_sum` and `box_spread`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sphereify.errors import UsageError
 
 Ints = tuple[int, ...]
 
@@ -20,15 +25,98 @@ class Projection(NamedTuple):
     groups: int
 
 
+# ---- Arguments of a convolution
+
+
+def resolve(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Projection]:
+    """The input as a batch, and the geometry of a convolution in numbers.
+
+    Args:
+        x: (B, C, *space) or (C, *space).
+        kernel: size of the window in each dimension of space.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv2d`; padding also 'same' or 'valid'.
+
+    Raises:
+        UsageError: a padding that is no such word, or 'same' with a stride.
+    """
+    dim = len(kernel)
+    x = x if x.dim() == dim + 2 else x.unsqueeze(0)
+    strides, dilations = per_axis(stride, dim), per_axis(dilation, dim)
+    if not isinstance(padding, str):
+        return x, Projection(strides, per_axis(padding, dim), dilations, groups)
+    sides = padding_sides(padding, kernel, strides, dilations)
+    if any(front != behind for front, behind in sides):
+        # A convolution pads both sides alike, so x itself is padded.
+        x, sides = F.pad(x, [side for pair in reversed(sides) for side in pair]), [(0, 0)] * dim
+    return x, Projection(strides, tuple(front for front, _ in sides), dilations, groups)
+
+
+def per_axis(value: int | Sequence[int], dim: int) -> Ints:
+    """A stride, padding or dilation in the form that torch takes, as one number for each of `dim` axes."""
+    return (value,) * dim if isinstance(value, int) else tuple(value) * (dim if len(value) == 1 else 1)
+
+
+def padding_sides(padding: str, kernel: Sequence[int], stride: Ints, dilation: Ints) -> list[tuple[int, int]]:
+    """Zeros in front of and behind each axis for 'same' and 'valid'; 'same' may need one more behind than in front."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding != "same":
+        raise UsageError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
+    if any(s != 1 for s in stride):
+        raise UsageError(f"padding='same' needs a stride of 1, got {stride}. Give the padding as numbers.")
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [(r // 2, r - r // 2) for r in reach]
+
+
+def output_size(size: Sequence[int], kernel: Sequence[int], projection: Projection) -> list[int]:
+    """Number of windows along each axis of an input of that size."""
+    stride, padding, dilation, _ = projection
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
+
+
+def is_identity(kernel: Sequence[int], projection: Projection) -> bool:
+    """True if every window is one place of the input, in order."""
+    return math.prod(kernel) == 1 and math.prod(projection.stride) == 1 and not any(projection.padding)
+
+
+# ---- Inner products of filters and patches
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:
-    """torch's convolution of any dimension."""
+    """torch's convolution, of any number of dimensions."""
     stride, padding, dilation, groups = projection
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def is_identity(kernel: Sequence[int], projection: Projection) -> bool:
-    """Whether every window is one place of x, in order."""
-    return math.prod(kernel) == 1 and math.prod(projection.stride) == 1 and not any(projection.padding)
+def project(x: Tensor, filters: Tensor, projection: Projection | None) -> Tensor:
+    """The inner products of filters and patches: (B, O, H', W') for a convolution, (*, O) for a linear map."""
+    return x @ filters.t() if projection is None else convolve(x, filters, None, projection)
+
+
+def project_backward(
+    grad: Tensor, x: Tensor, filters: Tensor, projection: Projection | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the filters from that of `project`; None for one that is not `needed`."""
+    if projection is None:
+        grad_x = grad @ filters if needed[0] else None
+        return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if needed[1] else None
+    stride, padding, dilation, groups = projection
+    zeros, mask = [0] * len(stride), (needed[0], needed[1], False)
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, filters, None, stride, padding, dilation, False, zeros, groups, mask
+    )
+    return grads[0], grads[1]
+
+
+# ---- Sums over windows
 
 
 def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
@@ -45,7 +133,7 @@ def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> T
 
 
 def _sum_by_axis(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The same along one axis after the other, as sums of shifted views: a convolution costs more than it does here."""
+    """`box_sum` along one axis after the other, as sums of shifted views: faster than a convolution on a CPU."""
     stride, padding, dilation, _ = projection
     if any(padding):
         squares = F.pad(squares, [side for p in reversed(padding) for side in (p, p)])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose
-from sphereify.nn.functional import Operator, no_autocast, sphere_linear
+from sphereify.nn.functional import Operator, sphere_linear
 from sphereify.nn.layers import adopted
 from sphereify.nn.operators import (
     CURVES,
@@ -19,6 +19,7 @@ from sphereify.nn.operators import (
     make_operator,
     with_value,
 )
+from sphereify.nn.precision import accumulate_dtype, no_autocast
 
 HEAD_EPS = 1e-12
 """Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
@@ -27,7 +28,7 @@ HALF_EPS = 1e-5
 
 
 class AngularOutput(NamedTuple):
-    """What a model with a margin head returns in training, for `AngularLoss`; in evaluation it returns plain logits."""
+    """The output of a model with a margin head in training, for `AngularLoss`; in evaluation it is plain logits."""
 
     logits: Tensor | None
     """Without the margin, of shape (*, num_classes): for accuracies. None if the head has `training_logits` off."""
@@ -72,8 +73,8 @@ class AngularHead(nn.Module):
         `AngularLoss`; all else is a plain tensor for `F.cross_entropy`. Logits are fp32 under autocast.
 
     Attributes:
-        training_logits: whether a margin head computes logits in training. Off, `AngularLoss(..., chunk_size=…)` never
-            needs all of them at once: for very many classes.
+        training_logits: True if a margin head computes logits in training. Without, `AngularLoss(..., chunk_size=…)`
+            never needs all of them at once: for very many classes.
 
     Raises:
         UsageError: an unknown kind or operator, a scale that is not positive, a margin below 1.
@@ -116,12 +117,12 @@ class AngularHead(nn.Module):
         self.margin = float(margin)
         self.scale = float(scale)
         self.training_logits = True
-        made = make_operator(operator, filters=self.weight.shape[0])
-        if self.kind == "a-softmax" and type(made) is not CosineOperator:
+        g = make_operator(operator, filters=self.weight.shape[0])
+        if self.kind == "a-softmax" and type(g) is not CosineOperator:
             raise UsageError(f"a-softmax: got the operator {operator!r}, expected cosine; ga-softmax takes any")
-        if isinstance(made, nn.Module) and made is not operator:
-            made.to(device=self.weight.device, dtype=self.weight.dtype)
-        self.operator = made
+        if isinstance(g, nn.Module) and g is not operator:
+            g.to(device=self.weight.device, dtype=self.weight.dtype)
+        self.operator = g
 
     @classmethod
     def from_linear(
@@ -151,13 +152,13 @@ class AngularHead(nn.Module):
 
     @property
     def has_margin(self) -> bool:
-        """Whether this head returns an `AngularOutput` in training."""
+        """True if this head returns an `AngularOutput` in training."""
         return self.kind in choices.MARGIN_HEADS
 
-    def forward(self, x: Tensor) -> Tensor | AngularOutput:
+    def forward(self, input: Tensor) -> Tensor | AngularOutput:
         if not (self.training and self.has_margin):
-            return self.logits(x)
-        return AngularOutput(self.logits(x) if self.training_logits else None, x)
+            return self.logits(input)
+        return AngularOutput(self.logits(input) if self.training_logits else None, input)
 
     def logits(self, x: Tensor, classes: slice | None = None) -> Tensor:
         """The scores without a margin, of all classes or some: (*, in_features) -> (*, classes)."""
@@ -166,12 +167,12 @@ class AngularHead(nn.Module):
             weight, bias = weight[classes], None if bias is None else bias[classes]
             operator = self._operator_of(classes)
         # In fp32 under autocast and for half precision: class weights keep their digits, ‖x‖ its range.
-        eps = _eps(x)
-        precise = torch.promote_types(x.dtype, torch.float32)
+        eps = head_eps(x)
+        precise = accumulate_dtype(x.dtype)
         with no_autocast(x.device.type):
             features = x.to(precise)
             logits = sphere_linear(features, weight.to(precise), operator, None, eps)
-            logits = logits * (self.scale if self.kind == "s-softmax" else _length(features, eps))
+            logits = logits * (self.scale if self.kind == "s-softmax" else length_of(features, eps))
             if bias is not None:
                 shift = bias.to(precise)  # in place, since logits of very many classes are large
                 logits = logits + shift if torch.compiler.is_compiling() else logits.add_(shift)
@@ -188,12 +189,12 @@ class AngularHead(nn.Module):
         Returns:
             (B,), at least in fp32.
         """
-        eps = _eps(x)
-        precise = torch.promote_types(x.dtype, torch.float32)
+        eps = head_eps(x)
+        precise = accumulate_dtype(x.dtype)
         with no_autocast(x.device.type):
             features, weight = x.to(precise), self.weight[targets].to(precise)
-            length = _length(features, eps)
-            cos = ((features / length) * (weight / _length(weight, eps))).sum(-1)
+            length = length_of(features, eps)
+            cos = ((features / length) * (weight / length_of(weight, eps))).sum(-1)
             g = self._curve(cos, targets, 1.0)
             if self.has_margin:
                 g = (annealing * g + self._curve(cos, targets, self.margin)) / (1 + annealing)
@@ -235,10 +236,11 @@ class AngularHead(nn.Module):
         return f"{sizes}{margin}{scale}, bias={self.bias is not None}"
 
 
-def _eps(x: Tensor) -> float:
+def head_eps(x: Tensor) -> float:
+    """ε inside both norms, for features of that dtype."""
     return HALF_EPS if x.dtype in (torch.float16, torch.bfloat16) else HEAD_EPS
 
 
-def _length(x: Tensor, eps: float) -> Tensor:
+def length_of(x: Tensor, eps: float) -> Tensor:
     """‖x‖ over the last dimension, with a finite gradient at 0."""
     return (x.square().sum(-1, keepdim=True) + eps).sqrt()

@@ -6,47 +6,51 @@ per output channel.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError
+from sphereify.choices import DEFAULT_EPS
+from sphereify.errors import UsageError, wrong_type
 from sphereify.nn.functional import (
-    DEFAULT_EPS,
     Operator,
     sphere_conv1d,
     sphere_conv2d,
     sphere_conv3d,
     sphere_linear,
+    writable,
 )
 from sphereify.nn.operators import make_operator
 
 Layer = TypeVar("Layer", bound="AngularLayer")
+Ints = int | tuple[int, ...]
+"""One number for all dimensions of space, or one for each."""
 
 
 class AngularLayer(nn.Module):
-    """What the angular layers share: the operator, ε, and SphereNorm's β and γ."""
+    """The operator, ε, and SphereNorm's β and γ of an angular layer."""
 
+    plain_class: ClassVar[type[nn.Module]]
+    """torch's layer that it replaces."""
     operator: Any
     beta: nn.Parameter | None
     gamma: nn.Parameter | None
     weight: Any
     bias: Any
+    output_read_only: bool
+    """True if nothing changes the output in place, because a normalization alone reads it; it is then not copied."""
 
     def _make_angular(self, operator: str | Operator, rescale: bool, eps: float) -> None:
         if not eps > 0:
             raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
         filters = self.weight.shape[0]
-        made = make_operator(operator, filters=filters)
-        if isinstance(made, nn.Module) and made is not operator:
-            made.to(device=self.weight.device, dtype=self.weight.dtype)
-        self.operator = made
+        g = make_operator(operator, filters=filters)
+        if isinstance(g, nn.Module) and g is not operator:
+            g.to(device=self.weight.device, dtype=self.weight.dtype)
+        self.operator = g
         self.eps = eps
-        # Backward recovers what it needs from g itself, which an operation in place (ReLU, +=) would destroy. A layer
-        # that adds or multiplies returns another tensor; one that does not returns a copy, unless it is known that only
-        # a normalization reads it.
         self.output_read_only = False
         ones = torch.ones(filters, device=self.weight.device, dtype=self.weight.dtype)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
@@ -56,15 +60,17 @@ class AngularLayer(nn.Module):
 
     @property
     def rescale(self) -> bool:
-        """Whether SphereNorm's β and γ are part of this layer."""
+        """True if SphereNorm's β and γ are part of this layer."""
         return self.beta is not None
 
     @classmethod
     def _adopt(cls: type[Layer], plain: nn.Module, operator: str | Operator, rescale: bool, eps: float) -> Layer:
         """An angular layer with the parameters, hooks, flags and attributes of a plain one.
 
-        The state is taken over whole rather than listed, so that what a user hung on the layer comes along.
+        The whole state is taken over rather than a list of names, so that attributes of the user's come along.
         """
+        if not isinstance(plain, cls.plain_class):
+            raise wrong_type(cls.__name__, plain, f"a torch.nn.{cls.plain_class.__name__}")
         layer = cls.__new__(cls)
         layer.__dict__.update(adopted(plain))
         layer._make_angular(operator, rescale, eps)
@@ -72,16 +78,22 @@ class AngularLayer(nn.Module):
 
     @property
     def _shift(self) -> Any:
-        """γ, for which the bias stands if there is one."""
+        """γ, or the bias in its place where there is one."""
         return self.bias if self.bias is not None else self.gamma
 
     def _own(self, y: Tensor) -> Tensor:
-        """A tensor that whoever receives it may write to."""
-        kept = self.beta is None and self._shift is None and y.requires_grad
-        return y.clone() if kept and (not self.output_read_only or self._forward_hooks) else y
+        """The output as a tensor that whoever receives it may write to."""
+        read_only = self.output_read_only and not self._forward_hooks
+        return y if read_only else writable(y, self.beta, self._shift)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rescale={self.rescale}, eps={self.eps:g}"
+        # An operator that is a module is listed as a child of this one.
+        operator = "" if isinstance(self.operator, nn.Module) else f", operator={_name_of(self.operator)}"
+        return f"{super().extra_repr()}{operator}, rescale={self.rescale}, eps={self.eps:g}"
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def adopted(plain: nn.Module) -> dict[str, Any]:
@@ -90,50 +102,88 @@ def adopted(plain: nn.Module) -> dict[str, Any]:
 
 
 def is_folded_layer(module: nn.Module) -> bool:
-    """Whether this is a layer for inference, whose constants are folded into its filters (`sphereify.deployment`)."""
+    """True for a layer for inference, whose constants are folded into its filters (`sphereify.deployment`)."""
     return getattr(type(module), "folded", False)
 
 
-class _ConvLayer(AngularLayer):
-    """Shared by the three convolutions: they differ in the function they call."""
+class ConvGeometry(nn.Module):
+    """The geometry of torch's convolutions, for layers that call another function in their place."""
 
-    _sphere_conv: Callable[..., Tensor]
-    padding_mode: Any
-    padding: Any
     stride: Any
+    padding: Any
     dilation: Any
     groups: int
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        function = type(self)._sphere_conv
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return self._own(function(input, weight, self.operator, self._shift, *geometry, self.eps, self.beta))
+    def _padded(self, input: Tensor) -> tuple[Tensor, Any]:
+        """The input, padded here where the padding mode is not zeros, and the padding that is left to do."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
 
-class SphereConv1d(_ConvLayer, nn.Conv1d):
-    """SphereConv over (B, C, L) or (C, L); otherwise as `SphereConv2d`."""
+class _SphereConv(AngularLayer, ConvGeometry):
+    """Base of the three convolutions, which differ in the function that they call."""
 
-    _sphere_conv = staticmethod(sphere_conv1d)
+    _sphere_conv: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, *args: Any, operator: str | Operator = "cosine", rescale: bool = False,
-                 eps: float = DEFAULT_EPS, **kwargs: Any):  # fmt: skip
-        nn.Conv1d.__init__(self, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Ints | str = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        operator: str | Operator = "cosine",
+        rescale: bool = False,
+        eps: float = DEFAULT_EPS,
+    ):
+        geometry: tuple[Any, ...] = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self._make_angular(operator, rescale, eps)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv1d, *, operator: str | Operator = "cosine", rescale: bool = False,
-                  eps: float = DEFAULT_EPS) -> "SphereConv1d":  # fmt: skip
-        """The angular twin of `conv`; see `SphereConv2d.from_conv`."""
+    def from_conv(
+        cls: type[Layer],
+        conv: nn.Module,
+        *,
+        operator: str | Operator = "cosine",
+        rescale: bool = False,
+        eps: float = DEFAULT_EPS,
+    ) -> Layer:
+        """The angular twin of torch's convolution `conv`, with the same parameters, hooks, mode and attributes.
+
+        Nothing is copied, so an optimizer of `conv` trains the twin, except for its k, β and γ.
+
+        Raises:
+            UsageError: an unknown operator or eps ≤ 0.
+            ArgumentTypeError: not a convolution of as many dimensions.
+        """
         return cls._adopt(conv, operator, rescale, eps)
 
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = self._padded(input)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        y = type(self)._sphere_conv(input, self.weight, self.operator, self._shift, *geometry, self.eps, self.beta)
+        return self._own(y)
 
-class SphereConv2d(_ConvLayer, nn.Conv2d):
+
+class SphereConv1d(_SphereConv, nn.Conv1d):
+    """SphereConv over (B, C, L) or (C, L); see `SphereConv2d`."""
+
+    plain_class = nn.Conv1d
+    _sphere_conv = staticmethod(sphere_conv1d)
+
+
+class SphereConv2d(_SphereConv, nn.Conv2d):
     """A convolution that returns g(θ) of the angle between filter and patch (NIPS 2017, eq. 1).
 
     Args:
@@ -154,38 +204,15 @@ class SphereConv2d(_ConvLayer, nn.Conv2d):
     torch.Size([1, 8, 5, 5])
     """
 
+    plain_class = nn.Conv2d
     _sphere_conv = staticmethod(sphere_conv2d)
 
-    def __init__(self, *args: Any, operator: str | Operator = "cosine", rescale: bool = False,
-                 eps: float = DEFAULT_EPS, **kwargs: Any):  # fmt: skip
-        nn.Conv2d.__init__(self, *args, **kwargs)
-        self._make_angular(operator, rescale, eps)
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, *, operator: str | Operator = "cosine", rescale: bool = False,
-                  eps: float = DEFAULT_EPS) -> "SphereConv2d":  # fmt: skip
-        """The angular twin of `conv`: it holds the same `weight` and `bias` objects, hooks, mode and attributes.
+class SphereConv3d(_SphereConv, nn.Conv3d):
+    """SphereConv over (B, C, D, H, W) or (C, D, H, W); see `SphereConv2d`."""
 
-        Nothing is copied, so an optimizer that knows `conv` knows the twin, up to k, β and γ.
-        """
-        return cls._adopt(conv, operator, rescale, eps)
-
-
-class SphereConv3d(_ConvLayer, nn.Conv3d):
-    """SphereConv over (B, C, D, H, W) or (C, D, H, W); otherwise as `SphereConv2d`."""
-
+    plain_class = nn.Conv3d
     _sphere_conv = staticmethod(sphere_conv3d)
-
-    def __init__(self, *args: Any, operator: str | Operator = "cosine", rescale: bool = False,
-                 eps: float = DEFAULT_EPS, **kwargs: Any):  # fmt: skip
-        nn.Conv3d.__init__(self, *args, **kwargs)
-        self._make_angular(operator, rescale, eps)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv3d, *, operator: str | Operator = "cosine", rescale: bool = False,
-                  eps: float = DEFAULT_EPS) -> "SphereConv3d":  # fmt: skip
-        """The angular twin of `conv`; see `SphereConv2d.from_conv`."""
-        return cls._adopt(conv, operator, rescale, eps)
 
 
 class SphereLinear(AngularLayer, nn.Linear):
@@ -202,15 +229,33 @@ class SphereLinear(AngularLayer, nn.Linear):
         UsageError: an unknown operator or eps ≤ 0.
     """
 
-    def __init__(self, *args: Any, operator: str | Operator = "cosine", rescale: bool = False,
-                 eps: float = DEFAULT_EPS, **kwargs: Any):  # fmt: skip
-        nn.Linear.__init__(self, *args, **kwargs)
+    plain_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        operator: str | Operator = "cosine",
+        rescale: bool = False,
+        eps: float = DEFAULT_EPS,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._make_angular(operator, rescale, eps)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, operator: str | Operator = "cosine", rescale: bool = False,
-                    eps: float = DEFAULT_EPS) -> "SphereLinear":  # fmt: skip
-        """The angular twin of `linear`; see `SphereConv2d.from_conv`."""
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        operator: str | Operator = "cosine",
+        rescale: bool = False,
+        eps: float = DEFAULT_EPS,
+    ) -> "SphereLinear":
+        """The angular twin of `linear`, with the same parameters; see `SphereConv2d.from_conv`."""
         return cls._adopt(linear, operator, rescale, eps)
 
     def forward(self, input: Tensor) -> Tensor:

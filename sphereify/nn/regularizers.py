@@ -1,39 +1,26 @@
-"""How an angular network is regularized: filters that spread over the sphere, or stand at right angles.
+"""Regularizers of a network's filters: energy, which spreads them over the sphere, and a penalty for orthogonality.
 
 Both work on any network, angular or not, and on a tensor of filters.
 """
 
-import fnmatch
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
-from sphereify.errors import UsageError, choose, wrong_type
-from sphereify.nn.functional import gathered, no_autocast
-from sphereify.nn.functional_calls import filters_of_calls
-from sphereify.nn.heads import AngularHead
+from sphereify.errors import UsageError, choose
+from sphereify.nn.filters import Bank, filter_banks
 from sphereify.nn.operators import SIN_FLOOR, inner_acos, with_value
+from sphereify.nn.precision import LARGEST_HALF, accumulated, no_autocast
+from sphereify.patterns import PatternList, Patterns
 
 DISTANCES = ("euclidean", "angular")
 ROOM = 1 << 22
 """Pairs of filters at a time: 16 MiB in fp32 for each of the few tensors that hold them."""
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Filters of a layer that look at the same input; a convolution has one bank for each of its groups."""
-
-    layer: str
-    """Qualified name."""
-    filters: Tensor
-    """(groups, filters, fan_in)"""
-    is_output: bool
 
 
 class HypersphericalEnergy(nn.Module):
@@ -51,11 +38,11 @@ class HypersphericalEnergy(nn.Module):
         half_space: filters and their opposites repel each other, so that w and -w count as the same direction. The
             output layer always takes the full space.
         hidden_weight, output_weight: ≥ 0; 0 leaves that part out.
-        self_pairs: with `half_space`, whether the constant pairs of a filter and its own opposite count in the mean, as
-            in the authors' code.
+        self_pairs: with `half_space`, count the constant pairs of a filter and its own opposite in the mean, as the
+            authors' code does.
         output: name of the output layer; default: the `AngularHead`, the classifier that the model itself names
             (`get_classifier()`), or the last linear layer.
-        exclude: globs over names of layers to leave out.
+        exclude: globs over names of layers to leave out, or `re:` and a regular expression.
 
     Shape:
         a model -> a scalar: over the convolutions, transposed ones too, and linear layers, angular or plain, each group
@@ -83,7 +70,7 @@ class HypersphericalEnergy(nn.Module):
         *,
         self_pairs: bool = True,
         output: str | None = None,
-        exclude: str | tuple[str, ...] = (),
+        exclude: PatternList = None,
     ):
         super().__init__()
         for name, value in {"s": s, "hidden_weight": hidden_weight, "output_weight": output_weight}.items():
@@ -94,7 +81,7 @@ class HypersphericalEnergy(nn.Module):
         self.s, self.distance, self.half_space, self.self_pairs = s, distance, half_space, self_pairs
         self.hidden_weight, self.output_weight = hidden_weight, output_weight
         self.output = output
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.exclude = Patterns("exclude", exclude)
 
     def forward(self, model_or_filters: nn.Module | Tensor) -> Tensor:
         if isinstance(model_or_filters, Tensor):
@@ -113,10 +100,10 @@ class HypersphericalEnergy(nn.Module):
         return EnergyReport(rows, self.extra_repr())
 
     def _banks(self, model: nn.Module) -> list[Bank]:
-        banks = _but(filter_banks(model, self.output), self.exclude)
+        banks = _without(self.exclude, filter_banks(model, self.output))
         if not banks:
             raise UsageError(
-                f"{type(model).__name__}: no layer with two or more filters was found: nothing that could repel"
+                f"{type(model).__name__}: there is no layer with two or more filters, so nothing could repel"
             )
         return banks
 
@@ -129,7 +116,7 @@ class HypersphericalEnergy(nn.Module):
         return LayerEnergy(bank.layer, groups, filters, fan_in, energy, self._least(bank), bank.is_output)
 
     def _least(self, bank: Bank) -> float | None:
-        """The energy of a simplex: the least there is for up to fan_in + 1 filters, Euclidean, in the full space."""
+        """The energy of a simplex: the minimum for up to fan_in + 1 filters, Euclidean, in the full space."""
         _, count, fan_in = bank.filters.shape
         if (self.distance == "angular" and count > 2) or (self.half_space and not bank.is_output) or count > fan_in + 1:
             return None
@@ -153,8 +140,7 @@ class LayerEnergy:
     fan_in: int
     energy: float
     least: float | None
-    """What the best placed filters would have, where that is known: at most fan_in + 1 of them, Euclidean distances, in
-    the full space."""
+    """The minimum, for at most fan_in + 1 filters with Euclidean distances in the full space; otherwise None."""
     is_output: bool
 
 
@@ -164,7 +150,7 @@ class EnergyReport:
 
     layers: list[LayerEnergy]
     measure: str
-    """Which energy this is."""
+    """Exponent, distance and space of the energy, as it prints itself."""
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.layer) for row in self.layers))
@@ -185,10 +171,10 @@ class OrthogonalityPenalty(nn.Module):
     """‖WᵀW - I‖²_F of the filters of each hidden layer, W of shape (fan_in, filters); summed over groups and layers.
 
     Args:
-        normalize: of filters of unit length: the form for angular layers, whose filters have none. False: of the
-            filters as they are, as in the authors' SphereNet code (there times 1/2 and 2e-4).
+        normalize: bring filters to unit length first: the form for angular layers, to which length does not matter.
+            False: take the filters as they are, as in the authors' SphereNet code (there times 1/2 and 2e-4).
         output: name of the output layer, which does not count; default as `HypersphericalEnergy`.
-        exclude: globs over names of layers to leave out.
+        exclude: globs over names of layers to leave out, or `re:` and a regular expression.
 
     Shape:
         a model, or a tensor of filters (N, ...) -> a scalar, at least in fp32.
@@ -200,19 +186,19 @@ class OrthogonalityPenalty(nn.Module):
     0.0
     """
 
-    def __init__(self, normalize: bool = True, *, output: str | None = None, exclude: str | tuple[str, ...] = ()):
+    def __init__(self, normalize: bool = True, *, output: str | None = None, exclude: PatternList = None):
         super().__init__()
         self.normalize = normalize
         self.output = output
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.exclude = Patterns("exclude", exclude)
 
     def forward(self, model_or_filters: nn.Module | Tensor) -> Tensor:
         if isinstance(model_or_filters, Tensor):
             return self._penalty(_as_filters(model_or_filters)[None])
-        every = _but(filter_banks(model_or_filters, self.output, single=True), self.exclude)
-        banks = [bank for bank in every if not bank.is_output]
+        banks = _without(self.exclude, filter_banks(model_or_filters, self.output, single=True))
+        banks = [bank for bank in banks if not bank.is_output]
         if not banks:
-            raise UsageError(f"{type(model_or_filters).__name__}: no hidden convolution or linear layer was found")
+            raise UsageError(f"{type(model_or_filters).__name__}: there is no hidden convolution or linear layer")
         return torch.stack([self._penalty(bank.filters) for bank in banks]).sum()
 
     def _penalty(self, filters: Tensor) -> Tensor:
@@ -268,7 +254,7 @@ def pair_energy(
 
 
 def _whole_banks(unit: Tensor) -> tuple[Tensor, ...]:
-    """As many banks at a time as have room for all their pairs, at least one."""
+    """The banks in parts, each of as many as have room for all their pairs, at least one."""
     return unit.split(max(1, ROOM // max(1, unit.shape[1] ** 2)))
 
 
@@ -278,8 +264,10 @@ def _row_sums(unit: Tensor, own: Tensor, s: float, distance: str, half_space: bo
     if len(parts) == 1:
         return _block(unit, own, s, distance, half_space)
     # The pairs of a block are computed again in the backward pass; only its sums are kept.
-    blocks = [checkpoint(_block, unit, part, s, distance, half_space, use_reentrant=False, preserve_rng_state=False)
-              for part in parts]  # fmt: skip
+    blocks = [
+        checkpoint(_block, unit, part, s, distance, half_space, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
+    ]
     return torch.cat(blocks, 1)
 
 
@@ -316,87 +304,17 @@ def _unit(filters: Tensor) -> Tensor:
 
 
 def _precise(filters: Tensor) -> Tensor:
-    precise = filters.to(torch.promote_types(filters.dtype, torch.float32))
+    precise = accumulated(filters)
     if filters.dtype is torch.float16 and precise.requires_grad:
-        precise.register_hook(lambda grad: grad.clamp(-HALF_MAX, HALF_MAX))  # what fp16 cannot hold would be infinite
+        precise.register_hook(lambda grad: grad.clamp(-LARGEST_HALF, LARGEST_HALF))  # fp16 would make it infinite
     return precise
 
 
-HALF_MAX = 6e4
-
-
-# ------------------------------------------------------------------------------------------------- filters of a model
-
-
-def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = False) -> Iterator[Bank]:
-    """The filters of each convolution and linear layer, angular or plain, once where they are shared.
-
-    With `single`, also of layers of one filter (a group), such as depthwise convolutions.
-
-    Raises:
-        ArgumentTypeError: not a module.
-        UsageError: no layer of the name `output`.
-    """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("model", model, "a model or a tensor of filters")
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise UsageError(f"{type(model).__name__} has lazy layers without weights yet: run it once first")
-    outputs = _output_layers(model, output)
-    seen: dict[int, Tensor] = {}  # kept alive: a parametrization computes its weight anew each time
-    for name, module in model.named_modules():
-        for own, weight, filters in _filters(module):
-            if id(weight) not in seen and (single or filters.shape[1] > 1) and filters.shape[2] > 0:
-                seen[id(weight)] = weight
-                yield Bank(f"{name}.{own}".strip("."), filters, module in outputs)
-
-
-def _but(banks: Iterable[Bank], patterns: tuple[str, ...]) -> list[Bank]:
+def _without(exclude: Patterns, banks: Iterable[Bank]) -> list[Bank]:
     """The banks whose layers match no pattern."""
-    found = [*banks]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(bank.layer, pattern) for bank in found):
-            names = ", ".join(bank.layer for bank in found[:3])
-            raise UsageError(f"exclude: {pattern!r} matches no layer; names look like {names}")
-    return [bank for bank in found if not any(fnmatch.fnmatch(bank.layer, pattern) for pattern in patterns)]
-
-
-def _filters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What stands for a layer below its name, the weight, and the filters of (groups, filters, fan_in)."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        grouped = gathered(module.weight).unflatten(0, (module.groups, -1)).transpose(1, 2)
-        yield "", module.weight, grouped.flatten(2)
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        yield "", module.weight, gathered(module.weight).flatten(1).unflatten(0, (module.groups, -1))
-    elif isinstance(module, (nn.Linear, AngularHead)):
-        yield "", module.weight, gathered(module.weight)[None]
-    for name, weight, filters in filters_of_calls(module):
-        holder, _, own = name.rpartition(".")
-        is_layer = own == "weight" and isinstance(module.get_submodule(holder), LAYERS)
-        yield holder if is_layer else name, weight, filters
-
-
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-
-
-def _output_layers(model: nn.Module, output: str | None) -> set[nn.Module]:
-    modules = dict(model.named_modules())
-    if output is not None:
-        if output not in modules or not any(True for _ in _filters(modules[output])):
-            raise UsageError(f"output: {type(model).__name__} has no layer {output!r}")
-        return {modules[output]}
-    heads = {module for module in modules.values() if isinstance(module, AngularHead)}
-    linear = [module for name, module in modules.items() if name and isinstance(module, nn.Linear)]
-    return {*heads} or _own_classifier(model) or {*linear[-1:]}
-
-
-def _own_classifier(model: nn.Module) -> set[nn.Module]:
-    """timm's convention, `get_classifier()`."""
-    try:
-        classifier = model.get_classifier()  # type: ignore[operator]
-    except Exception:  # absent, abstract, or in need of arguments
-        return set()
-    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    return {module for part in parts if isinstance(part, nn.Module) for module in part.modules()}
+    banks = list(banks)
+    exclude.check([bank.layer for bank in banks], "layer")
+    return [bank for bank in banks if not exclude.match([bank.layer])]
 
 
 def _as_filters(filters: Tensor) -> Tensor:

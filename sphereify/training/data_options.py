@@ -17,7 +17,7 @@ IMAGES = "Images"
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which labelled images, and how they are prepared.
+    """A choice of labelled images, and their preparation.
 
     Raises:
         UsageError: no data set, or a value that is not valid.
@@ -72,9 +72,9 @@ class DataOptions:
         """
         from sphereify.convert.model_inputs import data_config, input_channels
         from sphereify.datasets import load_data
-        from sphereify.sources import TRAINING_ATTRIBUTE
+        from sphereify.sources import RECORD_ATTRIBUTE
 
-        record = getattr(model, TRAINING_ATTRIBUTE, None) or {} if as_trained else {}
+        record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
         trained = record["image_size"][-1] if record.get("image_size") else None
         return load_data(
             self.data or "",

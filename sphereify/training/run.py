@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from sphereify.errors import DataError, Interrupted, TrainingError, UsageError, 
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
 from sphereify.training.checks import check_run, check_same_run
 from sphereify.training.distributed import Processes, join
-from sphereify.training.evaluation import autocast, score
+from sphereify.training.evaluation import score
 from sphereify.training.finite import first_bad_layer, first_bad_weight
-from sphereify.training.freezing import frozen, new_parameters
+from sphereify.training.freezing import frozen
 from sphereify.training.interruption import StopRequest, stop_requests
 from sphereify.training.loader import make_loader, on_device, test_batches
 from sphereify.training.meter import energies, learned_k
-from sphereify.training.objective import logits_of
 from sphereify.training.randomness import deterministic_algorithms, random_state, seed_all, set_random_state
 from sphereify.training.record import RunRecord
 from sphereify.training.results import Epoch, Result, Step
@@ -29,7 +27,7 @@ from sphereify.training.run_folder import RunFolder, save_model
 from sphereify.training.settings import Settings
 from sphereify.training.sharding import Shards
 from sphereify.training.state import RunState
-from sphereify.training.teacher import distillation
+from sphereify.training.step import TrainingStep
 
 CHECK_EVERY = 20
 """Steps between two looks at the loss on a GPU, which would otherwise wait for each."""
@@ -130,7 +128,6 @@ class TrainingRun:
         frozen_layers: list[nn.Module],
     ):
         self.model, self.data, self.settings, self.processes, self.folder = model, data, settings, processes, folder
-        self.frozen_layers = frozen_layers
         self.device = processes.device
         seed_all(settings.seed)
         if self.device.type == "cuda":
@@ -138,15 +135,10 @@ class TrainingRun:
         layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
         model.to(torch.device("cpu") if settings.fsdp else self.device, **layout)  # shards move by themselves
         self.shards = Shards(model, processes) if settings.fsdp else None
-        self.teacher = None if teacher is None else teacher.to(self.device).eval()
-        self.mixup = _mixup(settings, len(data.classes))
         self.state = RunState(model, data, settings, processes, self.shards)
+        self.training_step = TrainingStep(self.state, teacher, frozen_layers)
         self.train_loader = make_loader(data.train, self.state.batches, settings, self.device)
         self.test_loader = make_loader(data.test, test_batches(data, settings, processes), settings, self.device)
-        self.trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        self.only_new = False
-        """True while only the parameters train that a conversion brings."""
-        self.forward = self._wrapped()
         self.record: RunRecord | None = None
         self.saved_at = time.monotonic()
 
@@ -169,12 +161,11 @@ class TrainingRun:
     def train_epoch(self, request: StopRequest, on_step: Callable[[Step], None]) -> None:
         """Train for the rest of the present epoch."""
         state, every = self.state, self.settings.accumulate
-        self._set_phase()
         state.batches.epoch = state.epoch
         randoms = random_state()
         loader = iter(self.train_loader)
         set_random_state(randoms)  # starting workers may draw from it
-        self._set_modes()
+        self.training_step.prepare_epoch()
         state.meter.start()
         placed = None
         for number, batch in enumerate(loader, start=state.batches.start + 1):
@@ -189,83 +180,15 @@ class TrainingRun:
                     f"{option('batch_size')}"
                 )
             if placed is not None:
-                with self._gradients_summed(is_last):
-                    self._backward(*placed, share=1 / together)
+                self.training_step.add_batch(*placed, share=1 / together, is_last=is_last)
             if is_last:
-                self._update()
+                self.training_step.update()
                 state.batches.start = number
                 self._between_steps(placed, request, on_step)
         self._check_loss(placed)
         state.meter.stop()
         if not state.meter.count:
             raise DataError(f"{self.data.name}: not one training image could be read")
-
-    def _set_phase(self) -> None:
-        """In the first epochs, if the settings say so, only the parameters train that a conversion brings."""
-        only_new = self.state.epoch < self.settings.warmup_head_epochs
-        if only_new == self.only_new:
-            return
-        new = new_parameters(self.model) & self.trainable or self.trainable  # all, if there is none
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in (new if only_new else self.trainable))
-        self.only_new = only_new
-        self.forward = self._wrapped()
-
-    def _wrapped(self) -> nn.Module:
-        """The model as it is called: copied over the processes, compiled."""
-        forward: Any = self.model
-        if self.processes.world > 1 and self.shards is None:
-            device_ids = [self.device] if self.device.type == "cuda" else None
-            forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-        return torch.compile(forward) if self.settings.compile else forward  # type: ignore[return-value]
-
-    def _set_modes(self) -> None:
-        self.model.train()
-        for layer in self.frozen_layers:
-            layer.eval()  # the statistics of a frozen normalization stay, too
-
-    def _gradients_summed(self, is_last: bool) -> Any:
-        """Gradients are summed over the processes with the last batch of a step only."""
-        waits = not is_last and isinstance(self.forward, nn.parallel.DistributedDataParallel)
-        return self.forward.no_sync() if waits else nullcontext()  # type: ignore[operator]
-
-    def _backward(self, images: Tensor, targets: Tensor, share: float) -> None:
-        """Add the gradient of a batch, which is `share` of a step."""
-        count = len(targets)
-        if self.mixup is not None:
-            even = count - count % 2
-            images, targets = self.mixup(images[:even], targets[:even])
-        with autocast(self.device, self.settings.amp):
-            try:
-                output = self.forward(images)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise TrainingError(
-                    f"a normalization over the batch cannot train on a single image: take {option('batch_size', 2)} "
-                    f"or more, or convert with {option('norm', 'replace')}"
-                ) from error
-            loss = self.state.objective(output, targets)
-            if self.teacher is not None:
-                followed = distillation(logits_of(output), self.teacher, images, self.settings.teacher_temperature)
-                loss = (1 - self.settings.teacher_weight) * loss + self.settings.teacher_weight * followed
-        self.state.scaler.scale(loss * share).backward()
-        self.state.meter.add(loss.detach(), count, self.state.step + 1)
-
-    def _update(self) -> None:
-        """Make an optimizer step."""
-        state = self.state
-        # The rate of a step is that of its middle, so that neither the first nor the last step of a run has none.
-        state.scheduler.step_update(state.step + 0.5)
-        if self.settings.clip_grad is not None:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        if state.ema is not None:
-            state.ema.update(self.model, state.step)
 
     def _between_steps(
         self, placed: tuple[Tensor, Tensor] | None, request: StopRequest, on_step: Callable[[Step], None]
@@ -380,12 +303,3 @@ class TrainingRun:
             self.record.close(result.best.number, self.data.name, memory)
         self.processes.wait()
         return result
-
-
-def _mixup(settings: Settings, classes: int) -> Any:
-    """timm's mixing of images and targets; None where none is mixed."""
-    from timm.data import Mixup
-
-    if not (settings.mixup or settings.cutmix):
-        return None
-    return Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=classes)

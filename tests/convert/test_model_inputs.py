@@ -13,7 +13,6 @@ from sphereify.convert.model_inputs import (
     evaluating,
     fresh,
     input_channels,
-    random_images,
     runnable_inputs,
     tensors_in,
     unchanged,
@@ -79,12 +78,8 @@ def test_a_model_that_runs_on_no_usual_input_is_refused_with_the_reason():
         runnable_inputs(model)
 
 
-def test_random_images_have_the_size_that_is_given_or_the_models_own_or_none():
-    with torch.device("meta"):
-        model = timm.create_model("test_resnet", in_chans=1)
-    assert random_images(model).shape == (2, 1, 160, 160)
-    assert random_images(model, 5, [32, 48]).shape == (5, 1, 32, 48)
-    assert random_images(plain()) is None
+def test_runnable_inputs_have_as_many_rows_as_are_asked_for():
+    assert runnable_inputs(nn.Linear(4, 2), 5)[0].shape == (5, 4)
 
 
 def test_the_data_configuration_is_that_of_the_library():

@@ -1,4 +1,4 @@
-"""What a model's outputs are made of, where no trace of the whole model says it; and what else a run must not spoil."""
+"""The provenance of outputs, where no trace of the whole model shows it, and all that a forward pass must not spoil."""
 
 import copy
 import re
@@ -112,7 +112,7 @@ def into_place(n, h):
 
 
 def labels_by_hand(n, h):
-    """What is computed is read as numbers, which shapes do not have."""
+    """Reads its results as numbers, which shapes do not have."""
     scores, boxes = n.scores(h), n.boxes(h)
     return [box for score, box in zip(scores.max(1).values.tolist(), boxes, strict=True) if score > 0]
 
@@ -309,7 +309,7 @@ def test_a_timm_model_with_stochastic_depth_says_on_saving_that_loading_needs_a_
 
 
 class Remembering(nn.Module):
-    """Keeps its last input, and reads it when it comes by again. What is computed only a run can see."""
+    """Keeps its last input and reads it in the next pass, which only an observation can see."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What applying a plan changes, and what it leaves as it was."""
+"""Application of a plan: the changes that it makes, and all that it leaves as it was."""
 
 import copy
 import pickle

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
-from tests.convert.models import plain as small_of_each_kind
+from tests.convert.models import classifier_of, conv
 
 # name: (builder, height and width of its input, its classifier, the shortcuts it has)
 SMALL = {
@@ -245,18 +245,23 @@ def test_resnet18_is_17_convolutions_converted_3_shortcuts_kept_and_the_head_swa
     assert len(plan.decisions) == 21
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_resnet",
-        pytest.param("resnet18", marks=pytest.mark.zoo),
-        pytest.param("mobilenetv3", marks=pytest.mark.zoo),
-    ],
-)
-def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def compiling(*names):
+    """A small network, and in the zoo those of these names."""
+    return pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.zoo) for name in names)])
+
+
+def build_by_name(name):
     torch.manual_seed(0)
+    return classifier_of(conv(4, 6, bias=False)) if name == "small" else timm.create_model(name, num_classes=10)
+
+
+@compiling("test_resnet", "resnet18", "mobilenetv3_small_100")
+def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
     # In float64: compiled, sums are taken in another order.
-    model = sphereify(ZOO[name][0](), operator="sigmoid").eval().double()
+    model = sphereify(build_by_name(name), operator="sigmoid").eval().double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
@@ -264,17 +269,9 @@ def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-FAMILIES = ("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
-BATCHES = {
-    "small": small_of_each_kind,
-    **{name: lambda name=name: timm.create_model(name, num_classes=10) for name in FAMILIES},
-}
-
-
-@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.zoo) for name in FAMILIES)])
+@compiling("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
 def test_another_batch_size_is_compiled_once_more_and_then_no_more(name):
-    torch.manual_seed(0)
-    model = sphereify(BATCHES[name](), operator="linear").train()
+    model = sphereify(build_by_name(name), operator="linear").train()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

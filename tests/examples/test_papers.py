@@ -20,8 +20,18 @@ from sphereify.datasets import load_data
 from sphereify.training import Objective
 from sphereify.training.comparison import build_variant
 
-TRAINED = ("operators_and_losses", "depth", "without_relu", "width", "batch_size", "learnable_k", "sphere_resnet",
-           "minimum_energy")  # fmt: skip
+TRAINED = (
+    "operators_and_losses",
+    "depth",
+    "without_relu",
+    "width",
+    "batch_size",
+    "learnable_k",
+    "sphere_resnet",
+    "minimum_energy",
+)
+# Without the marked tests one experiment stands for all.
+EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.papers] * (name != "without_relu")) for name in TRAINED]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def table(path) -> dict[str, list[str]]:
     return {first: rest for first, *rest in rows[2:]}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_each_cell_once_and_tells_what_it_gave(tmp_path, photos, name, monkeypatch):
     program = import_module(f"examples.papers.{name}")
     given = ["--quick", "--data", str(photos), "-o", str(tmp_path)]
@@ -76,6 +86,7 @@ def test_authors_numbers_belong_to_cells_that_there_are(name):
     assert experiment.authors.keys() <= {cell.name for cell in program.cells(experiment.full)}
 
 
+@pytest.mark.papers
 @pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("depth", "width")])
 def test_each_network_of_the_full_scale_has_a_loss_with_a_gradient(name):
     program = import_module(f"examples.papers.{name}")
@@ -105,8 +116,10 @@ class Broken(nn.Module):
 
 def test_a_network_that_does_not_converge_is_told_and_stops_nothing(tmp_path, photos):
     width = (2, 4, 6)
-    two = [cells.Cell("one", "broken", Broken, None),
-           cells.Cell("one", "sound", partial(plain_cnn.cnn, filters=width, features=8), None)]  # fmt: skip
+    two = [
+        cells.Cell("one", "broken", Broken, None),
+        cells.Cell("one", "sound", partial(plain_cnn.cnn, filters=width, features=8), None),
+    ]
     experiment = cells.Experiment("test", "", lambda scale: two, {"one: sound": 12.5}, "authors")
     cells.run(experiment, ["--quick", "--data", str(photos), "-o", str(tmp_path)])
     rows = table(tmp_path / "table.md")
@@ -117,6 +130,7 @@ def test_a_network_that_does_not_converge_is_told_and_stops_nothing(tmp_path, ph
     assert "the loss is nan" in failure
 
 
+@pytest.mark.papers
 def test_mean_and_deviation_over_seeds_are_told_with_the_steps_of_all(tmp_path, photos):
     cell = cells.Cell("one", "net", partial(plain_cnn.cnn, filters=(2, 4, 6), features=8), None)
     experiment = cells.Experiment("test", "", lambda scale: [cell], {}, "authors")
@@ -173,8 +187,10 @@ def test_a_network_has_as_many_layers_as_its_name_says(name, build):
 
 def test_shortcuts_are_kept_in_the_second_version_only():
     network = plain_cnn.resnet32(filters=(2, 3, 4))
-    kept = {version: [d.name for d in sphereify(network, **options).conversion_plan.decisions if d.action == "keep"]
-            for version, options in plain_cnn.CONVERSIONS.items()}  # fmt: skip
+    kept = {
+        version: [d.name for d in sphereify(network, **options).conversion_plan.decisions if d.action == "keep"]
+        for version, options in plain_cnn.CONVERSIONS.items()
+    }
     assert kept == {"v1": [], "v2": ["units.5.shortcut", "units.10.shortcut"]}
 
 
@@ -183,6 +199,7 @@ def test_without_norm_and_relu_there_is_none():
     assert kinds == {nn.Sequential, nn.Conv2d, nn.MaxPool2d, nn.Flatten, nn.Linear}
 
 
+@pytest.mark.papers
 def test_the_networks_are_listed(tmp_path):
     plain_cnn.main(["--quick", "-o", str(tmp_path)])
     rows = table(tmp_path / "table.md")
@@ -237,6 +254,7 @@ def test_an_interrupted_generator_goes_on_as_if_it_had_not_been(tmp_path, monkey
     assert all(torch.equal(whole[name], goes_on[name]) for name in whole)
 
 
+@pytest.mark.papers
 def test_each_discriminator_is_scored_once(tmp_path, photos, capsys):
     for _ in range(2):
         gan_energy.main(["--quick", "--data", str(photos), "-o", str(tmp_path)])
@@ -262,6 +280,7 @@ def test_partners_are_of_other_classes():
     assert (others != targets).all()
 
 
+@pytest.mark.papers
 def test_phases_and_magnitudes_are_asked_for(tmp_path, photos):
     fourier.main(["--quick", "--data", str(photos), "-o", str(tmp_path)])
     assert list(table(tmp_path / "table.md")) == ["plain", "cosine"]

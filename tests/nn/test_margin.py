@@ -12,6 +12,7 @@ from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, MarginAnnealing, as_metric_loss
 from sphereify.nn.operators import CosineOperator
 from tests.nn import loss_oracle, oracle
+from tests.nn.grids import grid
 from tests.nn.loss_oracle import HEADS, MARGINS, at_angles, build
 from tests.nn.oracle import normal
 
@@ -182,7 +183,7 @@ def test_s_softmax_on_a_simplex_has_the_minimum_of_the_theory_at_any_length_of_t
     head.weight.data = 30 * simplex
     for length in (1, 7, 1e4):
         loss = loss_of(head, length * simplex, torch.arange(10), chunk_size=chunk_size).item()
-        assert loss == pytest.approx(1.3769349204501935, rel=3e-13)  # math.md; ε takes 1e-12 off each cosine
+        assert loss == pytest.approx(1.3769349204501935, rel=3e-13)  # ε takes 1e-12 off each cosine
 
 
 # --------------------------------------------------------------------------------------------------- its gradient
@@ -202,7 +203,7 @@ def test_gradcheck_by_features_weight_bias_and_k(kind, operator, margin, chunk_s
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", grid(OPERATORS, lambda operator: operator == "learnable-sigmoid"))
 def test_gradcheck_with_every_option(operator, chunk_size):
     head = build("ga-softmax", operator, margin=3, bias=True, sizes=(3, 4))
     options = {"annealing": MarginAnnealing(start=2), "class_weight": torch.tensor([1.0, 0.5, 2.0, 3.0])}

@@ -1,12 +1,29 @@
 """Fixtures of the tests of training."""
 
+from pathlib import Path
+
 import pytest
 import timm.optim
+
+PICTURES = ("plot_run", "plot_comparison")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """An empty file in place of each picture, which takes longer to draw than a small run; not with `pictures`."""
+    if "pictures" not in request.fixturenames:
+        for name in PICTURES:
+            monkeypatch.setattr(f"sphereify.plots.{name}", lambda rows, path: Path(path).touch())
+
+
+@pytest.fixture
+def pictures():
+    """Pictures are drawn."""
 
 
 @pytest.fixture
 def optimizer(monkeypatch):
-    """What the loop's optimizer is made of, and the rate at each of its steps."""
+    """The parameter groups of the run's optimizer, and the rates at each of its steps."""
     seen: dict = {"rates": []}
     create = timm.optim.create_optimizer_v2
 

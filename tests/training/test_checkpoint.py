@@ -56,7 +56,13 @@ def read_step(text: str) -> int:
     return dict(map(tuple, json.loads(text)["dict"]))["step"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        pytest.param(SafetensorError("No space left on device"), marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path, monkeypatch, error):
     def full(tensors, path, metadata=None) -> None:
         if read_step(metadata["state"]) >= 4:

@@ -74,6 +74,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path, va
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_table_of_a_comparison_is_what_the_runs_gave(tmp_path):
     found = compare(linear_net, images(), both(), usual(epochs=2), output=tmp_path, seeds=2)
     written = json.loads((tmp_path / "comparison.json").read_text())
@@ -83,6 +84,7 @@ def test_the_table_of_a_comparison_is_what_the_runs_gave(tmp_path):
         assert runs.deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert found.columns() == ["", "test accuracy, %", f"steps to {found.reach:.1%}", "images/s", "ratio"]
     assert (tmp_path / "comparison.md").read_text() == found.markdown()
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_variants_of_some_operators_share_their_options():

@@ -157,7 +157,7 @@ def test_a_signal_ends_the_program_with_its_code_and_the_command_to_go_on(comman
 
 def test_a_run_is_continued_with_its_own_options_only(commands, uninterrupted):
     for given, differences in (
-        (["--lr", "0.02", "--epochs", "3"], "lr: 0.01 before, 0.02 now"),
+        (["--lr", "0.02", "--epochs", "3"], "--lr: 0.01 before, 0.02 now"),
         (
             ["other.py:small", "--mhe", "1"],
             "--mhe: 0.0 before, 1.0 now; --model: own.py:small before, other.py:small now",

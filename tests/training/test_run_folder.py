@@ -26,8 +26,10 @@ def test_a_cleared_folder_is_free_and_keeps_what_is_not_of_a_run(tmp_path):
         folder.check_free()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_files_of_a_run_have_the_names_that_its_folder_lists(tmp_path):
     finetune(net(), images(), usual(epochs=1), output=tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     named = {path.name for path in vars(RunFolder(tmp_path)).values()}
     assert {path.name for path in tmp_path.iterdir()} <= named
 

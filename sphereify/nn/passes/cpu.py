@@ -1,64 +1,47 @@
-"""The passes of the angular map in ATen, in place and a block at a time: for the CPU, in eager mode.
+"""The passes in ATen, in place and a block at a time: for the CPU, in eager mode.
 
-Each function equals a piece of the reference in `functional`. There every operation runs over a whole tensor and makes
-a new one; here all operations run over a block that stays in the cache before the next block is touched, and write to
-tensors that are needed anyway.
+The reference runs every operation over a whole tensor and makes a new one. Here all operations run over a block that
+stays in the cache before the next block is touched, and write to tensors that are needed anyway.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sphereify.nn.geometry import Projection, box_spread, box_sum
-from sphereify.nn.operators import CURVES, SIN_FLOOR, accumulate_dtype, clip
-from sphereify.nn.rescaling import rescaled
+from sphereify.nn.operators import CURVES, SIN_FLOOR, clip
+from sphereify.nn.passes.reference import rescaled
+from sphereify.nn.precision import CHANNELS_LAST, accumulate_dtype, is_channels_last, runs_eagerly
 
 BLOCK = 2**18
-"""Elements of a block: 1 MiB of fp32. Smaller ones lie nearer to the core, but each operation costs its call, and on
-several cores their meeting."""
+"""Elements of a block: 1 MiB of fp32. Smaller blocks fit closer caches but cost more calls and synchronisation."""
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """Whether the blocks can do the angular map of x and weight, in a forward or a backward.
+    """True if these passes can serve an angular map of x and weight, in a forward or a backward.
 
-    Not while torch.compile or a tracer looks on, for tensors inside vmap or of other classes, for a gradient that is
-    to be differentiated again, or where x is neither channels_last nor contiguous.
+    They overwrite tensors, so operations must run eagerly, and they cut x as it lies in memory, so it must be dense.
     """
     return (
         x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not torch._C._get_tracing_state()
-        and all(is_plain(tensor) and tensor.numel() for tensor in (x, weight))
-        and (projection is None or x.is_contiguous() or _is_channels_last(x))
+        and runs_eagerly(x, weight)
+        and x.numel() > 0
+        and weight.numel() > 0
+        and (projection is None or x.is_contiguous() or is_channels_last(x))
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers: no subclass, none of functorch's."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+# ---- Forward
 
 
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)"""
+    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
     accumulate = accumulate_dtype(weight.dtype)
     norm = torch.linalg.vector_norm(_rows(weight, weight), dim=1, dtype=accumulate).square_().add_(eps).sqrt_()
     norm = norm.view(-1, *[1] * (weight.dim() - 1))
     return (weight / norm).to(dtype), norm
-
-
-def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
-    w, wide = weight.to(norm.dtype), v.to(norm.dtype)
-    inward = torch.linalg.vecdot(_rows(w, v), _rows(wide, v)).view(norm.shape) / norm / norm
-    return wide.addcmul_(w, inward, value=-1).div_(norm).to(weight.dtype)
-
-
-def _rows(filters: Tensor, like: Tensor) -> Tensor:
-    """(O, fan_in), in the order in which `like` has them in memory: to sums it does not matter."""
-    return (filters.movedim(1, -1) if _is_channels_last(like) else filters).flatten(1)
 
 
 def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
@@ -76,10 +59,15 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
     return squares.add_(eps).sqrt_()
 
 
-def epilogue(
-    dot: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None,
-    beta: Tensor | None = None, shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def curve(
+    dot: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
     view = _View.of(dot, projection)
     dot, k = view.arranged(dot), view.of_filters(k)
@@ -96,7 +84,10 @@ def epilogue(
     return dot, y
 
 
-def unscaled(
+# ---- Backward
+
+
+def rescale_backward(
     grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of g, β and the shift from that of β·g + shift."""
@@ -118,23 +109,24 @@ def unscaled(
             sums[0] += (up * value).sum(others)
             torch.mul(up, factor, out=written)
     by_beta, by_shift = sums.flatten(1)
-    return (out, None if beta is None else by_beta.to(beta.dtype),
-            None if shift_dtype is None else by_shift.to(shift_dtype))  # fmt: skip
+    grad_beta = None if beta is None else by_beta.to(beta.dtype)
+    return out, grad_beta, None if shift_dtype is None else by_shift.to(shift_dtype)
 
 
-def prologue(
-    grad: Tensor, g: Tensor, norm: Tensor, curve: str, k: Any, projection: Projection | None, wanted: Sequence[bool]
+def curve_backward(
+    grad: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
-
-    Args:
-        wanted: whether the gradients of x, of the weight and of k are. The second result is None without the first,
-            the third without the last.
-    """
+    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g."""
     view = _View.of(g, projection)
     g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k)
     d_dot, radial = torch.empty_like(g), view.empty_patches(g)
-    grad_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and wanted[2] else None
+    grad_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
     tensors = (view(grad), view(g), view.patches(norm), view(d_dot), view.patches(radial))
     for up, value, n, out, total in _split(*tensors):
         up, value = up.to(n.dtype), value.to(n.dtype)
@@ -142,17 +134,21 @@ def prologue(
         if grad_k is not None and slope.by_k is not None:
             grad_k += slope.by_k.mul_(up).sum_to_size(grad_k.shape)
         d = up if slope.by_cos is None else slope.by_cos.mul_(up)
-        if wanted[0]:
+        if needed[0]:
             torch.sum(d * slope.cos, view.channels, keepdim=True, out=total)
             total.div_(n).div_(n)
         if out.dtype is n.dtype:
             torch.div(d, n, out=out)
         else:
             out.copy_(d / n)
-    return d_dot, radial if wanted[0] else None, None if grad_k is None else grad_k.view(k.shape)
+    if grad_k is not None:
+        grad_k = grad_k.view(k.shape)  # type: ignore[union-attr]
+    return d_dot, radial if needed[0] else None, grad_k
 
 
-def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None) -> Tensor:
+def subtract_radial(
+    grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
+) -> Tensor:
     """grad_x - x · (the sum of `radial` over the patches of each element), in place."""
     view = _View.of(x, projection)
     grad_x = view.arranged(grad_x)
@@ -165,19 +161,37 @@ def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], pr
     return grad_x
 
 
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
+    w, wide = weight.to(norm.dtype), v.to(norm.dtype)
+    inward = torch.linalg.vecdot(_rows(w, v), _rows(wide, v)).view(norm.shape) / norm / norm
+    return wide.addcmul_(w, inward, value=-1).div_(norm).to(weight.dtype)
+
+
+def _rows(filters: Tensor, like: Tensor) -> Tensor:
+    """(O, fan_in), in the order of `like` in memory, which does not matter to sums."""
+    return (filters.movedim(1, -1) if is_channels_last(like) else filters).flatten(1)
+
+
+# ---- Blocks
+
+
 class _View(NamedTuple):
-    """How a tensor is cut: as (places, groups, channels) in channels_last and for linear maps, else as (B, groups,
-    channels, places). What there is once for a patch has one channel."""
+    """The way in which a tensor is cut into blocks, by its layout.
+
+    In channels_last and for linear maps it is seen as (places, groups, channels), else as (B, groups, channels,
+    places). Tensors with one value for each patch have one channel.
+    """
 
     linear: bool
     channels_last: bool
     groups: int
     channels: int
-    """The dimension."""
+    """Dimension of the channels in a view."""
 
     @classmethod
     def of(cls, tensor: Tensor, projection: Projection | None) -> "_View":
-        channels_last = projection is None or _is_channels_last(tensor)
+        channels_last = projection is None or is_channels_last(tensor)
         return cls(
             projection is None, channels_last, projection.groups if projection else 1, -1 if channels_last else 2
         )
@@ -189,15 +203,15 @@ class _View(NamedTuple):
         return last.reshape(-1, self.groups, last.shape[-1] // self.groups)
 
     def patches(self, tensor: Tensor) -> Tensor:
-        """The same of (B, groups, *space), or of (*, 1)."""
+        """The view of a tensor with one value for each patch, (B, groups, *space) or (*, 1)."""
         return self(tensor) if self.linear or tensor.is_contiguous() else self(self.arranged(tensor))
 
     def arranged(self, tensor: Tensor) -> Tensor:
-        """A tensor in the layout that the view can cut, copied where it has another."""
+        """The tensor in the layout of this view, copied where it has another."""
         return tensor.contiguous(memory_format=self.memory_format(tensor.dim()))
 
     def memory_format(self, dim: int) -> torch.memory_format:
-        return _CHANNELS_LAST[dim] if self.channels_last and not self.linear else torch.contiguous_format
+        return CHANNELS_LAST[dim] if self.channels_last and not self.linear else torch.contiguous_format
 
     def empty_patches(self, like: Tensor) -> Tensor:
         """(B, groups, *space) for a tensor (B, C, *space), or (*, 1), in fp32 at least."""
@@ -205,23 +219,16 @@ class _View(NamedTuple):
         return torch.empty(shape, dtype=accumulate_dtype(like.dtype), memory_format=self.memory_format(like.dim()))
 
     def of_filters(self, k: Any) -> Any:
-        """k so that it broadcasts over a view."""
+        """One value for each filter in the shape that broadcasts over a view; numbers and None stay."""
         if not isinstance(k, Tensor) or k.numel() == 1:
             return k.reshape(1) if isinstance(k, Tensor) else k
         return k.reshape(self.groups, -1) if self.channels_last else k.reshape(self.groups, -1, 1)
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() in _CHANNELS_LAST and tensor.is_contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
-
-
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Pieces of tensors that have their first dimension in common, of about `BLOCK` elements of the first tensor.
 
-    Views of four dimensions have the last in common too: where one index of the first is much, they are cut along that.
+    Views of four dimensions have the last in common too, and are cut along it where a single sample is too large.
     """
     first = tensors[0]
     each = first.numel() // len(first)

@@ -1,8 +1,7 @@
-"""The passes of the angular map as Triton kernels: for CUDA, or anywhere in Triton's interpreter.
+"""The passes as Triton kernels: for CUDA, or anywhere in Triton's interpreter.
 
-Each function equals a piece of the reference in `functional`, which remains for everything else. There a call asks
-`usable` first, and goes through `attempt`: when a kernel cannot be compiled or launched, the process warns once and
-stays with the reference. SPHEREIFY_KERNELS=0 in the environment, or `enabled(False)`, switches the kernels off.
+When a kernel cannot be compiled or launched, the process warns once and stays with the other passes (`with_passes`).
+SPHEREIFY_KERNELS=0 in the environment, or `enabled(False)`, switches the kernels off.
 
 Triton itself is imported with the first launch.
 """
@@ -11,36 +10,34 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sphereify.nn.geometry import Projection, is_identity
+from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
-from sphereify.nn.passes.cpu import is_plain
-from sphereify.nn.rescaling import unscaled as unscaled
-
-Result = TypeVar("Result")
+from sphereify.nn.passes.reference import rescale_backward as rescale_backward
+from sphereify.nn.precision import is_channels_last, runs_eagerly
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 2048
 """Elements of a program's tile, 16 for each thread of its four warps."""
 WINDOW_TILE = 256
-"""The same for sums over windows of one channel; four times as many where there are more channels."""
+"""Elements of a tile for sums over windows of one channel; four times as many where there are more channels."""
 LARGEST = 2**29
-"""Places in a tile are counted in 32 bits: neither the pixels of a batch nor the numbers of a sample may be more."""
+"""Most pixels of a batch, and most elements of a sample: places in a tile are counted in 32 bits."""
 
 
 class KernelFailure(RuntimeError):
     """A kernel could not be compiled or launched; the cause is attached."""
 
 
-# ---- When
+# ---- When they are used
 
 
 class _Switch:
@@ -67,40 +64,35 @@ class enabled:
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """Whether the kernels can do the angular map of x (in the compute dtype) and weight, in a forward or a backward.
+    """True if the kernels can serve an angular map of x (in the compute dtype) and weight, in a forward or a backward.
 
-    Not while torch.compile or a tracer looks on, for tensors inside vmap or of other classes, for a gradient that is
-    to be differentiated again, for three spatial dimensions, or where x is neither channels_last nor contiguous.
+    They write to memory directly, so operations must run eagerly and tensors be dense: channels_last or contiguous for
+    a convolution of up to two dimensions, contiguous for a linear map.
     """
     if torch.compiler.is_compiling() or not _Switch.on or _Switch.failed:
         return False
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         return False
-    tensors = all(is_plain(t) and t.dtype in DTYPES and t.numel() and _is_dense(t) for t in (x, weight))
     return (
-        tensors
+        runs_eagerly(x, weight)
         and x.device == weight.device
-        and not torch.is_grad_enabled()
-        and not torch._C._get_tracing_state()
-        and (projection is None or len(projection.stride) < 3)
+        and all(t.dtype in DTYPES and t.numel() > 0 for t in (x, weight))
+        and _is_dense(weight)
+        and (x.is_contiguous() if projection is None else len(projection.stride) < 3 and _is_dense(x))
         and _is_small(x, weight, projection)
         and _has_triton()
     )
 
 
-def attempt(function: Callable[..., Result], *args: Any) -> Result | None:
-    """function(*args), or None after a warning where a kernel fails; then no kernel is `usable` any more."""
-    try:
-        return function(*args)
-    except KernelFailure as failure:
-        _Switch.failed = True
-        warnings.warn(
-            f"The Triton kernel {failure} failed, so this process goes on without kernels, slower: "
-            f"{type(failure.__cause__).__name__}: {failure.__cause__}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+def give_up(failure: KernelFailure) -> None:
+    """Warn that a kernel failed, after which none is `usable` in this process."""
+    _Switch.failed = True
+    warnings.warn(
+        f"The Triton kernel {failure} failed, so this process goes on without kernels, slower: "
+        f"{type(failure.__cause__).__name__}: {failure.__cause__}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _interpreted() -> bool:
@@ -113,11 +105,7 @@ def _has_triton() -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or _is_channels_last(tensor)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.is_contiguous() or is_channels_last(tensor)
 
 
 def _is_small(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
@@ -127,7 +115,7 @@ def _is_small(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     return max(pixels, sample * max(channels, weight.shape[0])) < LARGEST
 
 
-# ---- The passes
+# ---- Forward
 
 
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,16 +127,6 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
     return unit, norm
 
 
-def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    """(v - ŵ (ŵ·v)) / N in the dtype and layout of weight; v of any floating dtype, N of `normalize_filters`."""
-    if v.stride() != weight.stride():
-        v = torch.empty_like(weight, dtype=v.dtype).copy_(v)
-    out = torch.empty_like(weight)
-    fan_in = weight[0].numel()
-    _launch("project_rows", (len(weight),), v, weight, norm, out, fan_in, BLOCK=_row_block(fan_in))
-    return out
-
-
 def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
     """sqrt(‖patch‖² + ε) in fp32: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     if projection is None:
@@ -156,14 +134,14 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
     groups, layout = projection.groups, _Tensor.of(x, projection)
     size = x.shape[2:]
     if is_identity(kernel, projection):
-        return _square_sum(x, groups, layout, _map(x, groups, size, layout), eps)
+        return _square_sum(x, groups, layout, _empty_map(x, groups, size, layout), eps)
     depthwise = layout.columns == groups
-    squares = x if depthwise else _square_sum(x, groups, layout, _map(x, groups, size, layout), None)
-    norm = _map(x, groups, _windows(size, kernel, projection), layout)
+    squares = x if depthwise else _square_sum(x, groups, layout, _empty_map(x, groups, size, layout), None)
+    norm = _empty_map(x, groups, output_size(size, kernel, projection), layout)
     return _window_map(squares, norm, kernel, projection, layout.channels_last, eps=eps, square=depthwise)
 
 
-def epilogue(
+def curve(
     dot: Tensor,
     norm: Tensor,
     curve: str,
@@ -171,48 +149,36 @@ def epilogue(
     projection: Projection | None,
     beta: Tensor | None = None,
     shift: Tensor | None = None,
-    relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(g, y): g of dot / norm, which takes the place of `dot`, and β·g + γ, clipped at 0 with `relu`.
-
-    Args:
-        dot: (B, O, …) or (*, O).
-        norm: of `patch_norm`.
-        curve: a name of `operators.CURVES`.
-        k: a number, or a tensor with one k for each filter or for all.
-        beta, shift: (O,) or None. y is None where there is neither of them and no `relu`.
-    """
+    """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
     layout = _Tensor.of(dot, projection)
     dot, norm = layout.arrange(dot), layout.arrange(norm)
-    y = torch.empty_like(dot) if relu or beta is not None or shift is not None else None
+    y = torch.empty_like(dot) if beta is not None or shift is not None else None
     groups = projection.groups if projection else 1
     blocks = _elementwise(layout)
     _launch(
-        "epilogue", layout.grid(blocks), dot, norm, _as_argument(k), beta, shift, dot, y,
+        "epilogue", layout.grid(blocks), dot, norm, _as_argument(k), _adjacent(beta), _adjacent(shift), dot, y,
         layout.rows, layout.columns // groups, groups,
-        RELU=relu, GROUPED=groups > 1, **_of_curve(curve, k), **layout.constants(groups), **blocks,
+        GROUPED=groups > 1, **_of_curve(curve, k), **layout.constants(groups), **blocks,
     )  # fmt: skip
     return dot, y
 
 
-def prologue(
+# ---- Backward
+
+
+def curve_backward(
     grad: Tensor,
     g: Tensor,
     norm: Tensor,
     curve: str,
     k: float | Tensor | None,
     projection: Projection | None,
-    wanted: Sequence[bool] = (True, True, True),
+    needed: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
 
-    Args:
-        grad, g: (B, O, …) or (*, O).
-        wanted: whether the gradients of x, of the weight and of k are. Without the last the third result, of the shape
-            of k, is None, as it is where k is no tensor.
-
-    Returns:
-        The first like g, the second in fp32 of the shape of `norm`. Sums are taken in one order always.
+    The first is like g, the second in fp32 of the shape of `norm`. Sums are always computed in the same order.
     """
     layout = _Tensor.of(g, projection)
     g, grad, norm = layout.arrange(g), layout.arrange(grad), layout.arrange(norm)
@@ -220,7 +186,7 @@ def prologue(
     d_dot, radial = torch.empty_like(g), torch.empty_like(norm)
     blocks = _grouped(layout, groups)
     grid = layout.grid(blocks, groups)
-    learned = isinstance(k, Tensor) and wanted[2]
+    learned = isinstance(k, Tensor) and needed[2]
     partial = g.new_empty((grid[0], layout.columns), dtype=torch.float32) if learned else None
     _launch(
         "prologue", grid, grad, g, norm, _as_argument(k), d_dot, radial, partial,
@@ -233,7 +199,9 @@ def prologue(
     return d_dot, radial, by_filter.view(k.shape) if k.numel() > 1 else by_filter.sum().view(k.shape)
 
 
-def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None) -> Tensor:
+def subtract_radial(
+    grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
+) -> Tensor:
     """grad_x - x · (the sum of `radial` over the patches of each element), in place where the layouts agree."""
     layout = _Tensor.of(x, projection)
     grad_x, radial = layout.arrange(grad_x), layout.arrange(radial)
@@ -241,7 +209,7 @@ def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], pr
     gather = projection is not None and not is_identity(kernel, projection)
     if projection is not None and gather and 1 < groups < layout.columns:
         # Neither one map nor one for each channel: gathered once for a group, not once for each of its channels.
-        spread = _map(x, groups, x.shape[2:], layout)
+        spread = _empty_map(x, groups, x.shape[2:], layout)
         radial, gather = _window_map(radial, spread, kernel, projection, layout.channels_last, spread=True), False
     blocks = _elementwise(layout)
     _launch(
@@ -250,6 +218,19 @@ def correct(grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], pr
         GATHER=gather, GROUPED=groups > 1, **_geometry(kernel, projection), **layout.constants(groups), **blocks,
     )  # fmt: skip
     return grad_x
+
+
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype and layout of weight; v of any floating dtype, N of `normalize_filters`."""
+    if v.stride() != weight.stride():
+        v = torch.empty_like(weight, dtype=v.dtype).copy_(v)
+    out = torch.empty_like(weight)
+    fan_in = weight[0].numel()
+    _launch("project_rows", (len(weight),), v, weight, norm, out, fan_in, BLOCK=_row_block(fan_in))
+    return out
+
+
+# ---- Sums that several passes share
 
 
 def _square_sum(x: Tensor, groups: int, layout: "_Tensor", out: Tensor, eps: float | None) -> Tensor:
@@ -282,7 +263,7 @@ def _window_map(
 
 
 class _Tensor(NamedTuple):
-    """A tensor as samples of (rows, columns), as `triton_kernels` has it."""
+    """A tensor as the kernels see it: samples of (rows, columns), which `triton_kernels` explains."""
 
     samples: int
     rows: int
@@ -296,12 +277,12 @@ class _Tensor(NamedTuple):
             return cls(1, tensor.numel() // tensor.shape[-1], tensor.shape[-1], True, True)
         samples, columns = tensor.shape[:2]
         rows = math.prod(tensor.shape[2:])
-        if _is_channels_last(tensor) if channels_last is None else channels_last:
+        if is_channels_last(tensor) if channels_last is None else channels_last:
             return cls(1, samples * rows, columns, True, False)
         return cls(samples, rows, columns, False, False)
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same kind in this layout, copied where it has another."""
+        """The tensor in this layout, copied where it has another."""
         channels_last = self.channels_last and not self.linear
         return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -312,7 +293,7 @@ class _Tensor(NamedTuple):
         return self.samples * -(-self.rows // blocks["BLOCK_ROWS"]), columns
 
     def constants(self, groups: int) -> dict[str, Any]:
-        """What the compiler should know. In channels_last the number of rows is that of the batch: not that."""
+        """Constants for the compiler. In channels_last the number of rows grows with the batch, so it is not one."""
         row_align = 1 if self.channels_last else _alignment(self.rows)
         aligned = {"ALIGN": _alignment(self.columns // groups), "GROUP_ALIGN": _alignment(groups)}
         return {"CHANNELS_LAST": self.channels_last, "ROW_ALIGN": row_align, **aligned}
@@ -360,16 +341,10 @@ def _alignment(number: int) -> int:
     return math.gcd(number, 16)
 
 
-def _map(x: Tensor, groups: int, size: Sequence[int], layout: _Tensor) -> Tensor:
+def _empty_map(x: Tensor, groups: int, size: Sequence[int], layout: _Tensor) -> Tensor:
     """An empty fp32 (B, groups, *size) in the layout of x."""
     memory_format = torch.channels_last if layout.channels_last else torch.contiguous_format
     return torch.empty((x.shape[0], groups, *size), dtype=torch.float32, device=x.device, memory_format=memory_format)
-
-
-def _windows(size: Sequence[int], kernel: Sequence[int], projection: Projection) -> list[int]:
-    stride, padding, dilation, _ = projection
-    spans = zip(size, kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
 
 
 def _sizes(source: Tensor, target: Tensor, projection: Projection | None) -> tuple[int, int, int, int]:
@@ -394,8 +369,13 @@ def _of_curve(curve: str, k: float | Tensor | None) -> dict[str, Any]:
 
 
 def _as_argument(k: float | Tensor | None) -> float | Tensor:
-    """k as the kernels take it: something always, contiguous."""
+    """k in the form that the kernels take: a contiguous tensor or a number, 1 where the curve has no k."""
     return k.contiguous() if isinstance(k, Tensor) else 1.0 if k is None else k
+
+
+def _adjacent(values: Tensor | None) -> Tensor | None:
+    """One value for each filter, contiguous."""
+    return None if values is None else values.contiguous()
 
 
 # ---- Launching

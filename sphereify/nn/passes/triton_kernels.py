@@ -1,4 +1,4 @@
-"""The Triton kernels of the angular map, for channels_last and contiguous tensors alike; `kernels` calls them.
+"""The Triton kernels of the angular map, for channels_last and contiguous tensors alike; `triton` launches them.
 
 A tensor is read as samples of (rows, columns), where columns are channels and rows are pixels. In channels_last
 (CHANNELS_LAST) and in a linear map all rows of the batch are one sample and columns are adjacent; otherwise rows are.
@@ -271,11 +271,11 @@ def window_map(
 @triton.jit(do_not_specialize=["rows"])
 def epilogue(
     dot, norm, k, beta, shift, g, y, rows, per, groups,
-    CURVE: tl.constexpr, LEARNED: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, GROUPED: tl.constexpr,
+    CURVE: tl.constexpr, LEARNED: tl.constexpr, SHARED: tl.constexpr, GROUPED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g = curve(clamp(dot / norm)); y = β·g + γ, none below 0 with RELU, where there is a y. g may be dot."""
+    """g = curve(clamp(dot / norm)); y = β·g + γ where there is a y. g may be dot."""
     rows, per = rows // ROW_ALIGN * ROW_ALIGN, per // ALIGN * ALIGN
     groups = groups // GROUP_ALIGN * GROUP_ALIGN
     sample, first, row = rows_of(rows, BLOCK_ROWS)
@@ -295,8 +295,6 @@ def epilogue(
             out *= tl.load(beta + column, mask=real, other=0.0)[None, :].to(tl.float32)
         if shift is not None:
             out += tl.load(shift + column, mask=real, other=0.0)[None, :].to(tl.float32)
-        if RELU:
-            out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
         place = at(y, sample, first, row, column, rows, per * groups, CHANNELS_LAST)
         tl.store(place, out.to(y.dtype.element_ty), mask=mask)
 

@@ -1,6 +1,6 @@
 """The Triton kernels against the reference in ATen: in Triton's interpreter on a CPU, compiled where there is CUDA.
 
-`test_kernels.py` runs this file in a process of its own, because Triton decides with its import whether it interprets.
+`test_triton.py` runs this file in a process of its own, because Triton decides with its import whether it interprets.
 Tiles are made small now and then, so that tensors of a few elements have many of them.
 """
 
@@ -14,7 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from sphereify.choices import OPERATORS
-from sphereify.nn.functional import Projection, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.nn.geometry import Projection
 from sphereify.nn.operators import CURVES, SIN_FLOOR, make_operator
 from sphereify.nn.passes import triton as kernels
 from tests.nn.oracle import normal
@@ -28,7 +29,8 @@ CLOSE = {
 }
 if DEVICE == "cpu":
     CLOSE[torch.bfloat16] = {"rtol": 4e-2, "atol": 6e-2}  # Triton 3.9's interpreter cuts digits off instead of rounding
-NO_SHRINKING = (Phase.explicit, Phase.generate)  # the interpreter is too slow
+# The interpreter is too slow for many examples, and for shrinking.
+EXPENSIVE = settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True)
 CONVS = {1: sphere_conv1d, 2: sphere_conv2d}
 KS = {"linear": None, "cosine": None, "sigmoid": 0.3}
 
@@ -69,9 +71,8 @@ def _usual_settings(monkeypatch):
 
 
 @st.composite
-def geometries(draw):
-    """(shape of x, shape of the weight, geometry) of one or two dimensions; one in two has a window of one place."""
-    dim = draw(st.integers(1, 2))
+def geometries(draw, dim):
+    """(shape of x, shape of the weight, geometry); one in two has a window of one place."""
 
     def each(low, high):
         return tuple(draw(st.integers(low, high)) for _ in range(dim))
@@ -115,10 +116,7 @@ def assert_all_close(got, expected, dtype):
 
 
 # ε = 1 keeps the angles of these random vectors away from the poles, where rounding alone makes gradients differ.
-@settings(max_examples=40, deadline=None, phases=NO_SHRINKING, derandomize=True)
-@given(geometry=geometries(), name=st.sampled_from(OPERATORS), dtype=dtypes,
-       layouts=st.tuples(formats, formats, formats), tile=tiles, seed=st.integers(0, 9))  # fmt: skip
-def test_convolution_and_its_gradients_agree_with_the_reference(geometry, name, dtype, layouts, tile, seed):
+def compare_convolutions(geometry, name, dtype, layouts, tile, seed):
     shape, weight_shape, how = geometry
     x = tensor(*shape, seed=seed, dtype=dtype, layout=layouts[0])
     weight = tensor(*weight_shape, seed=seed + 10, dtype=dtype, layout=layouts[1])
@@ -132,10 +130,36 @@ def test_convolution_and_its_gradients_agree_with_the_reference(geometry, name, 
     assert_all_close(got, expected, dtype)
 
 
-@settings(max_examples=15, deadline=None, phases=NO_SHRINKING, derandomize=True)
+def any_convolution(dim):
+    """A test of random convolutions; the number of examples is small because the interpreter is slow."""
+    arguments = {"name": st.sampled_from(OPERATORS), "dtype": dtypes, "layouts": st.tuples(formats, formats, formats)}
+    drawn = given(geometry=geometries(dim), tile=tiles, seed=st.integers(0, 9), **arguments)
+    return EXPENSIVE(drawn(compare_convolutions))
+
+
+test_any_convolution_in_1_dimension_agrees_with_the_reference = any_convolution(1)
+test_any_convolution_in_2_dimensions_agrees_with_the_reference = any_convolution(2)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_grouped_and_strided_convolution_agrees_with_the_reference(name):
+    how = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+    compare_convolutions(((2, 6, 5, 7), (4, 3, 3, 2), how), name, torch.float32, ("channels_last",) * 3, 32, 0)
+
+
+def test_a_linear_map_of_four_dimensions_in_channels_last_agrees_with_the_reference():
+    x, weight = tensor(2, 3, 4, 5, layout="channels_last"), tensor(6, 5, seed=1)
+    both = [
+        outcome(on, sphere_linear, x, weight, make_operator("linear"), tensor(2, 3, 4, 6), eps=1.0)
+        for on in (True, False)
+    ]
+    assert_all_close(*both, torch.float32)
+
+
+@EXPENSIVE
 @given(leading=st.lists(st.integers(1, 4), min_size=1, max_size=2), features=st.integers(2, 20),
        filters=st.integers(1, 20), name=st.sampled_from(OPERATORS), dtype=dtypes, tile=tiles)  # fmt: skip
-def test_linear_map_and_its_gradients_agree_with_the_reference(leading, features, filters, name, dtype, tile):
+def test_any_linear_map_and_its_gradients_agree_with_the_reference(leading, features, filters, name, dtype, tile):
     x, weight = tensor(*leading, features, dtype=dtype), tensor(filters, features, seed=1, dtype=dtype)
     operator, upstream = operator_of(name, filters), tensor(*leading, filters, seed=2)
     with_tiles(tile)
@@ -193,14 +217,14 @@ def test_shared_k_and_gradients_that_are_expanded_views():
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_prologue_recovers_the_slopes_from_g_up_to_the_poles(name, dtype):
+def test_curve_backward_recovers_the_slopes_from_g_up_to_the_poles(name, dtype):
     # k of 0.02 is a step: t is 1 in fp32 long before the pole.
     g = torch.cat([torch.linspace(-1, 1, 401), torch.tensor([1 - 1e-6, 1 - 1e-4, 1e-4])]).to(DEVICE, dtype)[None]
     for k in [torch.tensor([0.1, 0.5]), torch.tensor(0.02)] if name == "learnable-sigmoid" else [KS[name]]:
         rows = g.expand(2, -1).t().contiguous()  # (*, filters)
         k = k.to(DEVICE) if isinstance(k, torch.Tensor) else k
         grad, norm = tensor(*rows.shape, seed=1, dtype=dtype), tensor(len(rows), 1, seed=2).abs() + 0.5
-        d_dot, radial, grad_k = kernels.prologue(grad, rows, norm, name, k, None)
+        d_dot, radial, grad_k = kernels.curve_backward(grad, rows, norm, name, k, None)
         exact = CURVES[name].slope(rows.double(), k.double() if isinstance(k, torch.Tensor) else k, SIN_FLOOR[dtype])
         d = grad.double() if exact.by_cos is None else grad.double() * exact.by_cos
         # What is left of a sigmoid's 1 - t² at the pole has few digits in fp32.
@@ -220,12 +244,12 @@ def test_arcsine_and_tanh_are_exact_but_for_rounding():
     cos = torch.cat([torch.linspace(-1, 1, 20001), torch.logspace(-30, 0, 500)]).to(DEVICE)[:, None]
     exact = cos.double().asin()
     one = torch.ones_like(cos)
-    linear, _ = kernels.epilogue(cos.clone(), one, "linear", None, None)
+    linear, _ = kernels.curve(cos.clone(), one, "linear", None, None)
     # Two ulp, and a third for the product with 2/π; the square root of a GPU is not rounded exactly.
     ulp = (3 if DEVICE == "cpu" else 5) * 2**-23
     torch.testing.assert_close(linear.double(), exact * (2 / math.pi), rtol=ulp, atol=0)
     for k in (0.05, 0.3, 3.0):
-        got, _ = kernels.epilogue(cos.clone(), one, "sigmoid", k, None)
+        got, _ = kernels.curve(cos.clone(), one, "sigmoid", k, None)
         expected = (exact / (2 * k)).tanh() / math.tanh(math.pi / (4 * k))
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 
@@ -233,28 +257,27 @@ def test_arcsine_and_tanh_are_exact_but_for_rounding():
 def test_cosines_beyond_one_are_clamped_and_nan_stays():
     dot, norm = torch.tensor([[5.0, -5.0, math.nan]], device=DEVICE), torch.ones(1, 1, device=DEVICE)
     for name in OPERATORS:
-        g, _ = kernels.epilogue(dot.clone(), norm, name, 0.3 if "sigmoid" in name else None, None)
+        g, _ = kernels.curve(dot.clone(), norm, name, 0.3 if "sigmoid" in name else None, None)
         torch.testing.assert_close(g.cpu(), torch.tensor([[1.0, -1.0, math.nan]]), equal_nan=True, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("with_shift", [True, False])
 @pytest.mark.parametrize("with_beta", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
-def test_epilogue_writes_the_rescaled_output_in_the_same_pass(layout, with_shift, with_beta, relu):
+def test_curve_writes_the_rescaled_output_in_the_same_pass(layout, with_shift, with_beta):
     dot, norm = tensor(2, 6, 3, 3, layout=layout), tensor(2, 2, 3, 3, seed=1).abs() + 1
     beta = tensor(6, seed=2) if with_beta else None
     shift = tensor(6, seed=3) if with_shift else None
     how = Projection((1, 1), (0, 0), (1, 1), 2)
     expected = (dot.clone().unflatten(1, (2, 3)) / norm.unsqueeze(2)).flatten(1, 2).clamp(-1, 1)
-    g, y = kernels.epilogue(dot, norm, "cosine", None, how, beta, shift, relu)
+    g, y = kernels.curve(dot, norm, "cosine", None, how, beta, shift)
     assert g.data_ptr() == dot.data_ptr()
     torch.testing.assert_close(g, expected)
-    if not (relu or with_beta or with_shift):
+    if not (with_beta or with_shift):
         assert y is None
         return
     expected = expected * (beta.view(-1, 1, 1) if with_beta else 1) + (shift.view(-1, 1, 1) if with_shift else 0)
-    torch.testing.assert_close(y, expected.relu() if relu else expected)
+    torch.testing.assert_close(y, expected)
     assert y.stride() == g.stride()
 
 
@@ -281,7 +304,7 @@ def test_correction_of_a_gradient_in_another_layout(layout, other):
     ones = torch.ones(2, 1, 3, 3, device=DEVICE)
     spread = torch.conv_transpose2d(radial, ones, None, 2, 1, groups=2).repeat_interleave(2, 1)
     expected = grad_x - x * spread
-    got = kernels.correct(grad_x, x, radial, (3, 3), Projection((2, 2), (1, 1), (1, 1), 2))
+    got = kernels.subtract_radial(grad_x, x, radial, (3, 3), Projection((2, 2), (1, 1), (1, 1), 2))
     torch.testing.assert_close(got, expected)
 
 
@@ -346,7 +369,7 @@ if DEVICE == "cuda":
         dot = torch.zeros(rows, 160, device=DEVICE, dtype=torch.bfloat16)
         norm = torch.full((rows, 1), 2.0, device=DEVICE)
         dot[-3:] = 1.0
-        g, _ = kernels.epilogue(dot, norm, "cosine", None, None)
+        g, _ = kernels.curve(dot, norm, "cosine", None, None)
         assert (g[-3:] == 0.5).all()
         assert g[:-3].count_nonzero() == 0
         norm = kernels.patch_norm(g, (), 0.5, None)

@@ -1,5 +1,6 @@
 """When the kernels are used, and that they are right: the latter in processes of their own, see there."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphereify.nn.functional import Projection, sphere_conv2d
+from sphereify.nn.functional import sphere_conv2d
+from sphereify.nn.geometry import Projection
 from sphereify.nn.operators import make_operator
 from sphereify.nn.passes import triton as kernels
 from tests.nn.oracle import normal
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+CHANNELS_LAST = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 PLAIN = Projection((1, 1), (0, 0), (1, 1), 1)
 CUBIC = Projection((1,) * 3, (0,) * 3, (1,) * 3, 1)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -29,16 +32,42 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-@needs_triton
-@pytest.mark.parametrize("interpreted", ["1", *["0"] * torch.cuda.is_available()])
-def test_kernels_agree_with_the_reference(interpreted):
+INTERPRETED = ["1", *["0"] * torch.cuda.is_available()]
+"""Values of TRITON_INTERPRET under which the kernels can run here."""
+
+
+def run_kernels(selection, interpreted):
+    """The tests of the kernels whose names fit, in a process of their own."""
     here = "tests/nn/passes/kernels_against_reference.py"
-    assert " passed" in run("-m", "pytest", "-p", "no:cacheprovider", here, TRITON_INTERPRET=interpreted)
+    run("-m", "pytest", "-p", "no:cacheprovider", here, "-k", selection, TRITON_INTERPRET=interpreted)
 
 
-def test_importing_the_layers_does_not_import_triton():
-    run("-c", "import sys, torch; before = set(sys.modules); import sphereify.nn, sphereify.nn.passes.triton\n"
-              "assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']")  # fmt: skip
+@needs_triton
+@pytest.mark.parametrize("interpreted", INTERPRETED)
+def test_each_kernel_and_one_map_of_each_kind_agree_with_the_reference(interpreted):
+    run_kernels("not any_", interpreted)
+
+
+@needs_triton
+@pytest.mark.triton
+@pytest.mark.parametrize("interpreted", INTERPRETED)
+@pytest.mark.parametrize(
+    "maps", ["any_convolution_in_1_dimension", "any_convolution_in_2_dimensions", "any_linear_map"]
+)
+def test_maps_of_any_geometry_agree_with_the_reference(maps, interpreted):
+    run_kernels(maps, interpreted)
+
+
+def test_importing_the_layers_does_not_import_triton_and_the_environment_switches_the_kernels_off():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import sphereify.nn
+from sphereify.nn.passes import triton as kernels
+assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']
+print(kernels._Switch.on)
+"""
+    assert run("-c", code, SPHEREIFY_KERNELS="0").strip() == "False"
 
 
 @pytest.fixture
@@ -60,7 +89,7 @@ def usable(x=(1, 2, 4, 4), weight=(3, 2, 3, 3), dtype=torch.float32, projection=
     [
         (True, {}),
         (True, {"dtype": torch.bfloat16}),
-        (True, {"change": lambda x: x.contiguous(memory_format=torch.channels_last)}),
+        (True, {"change": CHANNELS_LAST}),
         (True, {"x": (5, 2), "weight": (3, 2), "projection": None}),
         (True, {"x": (1, 2, 4), "weight": (3, 2, 3), "projection": Projection((1,), (0,), (1,), 1)}),
         (False, {"dtype": torch.float64}),
@@ -69,6 +98,9 @@ def usable(x=(1, 2, 4, 4), weight=(3, 2, 3, 3), dtype=torch.float32, projection=
         (False, {"change": lambda x: x[:, :, ::2]}),
         (False, {"change": lambda x: x.as_subclass(type("Own", (torch.Tensor,), {}))}),
         (False, {"x": (1, 2, 4, 4, 4), "weight": (3, 2, 3, 3, 3), "projection": CUBIC}),
+        (True, {"x": (2, 3, 4, 5), "weight": (3, 5), "projection": None}),
+        # Adjacent in dimension 1, where a linear map of four dimensions has no channels.
+        (False, {"x": (2, 3, 4, 5), "weight": (3, 5), "projection": None, "change": CHANNELS_LAST}),
     ],
 )  # fmt: skip
 def test_usable_for_dense_tensors_of_up_to_two_dimensions(expected, how, on_cpu):
@@ -102,7 +134,8 @@ def test_switch_holds_until_the_end_of_a_with_or_from_now_on(on_cpu):
     assert usable()
 
 
-@pytest.mark.parametrize(("value", "on"), [("0", "False"), ("1", "True")])
+@pytest.mark.triton
+@pytest.mark.parametrize(("value", "on"), [("off", "False"), ("1", "True")])
 def test_switch_in_the_environment(value, on):
     code = "from sphereify.nn.passes import triton as kernels; print(kernels._Switch.on)"
     assert run("-c", code, SPHEREIFY_KERNELS=value).strip() == on

@@ -1,0 +1,98 @@
+"""The passes: everything that surrounds the products of an angular map, forward and backward.
+
+    unit, n_w = normalize_filters(w)                    ŵ = w / n_w
+    dot       = project(x, unit)                        the products, which are torch's own
+    n_x       = patch_norm(x)
+    g, y      = curve(dot, n_x)                         cos θ = dot / n_x, g(θ), and y = β·g + γ
+
+    grad      = rescale_backward(∂L/∂y)                 ∂L/∂g, and the gradients of β and γ
+    d, radial = curve_backward(∂L/∂g, g, n_x)           d = ∂L/∂cos / n_x, radial = Σ_filters ∂L/∂cos · cos / n_x²
+    ∂L/∂x, v  = project_backward(d)                     the adjoints of the products, torch's own again
+    ∂L/∂x     = subtract_radial(∂L/∂x, x, radial)       patches have a direction and no length
+    ∂L/∂w     = filter_gradient(v, w, n_w)              and so have filters
+
+A norm per patch is computed in one place of each maker, `patch_norm`, and its adjoint in `subtract_radial`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sphereify.nn.geometry import Projection
+
+
+class Passes(Protocol):
+    """The passes around the products of an angular map; the modules beside this one are three makers of it.
+
+    Norms and sums are in fp32, or float64 for tensors in float64. Where `projection` is None, a tensor of filters'
+    outputs is (*, O) and one of patches (*, 1); for a convolution they are (B, O, H', W') and (B, groups, H', W').
+    Arguments named "may be overwritten" belong to the maker: it may return its result in their memory.
+    """
+
+    def normalize_filters(self, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
+
+    def patch_norm(self, x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
+        """sqrt(‖patch‖² + ε) of each patch: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+
+    def curve(
+        self,
+        dot: Tensor,
+        norm: Tensor,
+        curve: str,
+        k: float | Tensor | None,
+        projection: Projection | None,
+        beta: Tensor | None,
+        shift: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(g, β·g + shift) of cos θ = dot / norm, in the dtype of `dot`, which may be overwritten.
+
+        Args:
+            dot: the inner products of patches and unit filters.
+            norm: of `patch_norm`.
+            curve: a name of `operators.CURVES`.
+            k: a number, or a tensor that broadcasts: one k for each filter or for all.
+            beta, shift: (O,) or None. Without both the second result is None.
+        """
+
+    def rescale_backward(
+        self,
+        grad: Tensor,
+        g: Tensor,
+        beta: Tensor | None,
+        shift_dtype: torch.dtype | None,
+        projection: Projection | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gradients of g, β and the shift from `grad`, that of β·g + shift.
+
+        Args:
+            beta, shift_dtype: β and the dtype of the shift; None where there is none.
+        """
+
+    def curve_backward(
+        self,
+        grad: Tensor,
+        g: Tensor,
+        norm: Tensor,
+        curve: str,
+        k: float | Tensor | None,
+        projection: Projection | None,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
+
+        Args:
+            grad: the gradient of g.
+            needed: True for each of the gradients of x, of the weight and of k that is needed. The second result may
+                be None without the first; the third is None without the last and where k is no tensor.
+        """
+
+    def subtract_radial(
+        self, grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
+    ) -> Tensor:
+        """grad_x - x · (the sum of `radial` over the patches of each element); grad_x may be overwritten."""
+
+    def filter_gradient(self, v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+        """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""

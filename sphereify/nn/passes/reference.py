@@ -1,0 +1,153 @@
+"""The passes in plain ATen, each operation over a whole tensor: the reference, which works everywhere.
+
+It runs on every device, under torch.compile, tracers and vmap, and its results can be differentiated again. The other
+makers equal it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sphereify.nn.geometry import Projection, box_spread, box_sum
+from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, overwrite
+from sphereify.nn.precision import accumulate_dtype, accumulated, cast
+
+# ---- Forward
+
+
+def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
+    weight = accumulated(weight)
+    norm = ((weight * weight).sum(dim=tuple(range(1, weight.dim())), keepdim=True) + eps).sqrt()
+    return (weight / norm).to(dtype), norm
+
+
+def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
+    """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    squares = accumulated(x).square()
+    if projection is None:
+        return (squares.sum(-1, keepdim=True) + eps).sqrt()
+    groups = projection.groups
+    if groups == 1:
+        squares = squares.sum(1, keepdim=True)
+    elif squares.shape[1] > groups:
+        squares = squares.unflatten(1, (groups, -1)).sum(2)
+    return (box_sum(squares, kernel, projection) + eps).sqrt()
+
+
+def curve(
+    dot: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """g of dot / norm, and β·g + shift, None where there is neither of them."""
+    dtype, dot = dot.dtype, accumulated(dot)
+    cos = _by_patch(lambda a, b: overwrite(a, "div", b), dot, norm, projection)
+    g = CURVES[curve].value(clip(cos, -1, 1), k)
+    # A cast that changes nothing returns the same tensor, whose gradient torch.compile loses in torch 2.11.
+    return cast(g, dtype), None if beta is None and shift is None else cast(rescale(g, beta, shift, projection), dtype)
+
+
+def rescale(g: Tensor, beta: Tensor | None, shift: Tensor | None, projection: Projection | None) -> Tensor:
+    """SphereNorm's β·g + γ (NIPS 2017, section 3.5), of which either may be missing; both are (O,)."""
+    return rescaled(g, _of_filters(beta, g, projection), _of_filters(shift, g, projection))
+
+
+def rescaled(g: Tensor, beta: Tensor | None, shift: Tensor | None) -> Tensor:
+    """β·g + shift, of which either may be missing, with both in a shape that broadcasts."""
+    if beta is None:
+        return g if shift is None else g + shift
+    return g * beta if shift is None else torch.addcmul(shift, g, beta)
+
+
+# ---- Backward
+
+
+def rescale_backward(
+    grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of g, β and the shift from that of β·g + shift."""
+    if beta is None and shift_dtype is None:
+        return grad, None, None  # without a copy in another precision
+    others = [d for d in range(g.dim()) if d != (g.dim() - 1 if projection is None else 1)]
+    upstream = grad.to(accumulate_dtype(g.dtype))
+    grad_shift = None if shift_dtype is None else upstream.sum(others).to(shift_dtype)
+    if beta is None:
+        return grad, None, grad_shift
+    grad_beta = (upstream * g).sum(others).to(beta.dtype)
+    return rescale(upstream, beta, None, projection), grad_beta, grad_shift
+
+
+def curve_backward(
+    grad: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    curve: str,
+    k: float | Tensor | None,
+    projection: Projection | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g."""
+    slope = CURVES[curve].slope(accumulated(g), k, SIN_FLOOR[g.dtype])
+    upstream = grad.to(norm.dtype)
+    d = upstream if slope.by_cos is None else upstream * slope.by_cos
+    d_dot = _by_patch(torch.Tensor.div, d, norm, projection).to(g.dtype)
+    radial = _sum_filters(d * slope.cos, projection) / (norm * norm) if needed[0] else None
+    grad_k = None
+    if slope.by_k is not None and needed[2]:
+        assert isinstance(k, Tensor)
+        grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
+    return d_dot, radial, grad_k
+
+
+def subtract_radial(
+    grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
+) -> Tensor:
+    """grad_x - x · (the sum of `radial` over the patches of each element)."""
+    precise = x.to(radial.dtype)
+    if projection is None:
+        along = precise * radial
+    else:
+        places = box_spread(radial, x.shape[2:], kernel, projection)
+        along = _by_patch(torch.Tensor.mul, precise, places, projection)
+    return (grad_x.to(radial.dtype) - along).to(x.dtype)
+
+
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`."""
+    unit, v = weight.to(norm.dtype) / norm, v.to(norm.dtype)
+    inward = (unit * v).sum(dim=tuple(range(1, v.dim())), keepdim=True)
+    return ((v - unit * inward) / norm).to(weight.dtype)
+
+
+# ---- Filters and patches
+
+
+def _of_filters(values: Tensor | None, outputs: Tensor, projection: Projection | None) -> Tensor | None:
+    """(O,) in the shape and dtype in which it broadcasts over (B, O, …) or (*, O)."""
+    if values is None:
+        return None
+    dim = outputs.dim() - 2 if projection else 0
+    return values.to(outputs.dtype).view(-1, *[1] * dim)
+
+
+def _by_patch(operation: Callable, outputs: Tensor, patches: Tensor, projection: Projection | None) -> Tensor:
+    """An elementwise operation between (B, O, H', W') and (B, groups, H', W')."""
+    if projection is None or projection.groups == 1 or outputs.shape[1] == projection.groups:
+        return operation(outputs, patches)
+    grouped = outputs.unflatten(1, (projection.groups, -1))
+    return operation(grouped, patches.unsqueeze(2)).flatten(1, 2)
+
+
+def _sum_filters(outputs: Tensor, projection: Projection | None) -> Tensor:
+    """The sum over the filters of each group, in the shape of the patch norms."""
+    if projection is None:
+        return outputs.sum(-1, keepdim=True)
+    if projection.groups == 1:
+        return outputs.sum(1, keepdim=True)
+    return outputs.unflatten(1, (projection.groups, -1)).sum(2)
