@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sphereify.convert.model_inputs import data_config
-from sphereify.datasets import load_data
+from sphereify.datasets import load_data, load_images
 from sphereify.errors import DataError, UsageError
 
 
@@ -275,6 +275,16 @@ def test_without_a_shift_images_are_mirrored_only(steps):
         mirrored.append(torch.equal(image, still.flip(2)))
         assert mirrored[-1] or torch.equal(image, still)
     assert set(mirrored) == {True, False}
+
+
+def test_a_choice_of_images_is_the_same_each_time():
+    choices = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        data = load_data("digits", train_images=20, test_images=10)
+        assert (len(data.train), len(data.test)) == (20, 10)
+        choices.append([*(image for image, _ in data.train), *load_images("digits", 8)])
+    torch.testing.assert_close(choices[0], choices[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("option", [{"shift": False}, {"in_memory": True}])

@@ -163,12 +163,13 @@ def test_a_run_is_continued_with_the_options_of_its_beginning(run, begun, own):
     first = dict(begun)
     first["on_start"]()  # writes the options of the run
     begun.clear()
-    code, _, err = run("finetune", "--resume", "out", "--workers", 1)
+    Path("out").rename("moved")
+    code, _, err = run("finetune", "--resume", "moved", "--workers", 1)
     assert (code, err) == (0, "")
     assert begun["settings"] == Settings(lr=0.5, freeze=("0",), seed=3, workers=1, terms=Terms(mhe=1.0))
-    assert (begun["resume"], begun["output"]) == (True, Path("out"))
+    assert (begun["resume"], begun["output"]) == (True, Path("moved"))
     torch.testing.assert_close(begun["model"].state_dict(), first["model"].state_dict(), rtol=0, atol=0)
-    code, _, err = run("finetune", "--resume", "out", "--lr", "0.25")
+    code, _, err = run("finetune", "--resume", "moved", "--lr", "0.25")
     assert code == 2
     assert "cannot be continued otherwise than it began: --lr: 0.5 before, 0.25 now" in one_line(err)
 
