@@ -29,9 +29,9 @@ from sphereify.errors import (
     first_line,
 )
 from sphereify.nn import AngularHead, HypersphericalEnergy
-from sphereify.nn.filters import gathered
 from sphereify.nn.functional_calls import AngularCall
 from sphereify.nn.layers import AngularLayer
+from sphereify.nn.precision import gathered
 from sphereify.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from sphereify.training.distributed import Processes, join
 from sphereify.training.evaluation import score
