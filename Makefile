@@ -1,9 +1,14 @@
 # Two commands for a newcomer: `make demo` shows the product, `make test` checks it. Both make .venv when it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
+SOURCES := sphereify tests examples benchmarks
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# The markers of pyproject.toml, each a kind of test that `make test` leaves to `make check`.
+MARKED := exhaustive or zoo or export or processes or triton or papers
 
-.PHONY: demo test zoo lint clean
+.PHONY: demo test check zoo zoo-full lint types unmarked marked clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,18 +18,36 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
+# mypy has no cache in a fresh clone and takes as long as a fifth of the tests, so it runs beside them.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) --no-print-directory --jobs 2 types unmarked
+
+# Everything. `make test check` in one command runs the unmarked tests once; of these, `marked` repeats only the tests with
+# Hypothesis, with ten times as many examples.
+check: test marked
 
 zoo: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --real
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --real --jobs $(JOBS)
+
+# All architectures, where `make zoo` takes one of each structure.
+zoo-full: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --all --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --real --jobs $(JOBS)
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check sphereify tests examples benchmarks
-	$(BIN)/ruff format --check sphereify tests examples benchmarks
-	$(BIN)/mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
 
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+unmarked: $(VENV)/.installed
+	$(PYTEST) -m "not ($(MARKED))"
+
+marked: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "$(MARKED) or hypothesis"
+
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

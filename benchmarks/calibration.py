@@ -21,7 +21,7 @@ from plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
 from torch import nn
 
 from sphereify import calibrate, param_groups, sphereify
-from sphereify.calibration.distillation import reconstruct
+from sphereify.calibration.distillation import distill
 
 
 def statistics_only(network: nn.Module, batches: list[torch.Tensor]) -> None:
@@ -55,7 +55,7 @@ def table(
         first = time.process_time() - began
         solved = accuracy(converted, images)
         began = time.process_time()
-        reconstruct(converted, network, batches, steps=options.steps)
+        distill(converted, network, batches, steps=options.steps)
         second = first + time.process_time() - began
         stepped = accuracy(converted, images)
         print(f"| {operator} | {plain:.2%} | {renewed:.2%} | {solved:.2%} | {stepped:.2%} | "
@@ -93,9 +93,9 @@ def resnet18(images: int) -> None:
     batches = list(torch.randn(images, 3, 224, 224).split(32))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     began = time.perf_counter()
-    found = calibrate(sphereify(network), network, batches, on_layer=lambda name, r2: print(f"{name}: {r2:.3f}"))
+    calibration = calibrate(sphereify(network), network, batches, on_layer=lambda name, r2: print(f"{name}: {r2:.3f}"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"resnet18, {images} images at 224: {len(found)} layers, {time.perf_counter() - began:.0f} s, "
+    print(f"resnet18, {images} images at 224: {len(calibration.layers)} layers, {time.perf_counter() - began:.0f} s, "
           f"peak {peak:.1f} GiB of the process, {before:.1f} GiB before")  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Small networks, trained by a plain loop, that the benchmarks convert.
 
     python benchmarks/plain_networks.py --data CIFAR10 --output data/plain
+    python benchmarks/plain_networks.py --data CIFAR10 --output data/plain --device cuda --epochs 40
 
 CIFAR10 is a folder with train/ and test/, each with one folder of images a class. The ViT is trained on scikit-learn's
 digits, which need no folder.
@@ -104,7 +105,71 @@ class SmallViT(nn.Module):
         return self.fc(self.norm(self.blocks(tokens)).mean(1))
 
 
-NETWORKS = {"resnet20": ResNet20, "vgg": vgg, "vit": SmallViT}
+class InvertedResidual(nn.Module):
+    """Sandler et al. 2018: expand, depthwise 3×3, project; a shortcut where the shapes allow it."""
+
+    def __init__(self, inputs: int, width: int, stride: int, expansion: int = 4):
+        super().__init__()
+        inner = inputs * expansion
+        self.shortcut = stride == 1 and inputs == width
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
+            nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.shortcut else self.layers(x)
+
+
+def mobilenet(classes: int = 10) -> nn.Module:
+    """A small MobileNetV2: nine inverted residuals of width 24 to 96."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()]
+    inputs = 24
+    for width, stride in ((24, 1), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (96, 1)):
+        layers.append(InvertedResidual(inputs, width, stride))
+        inputs = width
+    layers += [nn.Conv2d(inputs, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Liu et al. 2022: depthwise 7×7, LayerNorm, a linear map to four times the width and back."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.project(F.gelu(self.expand(inner))).permute(0, 3, 1, 2)
+
+
+def convnext(classes: int = 10) -> nn.Module:
+    """A small ConvNeXt: blocks of width 48, 96 and 192 behind 2×2 patches."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 48, 2, 2), ChannelNorm(48)]
+    inputs = 48
+    for width, depth in ((48, 2), (96, 2), (192, 2)):
+        if width != inputs:
+            layers += [ChannelNorm(inputs), nn.Conv2d(inputs, width, 2, 2)]
+        layers += [ConvNeXtBlock(width) for _ in range(depth)]
+        inputs = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(inputs), nn.Linear(inputs, classes)
+    )
+
+
+NETWORKS = {"resnet20": ResNet20, "vgg": vgg, "mobilenet": mobilenet, "convnext": convnext, "vit": SmallViT}
 
 
 def cifar(folder: Path) -> Images:
@@ -136,7 +201,7 @@ def shifted(images: Tensor) -> Tensor:
     padded = F.pad(images, (4, 4, 4, 4))
     moves = torch.randint(0, 9, (2,)).tolist()
     images = padded[:, :, moves[0] : moves[0] + 32, moves[1] : moves[1] + 32]
-    mirrored = torch.rand(len(images)) < 0.5
+    mirrored = torch.rand(len(images), device=images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
@@ -153,7 +218,8 @@ def train(network: nn.Module, images: Images, *, epochs: int, lr: float, adam: b
     for epoch in range(epochs):
         began = time.perf_counter()
         network.train()
-        for rows in torch.randperm(len(images.train)).split(128)[: len(images.train) // 128]:
+        order = torch.randperm(len(images.train)).to(images.train.device)
+        for rows in order.split(128)[: len(images.train) // 128]:
             x = shifted(images.train[rows]) if move else images.train[rows]
             loss = F.cross_entropy(network(x), images.train_classes[rows])
             optimizer.zero_grad()
@@ -182,18 +248,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
     parser.add_argument("--output", type=Path, default=Path("data/plain"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--epochs", type=int, default=6, help="of the networks on CIFAR-10; the ViT takes 40")
+    parser.add_argument("--epochs", type=int, default=20, help="of the networks on CIFAR-10; the ViT takes 40")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         torch.manual_seed(0)
-        network = NETWORKS[name]()
+        network = NETWORKS[name]().to(options.device)
         print(name, flush=True)
+        images = Images(*(t.to(options.device) for t in (digits() if name == "vit" else cifar(options.data))))
         if name == "vit":
-            train(network, digits(), epochs=40, lr=2e-3, adam=True, move=False)
+            train(network, images, epochs=40, lr=2e-3, adam=True, move=False)
+        elif name == "convnext":
+            train(network, images, epochs=options.epochs, lr=2e-3, adam=True)
         else:
-            train(network, cifar(options.data), epochs=options.epochs, lr=0.2 if name == "resnet20" else 0.1)
-        torch.save(network.state_dict(), options.output / f"{name}.pt")
+            train(network, images, epochs=options.epochs, lr=0.2 if name == "resnet20" else 0.1)
+        torch.save(network.cpu().state_dict(), options.output / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sphereify import fold, param_groups, sphereify
-from sphereify.convert.graph import trace
+from sphereify.convert.graph import read_graph
 from sphereify.convert.rewrite import without_norm
 from sphereify.nn import SphereConv2d, SphereLinear
 
@@ -71,7 +71,7 @@ def made_naive(converted: nn.Module) -> nn.Module:
 def with_norms_folded(model: nn.Module) -> nn.Module:
     """The plain network with each BatchNorm folded into the convolution before it, as torch does it."""
     fused = copy.deepcopy(model).eval()
-    for site in trace(fused).sites:
+    for site in read_graph(fused).sites:
         norm = fused.get_submodule(site.norm) if site.norm and site.owns_norm else None
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             fused.set_submodule(site.name, fuse_conv_bn_eval(site.module, norm))

@@ -11,6 +11,9 @@ ATTENTION = ("keep", "convert")
 HEADS = ("auto", "keep", "w-softmax", "ga-softmax", "a-softmax", "s-softmax")
 """What `head=` takes. "auto" and "keep" are policies, the rest are kinds of `AngularHead`."""
 
+FILTER_DISTANCES = ("euclidean", "angular")
+"""How the hyperspherical energy measures the distance between two filters."""
+
 EXPORT_FORMATS = ("onnx", "torch-export")
 
 HEAD_KINDS = tuple(head for head in HEADS if head not in ("auto", "keep"))

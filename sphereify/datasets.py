@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from sphereify.errors import DataError, UsageError, first_line
+from sphereify.errors import DataError, UsageError, first_line, invalid, option
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
-"""How the names of data sets begin that `timm.data.create_dataset` reads through another library."""
+"""Beginnings of the names that `timm.data.create_dataset` reads through another library."""
 
 SMALL = 64
-"""Pixels up to which images are not cropped out at random, and may be kept in memory."""
+"""Largest size in pixels of images that are shifted rather than cropped at random, and that may stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def load_data(
     channels: int = 3,
     img_size: int | None = None,
     config: dict[str, Any] | None = None,
-    root: str | Path | None = None,
+    data_root: str | Path | None = None,
     splits: tuple[str, str] = ("train", "validation"),
     augment: str | None = None,
     shift: bool = True,
@@ -45,45 +45,46 @@ def load_data(
     test_images: int | None = None,
     in_memory: bool = False,
 ) -> Data:
-    """A data set by name.
+    """A labelled data set by name, prepared for a model.
 
     Args:
-        spec: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, a fifth of them kept for testing), a folder with
-            train/ and val/ (or test/), each with one folder of images a class, or a name that
-            `timm.data.create_dataset` knows, such as "torch/cifar10" or "hfds/…".
-        channels: of the images, 1 or 3, as the model takes them.
-        img_size: height and width in pixels; default 32 for digits, else what the model's config says, or 224.
-        config: a model's `pretrained_cfg`, for size, mean and standard deviation, crop and interpolation.
-        root: where a data set of timm's lies.
-        splits: names of its training and test part.
-        augment: timm's automatic augmentation of training images, such as "rand-m9-mstd0.5".
-        shift: whether training images of up to 64 pixels are moved by up to an eighth (CIFAR-10+), or mirrored only.
-        train_images, test_images: take so many of each part only, drawn once and for all; default: all.
-        in_memory: read and decode each image once, now, and keep its bytes; for images of up to 64 pixels.
+        spec: "digits" (scikit-learn's 1,797 handwritten digits of 8×8 pixels, a fifth of them for testing), a folder
+            with train/ and val/ (or test/), each with one folder of images per class, or a name for
+            `timm.data.create_dataset`, such as "torch/cifar10" or "hfds/…".
+        channels: channels of an image, 1 or 3.
+        img_size: height and width in pixels; default: 32 for digits, else the size in `config`, or 224.
+        config: a model's `pretrained_cfg`: size, mean and standard deviation, crop and interpolation.
+        data_root: folder that holds a data set of timm.
+        splits: names of the training and the test part in a data set of timm.
+        augment: automatic augmentation by timm of the training images, such as "rand-m9-mstd0.5".
+        shift: shift training images of up to 64 pixels by up to an eighth, as in CIFAR-10+; otherwise they are only
+            mirrored.
+        train_images, test_images: size of a fixed random choice from each part; default: all images.
+        in_memory: read and decode each image once, now, and keep its pixels; for images of up to 64 pixels.
 
     Raises:
-        DataError: no such data, no classes, no images, a library missing, or data that comes as a stream; with
+        DataError: no such data, no classes, no images, a missing library, or data that comes as a stream; with
             `in_memory`, an image that cannot be read.
-        UsageError: an augmentation that timm does not know, a size below 1, more images than there are, or larger ones
-            than `in_memory` and `shift=False` are for.
+        UsageError: an unknown augmentation, a size below 1, more images than there are, or images too large for
+            `in_memory` and `shift=False`.
     """
     size = _size(img_size, config or {})
     if spec != "digits" and size > SMALL and (in_memory or not shift):
-        option = "in_memory" if in_memory else "shift"
+        asked = option("in_memory", True) if in_memory else option("shift", False)
         raise UsageError(
-            f"{option}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
+            f"{asked}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
         )
-    data = _load(spec, channels, img_size, config or {}, root, splits, augment, shift)
+    data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
-            data = _some(data, part, count)
-    if in_memory and spec != "digits":  # which is a tensor as it is
-        data = dataclasses.replace(data, train=_Kept(data.train, size), test=_Kept(data.test, size))
+            data = _subset(data, part, count)
+    if in_memory and spec != "digits":  # the digits are a tensor already
+        data = dataclasses.replace(data, train=_InMemory(data.train, size), test=_InMemory(data.test, size))
     return data
 
 
-class _Kept(Dataset):
-    """Images of a folder or of timm's, decoded once and resized, and what is to be done with them each time."""
+class _InMemory(Dataset):
+    """Images that were decoded and resized once; the rest of their transform runs each time."""
 
     def __init__(self, images: Any, size: int):
         import numpy as np
@@ -109,17 +110,17 @@ class _Kept(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
-def _some(data: Data, part: str, count: int) -> Data:
-    """Only so many images of a part."""
+def _subset(data: Data, part: str, count: int) -> Data:
+    """The data with `count` images of a part."""
     whole: Any = getattr(data, part)
     if not 1 <= count <= len(whole):
-        raise UsageError(f"--{part}-images: got {count}, expected 1 to {len(whole)}, which is what {data.name} has")
-    chosen: Any = Subset(whole, _drawn(len(whole), count))
+        raise invalid(f"{part}_images", count, f"1 to {len(whole)}, the number that {data.name} has")
+    chosen: Any = Subset(whole, _random_rows(len(whole), count))
     return dataclasses.replace(data, name=f"{data.name}, {count} {part} images", **{part: chosen})
 
 
-def _drawn(total: int, count: int) -> list[int]:
-    """So many of all, the same ones each time."""
+def _random_rows(total: int, count: int) -> list[int]:
+    """`count` of `total` rows in random order, the same ones each time."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist()
 
 
@@ -127,12 +128,22 @@ def _size(img_size: int | None, config: dict[str, Any]) -> int:
     return img_size or (config.get("input_size") or (3, 224, 224))[-1]
 
 
-def _load(spec: str, channels: int, img_size: int | None, config: dict[str, Any], root: Any,
-          splits: tuple[str, str], augment: str | None, shift: bool) -> Data:  # fmt: skip
+def _load(
+    spec: str,
+    channels: int,
+    img_size: int | None,
+    config: dict[str, Any],
+    root: Any,
+    splits: tuple[str, str],
+    augment: str | None,
+    shift: bool,
+) -> Data:
     _check_shape(spec, channels, img_size)
     if spec == "digits":
         if augment:
-            raise UsageError("--augment: digits are no photographs; it needs a folder or a data set of timm's")
+            raise UsageError(
+                f"{option('augment')}: the digits are not photographs; it needs a folder or a data set of timm's"
+            )
         return _digits(channels, img_size or 32)
     size = _size(img_size, config)
     moves = [_transform(size, channels, config, training=on, augment=augment, shift=shift) for on in (True, False)]
@@ -153,18 +164,18 @@ def load_images(
     channels: int = 3,
     img_size: int | None = None,
     config: dict[str, Any] | None = None,
-    root: str | Path | None = None,
+    data_root: str | Path | None = None,
     split: str = "train",
     batch_size: int = 64,
 ) -> list[Tensor]:
-    """Training images without labels or augmentation, as a model sees them when it is tested; for a calibration.
+    """Training images without labels or augmentation, prepared as for a test; for a calibration.
 
     Args:
-        spec: as for `load_data`; or a folder with images anywhere inside. Where the folder has train/, only that.
-        count: how many, ≥ 1, drawn once and for all; all of them where there are fewer.
-        channels, img_size, config, root: as for `load_data`.
-        split: name of the training part of a data set of timm's.
-        batch_size: images of one tensor.
+        spec: as for `load_data`, or a folder with images at any depth; if it has a folder train/, only those in there.
+        count: size, ≥ 1, of a fixed random choice of images; all of them if there are fewer.
+        channels, img_size, config, data_root: as for `load_data`.
+        split: name of the training part of a data set of timm.
+        batch_size: images per tensor.
 
     Returns:
         Tensors of shape (≤ batch_size, channels, img_size, img_size).
@@ -174,10 +185,12 @@ def load_images(
         UsageError: a count below 1.
     """
     if count < 1:
-        raise UsageError(f"--calibration-images: got {count}, expected at least 1; usual: 500 to 2,000")
+        raise invalid("count", count, "a number of at least 1", "Usual: 500 to 2,000")
     _check_shape(spec, channels, img_size)
-    if root is not None and not spec.startswith(TIMM_READERS):
-        raise UsageError(f"--data-root: has no effect on {spec!r}; it says where a data set of timm's lies")
+    if data_root is not None and not spec.startswith(TIMM_READERS):
+        raise UsageError(
+            f"{option('data_root')}: has no effect on {spec!r}; it names the folder of a data set of timm's"
+        )
     if spec == "digits":
         part: Any = _digits(channels, img_size or 32).train
         total, image_of = len(part), lambda index: part[index][0]
@@ -185,12 +198,12 @@ def load_images(
         size = _size(img_size, config or {})
         move = _transform(size, channels, config or {}, training=False, augment=None)
         if spec.startswith(TIMM_READERS):
-            part = _of_timm(spec, root, (split,), [move], (channels, size, size)).train
+            part = _of_timm(spec, data_root, (split,), [move], (channels, size, size)).train
             total, image_of = len(part), lambda index: part[index][0]
         else:
             files = _image_files(spec)
             total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
-    return list(torch.stack([image_of(index) for index in _drawn(total, count)]).split(batch_size))
+    return list(torch.stack([image_of(index) for index in _random_rows(total, count)]).split(batch_size))
 
 
 def _image_files(spec: str) -> list[Path]:
@@ -206,22 +219,22 @@ def _image_files(spec: str) -> list[Path]:
     return files
 
 
-def class_count(spec: str, *, root: str | Path | None = None) -> int:
-    """How many classes a data set has, without reading it where that is not needed.
+def class_count(spec: str, *, data_root: str | Path | None = None) -> int:
+    """The number of classes of a data set, without reading it if it is a folder.
 
     Raises:
         DataError: as `load_data`.
     """
     if spec != "digits" and (Path(spec) / "train").is_dir():
         return sum(entry.is_dir() for entry in (Path(spec) / "train").iterdir())
-    return len(load_data(spec, root=root).classes)
+    return len(load_data(spec, data_root=data_root).classes)
 
 
 def _check_shape(spec: str, channels: int, img_size: int | None) -> None:
     if not spec:
         raise UsageError("data: got an empty name, expected digits, a folder, or a name of timm's")
     if img_size is not None and img_size < 1:
-        raise UsageError(f"--img-size: got {img_size}, expected at least 1 pixel")
+        raise invalid("img_size", img_size, "a number of at least 1")
     if channels not in (1, 3):
         raise DataError(f"data {spec!r}: the model takes images of {channels} channels, expected 1 (gray) or 3 (RGB)")
 
@@ -245,8 +258,8 @@ def _digits(channels: int, size: int) -> Data:
 def _image_folder(folder: Path, moves: list[Any], image_size: tuple[int, int, int]) -> Data:
     held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or held_out is None:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {found}")
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {names}")
     train, test = _open_folder(folder / "train", moves[0]), _open_folder(folder / held_out, moves[1])
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
@@ -275,7 +288,7 @@ def _open_image(path: str) -> Any:
 
 
 def _eight_bits(path: str) -> Any:
-    """An image of 16 bits in 8, which PIL would cut off at 255; None for any other."""
+    """An image of 16 bits per channel, scaled to 8, where PIL would cut values off at 255; None for any other image."""
     import numpy as np
 
     with Image.open(path) as image:
@@ -314,9 +327,10 @@ def _classes_of(part: Any) -> list[str]:
     return [str(name) for name in label.names]
 
 
-def _transform(size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None,
-               shift: bool = True) -> Any:  # fmt: skip
-    """timm's transform of the model; small images (up to SMALL) are shifted and flipped rather than cropped out."""
+def _transform(
+    size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None, shift: bool = True
+) -> Any:
+    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped."""
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -332,13 +346,19 @@ def _transform(size: int, channels: int, config: dict[str, Any], *, training: bo
         return transforms.Compose([*gray, *steps])
     jitter = 0.0 if channels == 1 else 0.4
     if augment:
-        _augmentation(augment, size, mean)  # told now if timm does not know it
-    return transforms.Compose([
-        *gray, create_transform((channels, size, size), is_training=training, mean=mean, std=deviation,
-                                interpolation=config.get("interpolation") or "bicubic", color_jitter=jitter,
-                                auto_augment=augment, crop_pct=config.get("crop_pct"),
-                                crop_mode=config.get("crop_mode"))
-    ])  # fmt: skip
+        _augmentation(augment, size, mean)  # fails now if timm does not know it
+    photographs = create_transform(
+        (channels, size, size),
+        is_training=training,
+        mean=mean,
+        std=deviation,
+        interpolation=config.get("interpolation") or "bicubic",
+        color_jitter=jitter,
+        auto_augment=augment,
+        crop_pct=config.get("crop_pct"),
+        crop_mode=config.get("crop_mode"),
+    )
+    return transforms.Compose([*gray, photographs])
 
 
 def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
@@ -350,5 +370,6 @@ def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
         return makers.get(augment.split("-")[0], auto_augment_transform)(augment, settings)
     except Exception as error:  # timm checks with asserts
         raise UsageError(
-            f"--augment: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 ({first_line(error)})"
+            f"{option('augment')}: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 "
+            f"({first_line(error)})"
         ) from error

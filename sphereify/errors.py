@@ -26,6 +26,11 @@ def in_python(name: str, value: str | None) -> str:
     return name if value is None else f"{name}={value}"
 
 
+def spelled(message: str, spell: Callable[[str, str | None], str] = in_python) -> str:
+    """A message with its references to options (`option`) written out."""
+    return _REFERENCE.sub(lambda match: spell(match[1], match[2]), message)
+
+
 class SphereifyError(Exception):
     """Base of every error that this package raises on purpose. Shown on the command line without a traceback."""
 
@@ -40,9 +45,15 @@ class SphereifyError(Exception):
         return spelled(super().__str__(), spell)
 
 
-def spelled(message: str, spell: Callable[[str, str | None], str] = in_python) -> str:
-    """A message with its references to options (`option`) written out."""
-    return _REFERENCE.sub(lambda match: spell(match[1], match[2]), message)
+class SphereifyWarning(UserWarning):
+    """A warning whose message may refer to options, as those of the errors do."""
+
+    def __str__(self) -> str:
+        return self.spelled(in_python)
+
+    def spelled(self, spell: Callable[[str, str | None], str]) -> str:
+        """The message with each option as `spell(name, value)` writes it."""
+        return spelled(super().__str__(), spell)
 
 
 class UsageError(SphereifyError, ValueError):

@@ -1,4 +1,4 @@
-"""Options, each declared once: a field of a frozen dataclass with its type, default, valid values, unit and help.
+"""Options, each declared once: a field of a frozen dataclass with its type, default, valid values and help.
 
 Python takes the fields as keyword arguments, the command line makes its options from them, and JSON is written from and
 read into them.
@@ -15,46 +15,56 @@ sphereify.errors.UsageError: lr: got 0, expected a number above 0. Usual: 1e-4 t
 """
 
 import dataclasses
+import inspect
 import math
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 from sphereify.choices import canonical
 from sphereify.errors import choose, invalid, option
 
 _KEY = "option"
 
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, type and default."""
+    """Help, valid values and presentation of an option; its name, type and default are those of the field."""
 
     help: str
     """A sentence for the person who sets it, with the unit."""
     panel: str = ""
     """The group under which the command line lists it."""
     choices: tuple[str, ...] = ()
-    """The words that it takes; `_` and `-` are alike, and so are capitals."""
+    """Words that it takes, in any case, with `_` for `-` if one likes."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
     usual: str = ""
-    """Values that are usual, for help and errors."""
+    """Usual values, for help and errors."""
     command_line: str = ""
-    """Its name there, if not `--` and the name with hyphens; "-" where it has none."""
+    """Its name on the command line, if other than `--` and the name with hyphens; "-" if it has none there."""
     metavar: str = ""
-    """How the command line names its value, where its type says too little."""
+    """Name of its value on the command line, if its type says too little."""
+    python_help: str = ""
+    """Help for Python's documentation, if `help` says how the command line writes the value."""
 
     @property
     def expected(self) -> str:
         """The valid values, as a noun phrase."""
-        bounds = {"above": self.above, "of at least": self.at_least, "below": self.below, "of at most": self.at_most}
-        said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-        return f"a number {' and '.join(said)}"
+        bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        phrases = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        of = "of " if phrases and phrases[0].startswith("at ") else ""
+        return f"a number {of}{' and '.join(phrases)}"
 
     def allows(self, value: Any) -> bool:
-        """Whether a number lies in the range; what is no finite number does not."""
+        """True if a value is a finite number within the range."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
         return (
@@ -66,14 +76,14 @@ class Option:
 
     @property
     def is_number(self) -> bool:
-        """Whether a range is declared."""
+        """True if a range is declared."""
         return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
 
 
 def option_field(default: Any, help: str, **about: Any) -> Any:
     """A dataclass field that is an option; `about` are the fields of `Option`."""
-    made: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(**made, metadata={_KEY: Option(help, **about)})
+    start: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**start, metadata={_KEY: Option(help, **about)})
 
 
 def options_of(cls: Any) -> dict[str, Option]:
@@ -101,3 +111,106 @@ def check_options(values: Any) -> None:
             object.__setattr__(values, name, word)
         elif about.is_number and not about.allows(value):
             raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
+
+
+def to_json(values: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance as plain JSON values; a dataclass inside becomes a dictionary of its own.
+
+    >>> to_json(Option("Peak learning rate.", above=0))["above"]
+    0
+    """
+    return {field.name: _plain(getattr(values, field.name)) for field in dataclasses.fields(values)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(cls: type[T], plain: Mapping[str, Any]) -> T:
+    """The instance of a dataclass that `to_json` was given. A field that is missing takes its default.
+
+    Raises:
+        UsageError: a name that is no field, with the nearest one; or a value that is not valid.
+
+    >>> about = Option("Head.", choices=("keep", "auto"))
+    >>> from_json(Option, to_json(about)) == about
+    True
+    """
+    hints = get_type_hints(cls)
+    for name in plain:
+        if name not in hints:
+            raise choose("option", name, hints)
+    return cls(**{name: _typed(hints[name], value) for name, value in plain.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and hint == Path | None else value
+
+
+def with_keywords_of(cls: Any) -> Callable[[Function], Function]:
+    """Show the options of a dataclass in the signature and the documentation of a function that takes `**keywords`.
+
+    The options become keyword-only parameters of `inspect.signature`, which `help()` and completion read. In the
+    docstring they take the place of the line `{options}`.
+
+    >>> @dataclass(frozen=True)
+    ... class Rates:
+    ...     lr: float = option_field(1e-3, "Peak learning rate.")
+    >>> @with_keywords_of(Rates)
+    ... def train(model, *, epochs=1, **rates):
+    ...     '''Train a model.
+    ...
+    ...     {options}
+    ...     '''
+    >>> inspect.signature(train)
+    <Signature (model, *, lr: float = 0.001, epochs=1)>
+    >>> print(inspect.getdoc(train))
+    Train a model.
+    <BLANKLINE>
+    lr: Peak learning rate.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        positional = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+        keywords = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        parameters = [*positional, *map(_parameter, dataclasses.fields(cls)), *keywords]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if function.__doc__ is not None:  # as it is under python -OO
+            function.__doc__ = _with_options(function.__doc__, cls)
+        return function
+
+    return decorate
+
+
+def _parameter(field: "dataclasses.Field[Any]") -> inspect.Parameter:
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default  # type: ignore[operator, misc]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+
+
+def _with_options(docstring: str, cls: Any) -> str:
+    """A docstring with the options of a dataclass in place of the line `{options}`."""
+    lines = docstring.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.strip() == "{options}")
+    indent = lines[place].removesuffix("{options}")
+    described = [
+        textwrap.fill(
+            f"{name}: {about.python_help or about.help}",
+            width=120,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}    ",
+            break_on_hyphens=False,
+        )
+        for name, about in options_of(cls).items()
+    ]
+    return "\n".join([*lines[:place], *described, *lines[place + 1 :]])

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from sphereify.errors import UsageError, option
 
 PatternList = str | Iterable[str] | None
-"""What an option over layer names takes: one pattern, several, or none."""
+"""Values of an option over layer names: one pattern, several, or none."""
 
 
 class Patterns:

@@ -1,4 +1,4 @@
-"""Pictures, each written to a file."""
+"""Plots, each written to a picture file."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,11 @@ from sphereify.nn.regularizers import EnergyReport
 
 
 def plot_energy(report: EnergyReport, path: str | Path) -> Path:
-    """The energy of each layer as a dot, with the least possible one as a mark where it is known.
+    """Plot the energy of each layer, with the least possible energy as a mark where it is known.
 
     Args:
         report: from `HypersphericalEnergy.report`.
-        path: the picture's file; its ending says the format.
+        path: file of the picture; its suffix gives the format.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
@@ -22,10 +22,10 @@ def plot_energy(report: EnergyReport, path: str | Path) -> Path:
     figure, axes = new_figure(height=max(2.5, 0.22 * len(names)))
     places = list(range(len(names)))
     colours = ["tab:orange" if row.is_output else "tab:blue" for row in report.layers]
-    known = [(place, row.least, row.energy) for place, row in enumerate(report.layers) if row.least is not None]
-    if known:
-        at, least, reached = zip(*known, strict=True)
-        axes.hlines(at, least, reached, color="tab:gray", linewidth=1)
+    bounded = [(place, row.least, row.energy) for place, row in enumerate(report.layers) if row.least is not None]
+    if bounded:
+        at, least, energies = zip(*bounded, strict=True)
+        axes.hlines(at, least, energies, color="tab:gray", linewidth=1)
         axes.scatter(least, at, color="black", marker="|", s=50, label="least possible")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     axes.scatter([row.energy for row in report.layers], places, color=colours, s=18, zorder=3)
@@ -49,20 +49,24 @@ def new_figure(*, width: float = 7.0, height: float = 4.0, **subplots: Any) -> t
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write the picture to `path`; the format follows its ending."""
+    """Write the picture to `path`, in the format of its suffix.
+
+    Raises:
+        UsageError: a folder that does not exist, or a suffix that is not a format of matplotlib.
+    """
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError) as error:  # no such folder; an ending that is no format
+    except (OSError, ValueError) as error:  # no such folder; no such format
         raise UsageError(f"{path}: cannot write the picture ({error})") from error
     return Path(path)
 
 
 def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
-    """The curves of a run: loss, accuracy, and where there are any, learned k and energy of each layer.
+    """Plot the curves of a run: loss, accuracy, and, if there are any, the learned k and the energy of each layer.
 
     Args:
-        rows: the epochs, as `metrics.jsonl` has them.
-        path: the picture's file.
+        rows: the epochs, as in `metrics.jsonl`.
+        path: file of the picture.
     """
     layered = [name for name in ("k", "energy") if rows[-1].get(name)]
     figure, axes = new_figure(width=3.6 * (2 + len(layered)), height=3.2, ncols=2 + len(layered))
@@ -87,15 +91,15 @@ def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
 
 
 def plot_confusion(confusion: Any, classes: list[str], path: str | Path) -> Path:
-    """A confusion matrix in shares of each right class; numbers are written in for up to 20 classes."""
+    """Plot a confusion matrix in shares of each true class, with the counts for up to 20 classes."""
     count = len(classes)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp_min(1)
     side = min(12.0, 2.5 + 0.4 * count)
     figure, axes = new_figure(width=side + 1, height=side)
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the class")
-    axes.set_xlabel("answer")
-    axes.set_ylabel("right class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if count <= 60:
         axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
         axes.set_yticks(range(count), classes, fontsize=7)
@@ -108,16 +112,16 @@ def plot_confusion(confusion: Any, classes: list[str], path: str | Path) -> Path
 
 
 def plot_comparison(curves: dict[str, list[list[dict[str, Any]]]], path: str | Path) -> Path:
-    """Test accuracy over optimizer steps, a colour for each variant, a thin line for each seed and a thick mean."""
+    """Plot the test accuracy over optimizer steps: a colour per variant, a thin line per seed, and their thick mean."""
     return plot_panels({"": curves}, path)
 
 
 def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: str | Path) -> Path:
-    """As `plot_comparison`, a panel beside the other for each comparison, at most four in a row; colours go by name.
+    """Plot several comparisons side by side, at most four in a row, with the same colour for the same variant.
 
     Args:
-        panels: by their titles; of each variant the runs, of each run its tests with "step" and "accuracy".
-        path: the picture's file.
+        panels: title -> variant -> runs, each a list of tests with "step" and "accuracy".
+        path: file of the picture.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(4, len(panels))
@@ -150,7 +154,7 @@ def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: A
 
 
 def _distinct(count: int) -> list[Any]:
-    """Colours that are told apart; from the twenty-first on they come again."""
+    """Colours that can be told apart; they repeat after twenty."""
     from matplotlib import colormaps
 
     colours = colormaps["tab10" if count <= 10 else "tab20"]
@@ -158,7 +162,7 @@ def _distinct(count: int) -> list[Any]:
 
 
 def colour_ramp(count: int) -> list[Any]:
-    """Colours from dark to bright."""
+    """A number of colours from dark to bright."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.9 * place / max(1, count - 1)) for place in range(count)]

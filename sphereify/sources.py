@@ -1,4 +1,4 @@
-"""Models by name: of timm, of torchvision, or your own."""
+"""Plain models by name: of timm, of torchvision, or from a factory of your own; and their weights from a file."""
 
 import difflib
 import importlib
@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.graph import is_site
-from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line
+from sphereify.convert.sites import is_site
+from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line, invalid, option
 
 SOURCE_ATTRIBUTE = "conversion_source"
-"""Where a model that was built by name carries its `Source`."""
+"""The attribute in which a model that was built by name carries its `Source`."""
+
+RECORD_ATTRIBUTE = "training_record"
+"""Where a model from an artifact carries the record of its training: the data, the classes, the size of the images."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: enough to build it again, without its weights."""
+    """The origin of a model: enough to build it again, without its weights."""
 
     library: str
-    """timm, torchvision, or factory."""
+    """One of timm, torchvision, factory."""
     name: str
     """A model name of the library, or "package.module:function", or "path/to/file.py:function"."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """What the builder was called with; plain JSON values."""
+    """Keyword arguments of the builder; JSON values."""
 
     def __str__(self) -> str:
         return self.name if self.library != "torchvision" else f"torchvision:{self.name}"
@@ -43,26 +46,26 @@ class Source:
 
 
 def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | None = None) -> Source:
-    """The source that a name on the command line stands for.
+    """The source that a name stands for.
 
     Args:
         spec: a timm name, "torchvision:NAME", "package.module:factory" or "path/to/file.py:factory".
-        num_classes, in_chans: passed to the builder if given.
+        num_classes, in_chans: arguments of the builder; None leaves them to it.
 
     Raises:
-        UsageError: no such model, with the nearest names.
+        UsageError: no such model, with the nearest names; or an argument below 1.
     """
     arguments = {k: v for k, v in {"num_classes": num_classes, "in_chans": in_chans}.items() if v is not None}
     for name, value in arguments.items():
         if value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+            raise invalid(name, value, "a number of at least 1")
     if spec.startswith("torchvision:"):
         return _find_torchvision(spec.removeprefix("torchvision:"), arguments)
     if ":" in spec:
         _import_factory(spec)
         return Source("factory", spec, arguments)
     if Path(spec).suffix == ".py":
-        raise UsageError(f"model {spec!r}: a file may hold several; add the function that makes it, {spec}:NAME")
+        raise UsageError(f"model {spec!r}: a file may hold several; add the function that builds it, {spec}:NAME")
     import timm
 
     if not timm.is_model(spec):
@@ -71,7 +74,7 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
 
 
 def accepts(spec: str, argument: str) -> bool:
-    """Whether a model of the user's own takes this argument; those of timm and torchvision are asked by building."""
+    """True if the builder of a model may take this argument; timm and torchvision decide it when they build."""
     if ":" not in spec or spec.startswith("torchvision:"):
         return True
     parameters = inspect.signature(_import_factory(spec)).parameters
@@ -79,7 +82,7 @@ def accepts(spec: str, argument: str) -> bool:
 
 
 def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
-    """A fresh model, on the CPU, that remembers its source.
+    """A new model on the CPU, which carries its source.
 
     Raises:
         UsageError: the builder does not take an argument, or has no pretrained weights.
@@ -95,7 +98,7 @@ def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
             raise
         raise ArtifactError(
             f"{source}: its pretrained weights could not be fetched ({error}). Download them where there is a network "
-            f"and pass the file with --weights."
+            f"and pass the file with {option('weights')}."
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{source}: returned {type(model).__name__}, expected a torch.nn.Module")
@@ -110,7 +113,9 @@ def _find_torchvision(name: str, arguments: dict[str, Any]) -> Source:
     if name not in names:
         raise _unknown_model(f"torchvision:{name}", [f"torchvision:{n}" for n in names])
     if "in_chans" in arguments:
-        raise UsageError(f"torchvision:{name}: torchvision's builders have no --in-chans; take a timm model for that")
+        raise UsageError(
+            f"torchvision:{name}: torchvision's builders have no {option('in_chans')}; take a timm model for that"
+        )
     return Source("torchvision", name, arguments)
 
 
@@ -146,7 +151,9 @@ def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
             arguments["init_weights"] = True
         return models.get_model(source.name, weights=None, **arguments)
     if "num_classes" in arguments:
-        raise UsageError(f"{source}: torchvision's pretrained weights fix the number of classes; drop --num-classes")
+        raise UsageError(
+            f"{source}: torchvision's pretrained weights fix the number of classes; drop {option('num_classes')}"
+        )
     return models.get_model(source.name, weights="DEFAULT", **arguments)
 
 
@@ -198,7 +205,7 @@ def _makes_models(thing: Any) -> bool:
 
 
 def _module_name(file: Path) -> str:
-    """The name of a file's module; another file, or a package, of the same name keeps it."""
+    """The name for a file as a module: its own, unless another file or a package has it."""
     taken = sys.modules.get(file.stem)
     same = taken is not None and Path(getattr(taken, "__file__", None) or "").resolve() == file.resolve()
     free = taken is None and importlib.util.find_spec(file.stem) is None
@@ -206,9 +213,9 @@ def _module_name(file: Path) -> str:
 
 
 def recognise(model: nn.Module) -> list[Source]:
-    """Sources that may have built a plain or converted model, the likeliest first; nobody has checked them."""
-    known = getattr(model, SOURCE_ATTRIBUTE, None)
-    return [*([known] if known else []), *_recognised(model)]
+    """Sources that may have built a plain or converted model, the likeliest first; none of them has been checked."""
+    own = getattr(model, SOURCE_ATTRIBUTE, None)
+    return [*([own] if own else []), *_recognised(model)]
 
 
 def _recognised(model: nn.Module) -> list[Source]:
@@ -254,10 +261,11 @@ def _recognise_torchvision(model: nn.Module) -> list[Source]:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill a plain model from a checkpoint: safetensors, or a torch file read with `weights_only=True`.
 
-    A `state_dict`, `model` or `state_dict_ema` key and a `module.` or `_orig_mod.` prefix are looked through.
+    The tensors may lie under the key `state_dict_ema`, `state_dict` or `model`, and their names may begin with
+    `module.` or `_orig_mod.`, as DataParallel and torch.compile leave them.
 
     Raises:
-        ArtifactError: no such file, not readable, or tensors that do not fit, with names and shapes.
+        ArtifactError: no such file, one that cannot be read, or tensors that do not fit, with names and shapes.
     """
     model_tensors = model.state_dict()
     tensors = _without_prefix(_read_tensors(Path(path)), set(model_tensors))
@@ -269,9 +277,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     missing = [name for name in model_tensors if name not in tensors]
     unknown = [name for name in tensors if name not in model_tensors]
     problems = [
-        f"{len(found)} {what}: {'; '.join(found[:3])}{', …' if len(found) > 3 else ''}"
-        for what, found in (("of another shape", wrong), ("missing", missing), ("not in the model", unknown))
-        if found
+        f"{len(names)} {what}: {'; '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in (("of another shape", wrong), ("missing", missing), ("not in the model", unknown))
+        if names
     ]
     if problems:
         raise ArtifactError(f"{path}: does not fit {type(model).__name__}: {'. '.join(problems)}")
@@ -298,43 +306,26 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _without_prefix(tensors: dict[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
-    """Names as they were before DataParallel or torch.compile wrapped the model; a model's own such names stay."""
+def _without_prefix(tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors under their names before DataParallel or torch.compile wrapped the model.
+
+    Args:
+        names: those of the model, which may begin with such a prefix themselves.
+    """
     for prefix in ("module.", "_orig_mod.", "module."):
-        if not wanted & set(tensors) and all(name.startswith(prefix) for name in tensors):
+        if not names & set(tensors) and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def input_channels(model: nn.Module) -> int:
-    """How many channels the first convolution of a model takes."""
-    first = next((m for m in model.modules() if is_site(m) and m.weight.dim() > 2), None)  # type: ignore[union-attr, operator]
-    return int(first.weight.shape[1]) * int(getattr(first, "groups", 1)) if first is not None else 3  # type: ignore[union-attr, index, arg-type]
-
-
-def data_config(model: nn.Module) -> dict[str, Any]:
-    """How a model's images were prepared: a timm model's own configuration, ImageNet's usual one for torchvision's."""
-    config = getattr(model, "pretrained_cfg", None)
-    if config is None and type(model).__module__.startswith("torchvision.models."):
-        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875,
-                "interpolation": "bilinear"}  # fmt: skip
-    return config or {}
-
-
-def example_inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
-    """One random image of the size that a timm model's configuration names; None for a model without one."""
-    size: Sequence[int] | None = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    return (torch.randn(1, input_channels(model), *size[1:]),) if size else None
-
-
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a converted model depends on."""
+    """Installed versions of the libraries that a converted model depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    installed = {}
     for package in ("sphereify", "torch", "torchvision", "timm"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

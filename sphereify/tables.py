@@ -1,13 +1,12 @@
-"""What a person reads in the terminal."""
+"""Tables and lines for a person at the terminal. Names of layers and classes may hold brackets, so cells are `Text`."""
 
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from sphereify.calibration.layer import LayerFit
-from sphereify.calibration.least_squares import Calibration
+from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.deployment.exporting import Exported
@@ -16,21 +15,15 @@ from sphereify.training import Comparison, Evaluation
 COLOURS = {"convert": "green", "keep": "yellow"}
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the terminal; where there is none, wide enough that layer names are not cut."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 140, highlight=False)
-
-
 def plan_table(plan: ConversionPlan) -> Table:
-    """Each site of the model, what happens to it, and why."""
-    table = Table("layer", "kind", "action", "operator", "role", "why", title=plan.model, header_style="bold")
+    """A row for each site of the model: what happens to it, and why."""
+    table = Table("layer", "kind", "action", "operator", "role", "why", title=Text(plan.model), header_style="bold")
     for decision in plan.decisions:
-        colour = COLOURS[decision.action]
-        table.add_row(
+        _add_row(
+            table,
             ", ".join([decision.name or "(the model)", *decision.aliases]),
             decision.kind,
-            f"[{colour}]{decision.action}[/]",
+            Text(decision.action, COLOURS[decision.action]),
             _operator(decision),
             "" if decision.role == "hidden" else decision.role,
             decision.reason,
@@ -39,7 +32,7 @@ def plan_table(plan: ConversionPlan) -> Table:
 
 
 def print_plan(out: Console, plan: ConversionPlan) -> None:
-    """The table, the notes, and the sum in one line."""
+    """Print the table of the sites, the notes, and a summary in one line."""
     out.print(plan_table(plan))
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
@@ -47,88 +40,95 @@ def print_plan(out: Console, plan: ConversionPlan) -> None:
 
 
 def print_export(out: Console, written: Exported) -> None:
-    """What was written, and how it was checked."""
+    """Print what was written, and how it was checked."""
+    rows = {
+        "file": str(written.path),
+        "format": written.format + (f", opset {written.opset}" if written.opset else ""),
+        "size": f"{written.size / 1e6:.1f} MB",
+        "largest difference": "unknown" if written.difference is None else f"{written.difference:.1e}",
+        "operators": ", ".join(f"{times} {name}" for name, times in written.operators.items()),
+    }
     table = Table(show_header=False)
-    table.add_row("file", str(written.path))
-    table.add_row("format", written.format + (f", opset {written.opset}" if written.opset else ""))
-    table.add_row("size", f"{written.size / 1e6:.1f} MB")
-    table.add_row("largest difference", "unknown" if written.difference is None else f"{written.difference:.1e}")
-    table.add_row("operators", ", ".join(f"{times} {name}" for name, times in written.operators.items()))
+    for row in rows.items():
+        _add_row(table, *row)
     out.print(table)
     out.print(written.note, style=None if written.difference is not None else "yellow", markup=False)
 
 
 def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
-    """How much of each layer's original output is explained, before and after."""
+    """A row for each layer: the share of its original output that is explained, before and after the calibration."""
     table = Table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, header_style="bold")
     for layer in layers:
         colour = "green" if layer.after >= 0.8 else "yellow" if layer.after >= 0.5 else "red"
-        table.add_row(
-            layer.name, _share(layer.before), f"[{colour}]{_share(layer.after)}[/]", f"{layer.rows:,}",
-            f"{layer.unknowns:,}", layer.note,
-        )  # fmt: skip
+        after = Text(_share(layer.after), colour)
+        sizes = f"{layer.rows:,}", f"{layer.unknowns:,}"
+        _add_row(table, layer.name, _share(layer.before), after, *sizes, layer.note)
     table.caption = "share of the original layer's output that is explained (R²)"
     return table
 
 
-def print_calibration(out: Console, found: Calibration) -> None:
-    """The table in the order of the layers, the notes, and what the steps brought."""
-    out.print(calibration_table(found.layers.values(), "calibration"))
-    for note in found.notes:
+def print_calibration(out: Console, calibration: Calibration) -> None:
+    """Print the fit of each layer in their order, the notes, and the summary."""
+    out.print(calibration_table(calibration.layers.values(), "calibration"))
+    for note in calibration.notes:
         out.print(f"note: {note}", style="yellow", markup=False)
-    if found.layers:
-        worst = found.worst()[0]
-        mean = sum(found.values()) / len(found)
-        out.print(f"{len(found)} layers calibrated, R² {mean:.2f} on average, {worst.after:.2f} at {worst.name}",
-                  style="bold", markup=False)  # fmt: skip
-    if found.difference is not None:
-        before, after = found.difference
-        out.print(f"steps: the outputs' error fell from {before:.3f} to {after:.3f} of their variance", style="bold")
+    out.print(calibration.summary(), style="bold", markup=False)
 
 
-def print_suggestion(out: Console, found: Suggestion) -> None:
-    """The layers by their cost, the trials, and the options to give."""
-    out.print(calibration_table(found.layers, "the least explained layers first"))
+def print_suggestion(out: Console, suggestion: Suggestion) -> None:
+    """Print the layers by what is explained of them, the trials, and the options to give."""
+    out.print(calibration_table(suggestion.layers, "the least explained layers first"))
     table = Table("layers excluded", "agreement with the original", header_style="bold")
-    for number, agreement in found.tried.items():
+    for number, agreement in suggestion.trials.items():
         table.add_row(str(number), f"{agreement:.1%}")
     out.print(table)
-    if not found.reached:
-        out.print(f"{found.wanted:.1%} was not reached; try --calibration-images with more images, another --operator, "
-                  f"or accept a greater loss", style="yellow", markup=False)  # fmt: skip
-    elif not found.exclude:
-        out.print(f"{found.agreement:.1%} with all layers converted: nothing to exclude", style="bold", markup=False)
-    if found.exclude:
-        options = " ".join(f"--exclude {name}" for name in found.exclude)
-        out.print(f"{found.agreement:.1%} with: {options}", style="bold", markup=False, soft_wrap=True)
+    if not suggestion.reached:
+        out.print(
+            f"{suggestion.goal:.1%} was not reached; try --calibration-images with more images, another --operator, or "
+            f"accept a greater loss",
+            style="yellow",
+            markup=False,
+        )
+    elif not suggestion.exclude:
+        out.print(f"{suggestion.agreement:.1%} with all layers converted: nothing to exclude", style="bold")
+    if suggestion.exclude:
+        first = suggestion.given.get("overrides")  # overrides win over --exclude, and the first one that matches wins
+        options = (f"--override {name}=keep" if first else f"--exclude {name}" for name in suggestion.exclude)
+        place = ", given before your own --override" if first else ""
+        line = f"{suggestion.agreement:.1%} with: {' '.join(options)}{place}"
+        out.print(line, style="bold", markup=False, soft_wrap=True)
 
 
 def _share(value: float) -> str:
     return "< 0" if value < 0 else f"{value:.3f}"
 
 
-def print_evaluation(out: Console, found: Evaluation, classes: list[str], rows: int = 20) -> None:
-    """Accuracies, and those of each class, the worst first."""
+def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], rows: int = 20) -> None:
+    """Print the accuracy of each class, the worst first and at most `rows` of them, and of all images."""
     table = Table("class", "images", "accuracy", title="accuracy by class", header_style="bold")
-    counts = found.confusion.sum(1).tolist()
-    order = sorted(range(len(classes)), key=lambda c: (found.per_class[c] if counts[c] else 2.0, c))
+    counts, accuracies = evaluation.confusion.sum(1).tolist(), evaluation.per_class
+    order = sorted(range(len(classes)), key=lambda c: (accuracies[c] if counts[c] else 2.0, c))
     for place in order[:rows]:
-        table.add_row(classes[place], str(counts[place]), f"{found.per_class[place]:.2%}" if counts[place] else "")
+        _add_row(table, classes[place], str(counts[place]), f"{accuracies[place]:.2%}" if counts[place] else "")
     if len(classes) > rows:
         table.caption = f"the {rows} worst of {len(classes)} classes"
     out.print(table)
-    skipped = f", {found.skipped} could not be read" if found.skipped else ""
-    top5 = f", top-5 {found.top5:.2%}" if len(classes) > 5 else ""
-    out.print(f"top-1 {found.top1:.2%}{top5} of {found.images} images{skipped}; "
-              f"{found.images_per_second:.0f} images/s", style="bold", markup=False)  # fmt: skip
+    top5 = f", top-5 {evaluation.top5:.2%}" if len(classes) > 5 else ""
+    skipped = f", {evaluation.skipped} could not be read" if evaluation.skipped else ""
+    accuracy = f"top-1 {evaluation.top1:.2%}{top5} of {evaluation.images} images{skipped}"
+    out.print(f"{accuracy}; {evaluation.images_per_second:.0f} images/s", style="bold", markup=False)
 
 
-def comparison_table(found: Comparison) -> Table:
-    """One network a line, the original first."""
-    table = Table(*found.columns(), header_style="bold")
-    for row in found.rows():
-        table.add_row(*row)
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each network, the original first."""
+    table = Table(*comparison.columns(), header_style="bold")
+    for row in comparison.rows():
+        _add_row(table, *row)
     return table
+
+
+def _add_row(table: Table, *cells: str | Text) -> None:
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _operator(decision: Decision) -> str:

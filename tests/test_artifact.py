@@ -1,5 +1,6 @@
 """A converted model goes to disk and comes back bit for bit, or a clear error says why not."""
 
+import copy
 import errno
 import functools
 import json
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sphereify import load, save, sphereify
+from sphereify import fold, load, save, sphereify
 from sphereify.errors import ArtifactError, PlanMismatchError, UsageError
 from sphereify.nn import AngularHead, SphereLinear
 from sphereify.sources import Source, build_model
@@ -77,6 +78,11 @@ def artifact(tmp_path):
     """A small artifact of a network of the user's own."""
     torch.manual_seed(0)
     return save(sphereify(plain()), tmp_path / "artifact")
+
+
+def test_a_model_is_loaded_to_a_device(artifact):
+    assert {p.device.type for p in load(artifact, factory=plain, device="meta").parameters()} == {"meta"}
+    assert {p.device.type for p in load(artifact, factory=plain).parameters()} == {"cpu"}
 
 
 # ------------------------------------------------------------------------------------------------------- there and back
@@ -348,6 +354,32 @@ def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_that_was_replaced_after_the_conversion_is_not_saved_as_if_it_were_converted(tmp_path):
+    model = sphereify(plain())
+    model.fc = nn.Linear(8, 7)
+    with pytest.raises(UsageError, match=r"fc: was planned with weight \(5, 8\) and is now .*\(7, 8\)"):
+        save(model, tmp_path / "out")
+    model = sphereify(plain())
+    model.stem = nn.Conv2d(3, 4, 3)
+    with pytest.raises(UsageError, match="stem: was planned with weight"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_head_can_be_converted_and_saved_again(tmp_path):
+    model = sphereify(plain())
+    model.fc = nn.Linear(8, 7)
+    model = sphereify(model, inplace=True).eval()
+    save(model, tmp_path)
+
+    def factory():
+        network = plain()
+        network.fc = nn.Linear(8, 7)
+        return network
+
+    torch.testing.assert_close(load(tmp_path, factory=factory)(images()), model(images()), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- on the disk
 
 
@@ -536,3 +568,61 @@ def test_an_artifact_can_be_moved(artifact, tmp_path):
 
 def test_a_loaded_head_is_an_angular_head(artifact):
     assert type(load(artifact, factory=plain).fc) is AngularHead
+
+
+# ------------------------------------------------------------------------------------------------ proving the source
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """The sources that saving builds again, in order."""
+    built = []
+    build = build_model
+    monkeypatch.setattr("sphereify.rebuilding.build_model", lambda source: built.append(source) or build(source))
+    return built
+
+
+def test_the_source_of_a_network_is_proven_once_for_it_and_its_copies(tmp_path, builds):
+    model = sphereify(timm.create_model("test_resnet", num_classes=3))
+    save(model, tmp_path / "first")
+    assert len(builds) == 1
+    scramble(model)
+    save(model, tmp_path / "second")
+    save(copy.deepcopy(model), tmp_path / "third")
+    assert len(builds) == 1
+    assert document_of(tmp_path / "third")["source"] == document_of(tmp_path / "first")["source"]
+    assert document_of(tmp_path / "first")["source"]["name"].startswith("test_resnet")
+    assert_identical(load(tmp_path / "third"), model, images(size=32))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read off the model")
+def test_a_network_without_a_source_is_searched_for_once(tmp_path, builds):
+    model = sphereify(_with(timm.create_model("test_resnet"), act1=nn.SiLU()))
+    for name in ("first", "second"):
+        save(model, tmp_path / name)
+        assert document_of(tmp_path / name)["source"] is None
+    searched = len(builds)
+    save(model, tmp_path / "third")
+    assert len(builds) == searched > 0
+
+
+CHANGES = {
+    "a module": lambda model: _with(model, act1=nn.SiLU()),
+    "a setting": lambda model: _with(model, drop_rate=0.5),
+    "a setting inside a list": lambda model: model.layer1[0].numbers.append(2),
+    "a folding": lambda model: fold(model, inplace=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read off the model")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_changed_since_is_proven_anew(change, tmp_path, builds):
+    model = sphereify(timm.create_model("test_resnet"))
+    if change == "a setting inside a list":
+        model.layer1[0].numbers = [1]
+    save(model, tmp_path / "before")
+    proven = len(builds)
+    CHANGES[change](model)
+    save(model, tmp_path / "after")
+    assert len(builds) > proven
+    assert (document_of(tmp_path / "after")["source"] is None) == (change != "a folding")

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import timm.data
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import nn
 
+from sphereify.convert.model_inputs import data_config
 from sphereify.datasets import load_data
 from sphereify.errors import DataError, UsageError
-from sphereify.sources import input_channels
 
 
 def paint(folder: Path, number: int = 3, mode: str = "RGB", size: tuple[int, int] = (20, 24), value: int | None = None):
@@ -226,22 +228,6 @@ def test_an_impossible_size(folder, spec, size):
         load_data(spec if spec == "digits" else str(folder), img_size=size)
 
 
-# ---------------------------------------------------------------------------------------------------------- channels
-
-
-@pytest.mark.parametrize(
-    ("model", "channels"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 4, 3)), 1),
-        (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), 3),
-        (nn.Sequential(nn.Linear(5, 5), nn.Conv2d(2, 4, 3)), 2),
-        (nn.Linear(5, 5), 3),
-    ],
-)
-def test_the_channels_of_a_model_are_those_of_its_first_convolution(model, channels):
-    assert input_channels(model) == channels
-
-
 # ------------------------------------------------------------------------------------------------------ small images
 
 
@@ -295,3 +281,46 @@ def test_without_a_shift_images_are_mirrored_only(steps):
 def test_options_of_small_images_are_refused_for_large_ones(steps, option):
     with pytest.raises(UsageError, match=f"{next(iter(option))}: is for images of up to 64 pixels, got 65"):
         load_data(str(steps), img_size=65, **option)
+
+
+# ------------------------------------------------------------------------------------------- pictures as they come
+
+
+def folder_of(root: Path, picture: Image.Image, name: str = "0.png") -> Path:
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            (root / part / label).mkdir(parents=True)
+            picture.save(root / part / label / name)
+    return root
+
+
+def test_images_of_sixteen_bits_keep_their_contrast(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    data = load_data(str(folder_of(tmp_path, Image.fromarray(ramp))), img_size=64)
+    image = data.test[0][0]
+    assert (image.min(), image.max()) == (pytest.approx(-1, abs=0.02), pytest.approx(1, abs=0.02))
+    assert image.std() > 0.5
+
+
+def test_an_image_with_a_broken_chunk_is_left_out(tmp_path):
+    folder = folder_of(tmp_path, Image.new("RGB", (32, 32), "red"))
+    whole = (folder / "train" / "a" / "0.png").read_bytes()
+    (folder / "train" / "a" / "1.png").write_bytes(whole.replace(b"IDAT", b"\0DAT"))
+    with pytest.raises(DataError, match=r"1\.png: cannot be read as an image"):
+        load_data(str(folder), img_size=32).train[1]
+
+
+def test_test_images_are_prepared_as_the_model_wants_them(tmp_path):
+    folder = str(
+        folder_of(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8)))
+    )
+    model = timm.create_model("test_vit")
+    expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    found = load_data(folder, config=data_config(model)).test
+    with Image.open(found.samples[0][0]) as picture:
+        torch.testing.assert_close(found[0][0], expected(picture.convert("RGB")), rtol=0, atol=0)
+
+
+def test_torchvision_models_want_the_images_of_imagenet():
+    config = data_config(torchvision.models.resnet18())
+    assert (config["mean"], config["std"]) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)

@@ -57,6 +57,10 @@ def test_converting_needs_no_terminal_and_no_timm():
     assert not loaded_after(code) & {"timm", "typer", "rich", "matplotlib", "sklearn"}
 
 
+def test_parameter_groups_need_nothing_but_torch():
+    assert loaded_after("from sphereify import param_groups") <= {"torch", "numpy"}
+
+
 @pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in PUBLIC.items() for name in names.split()])
 def test_public_names_are_there_and_listed(module, name):
     home = __import__(module, fromlist=[name])

@@ -1,24 +1,29 @@
-"""Every architecture of timm and torchvision through the conversion: `python -m tests.zoo [--only GLOB] [--jobs N]`.
+"""Architectures of timm and torchvision through the conversion: `python -m tests.zoo [--all] [--only GLOB] [--jobs N]`.
 
-With `--real`, the smallest variant of each of their model files instead, with real weights: a forward and a backward
-pass, `verify` without a site that is never called for no known reason, and saved and loaded with identical outputs.
+First every architecture is built on the meta device, without values, which costs little. Architectures of one structure
+differ in depth, widths and image size only; the smallest of each structure (with `--all`: every one) is planned and
+converted, operators and skip_shortcuts in turn. The number of sites must be that of an independent walk: modules by
+their classes, plus functional calls counted in a run.
 
-Without it:
-Each is built on the meta device, planned and converted, operators and skip_shortcuts in turn. The number of sites must
-be that of a walk of its own: modules by their classes, plus functional calls counted in a run. Prints a table of
-outcomes and every refusal with its reason; the exit code is 1 if any architecture failed or was miscounted.
+Then the smallest architecture of each model file runs with real weights: a forward and a backward pass, `verify` with a
+reason for each site that is never called, and saved and loaded with identical outputs.
+
+Prints a table of outcomes and every refusal with its reason; the exit code is 1 if any architecture failed or was
+miscounted.
 """
 
 import argparse
-import copy
 import fnmatch
+import hashlib
 import multiprocessing
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from sphereify import apply_plan, load, plan_conversion, save, sphereify
 from sphereify.choices import OPERATORS
-from sphereify.convert.observe import assumed_inputs
+from sphereify.convert.model_inputs import assumed_inputs
 from sphereify.errors import SphereifyError
 from sphereify.sources import Source, build_model
 
@@ -38,10 +43,25 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCel
 @dataclass(frozen=True)
 class Outcome:
     name: str
-    what: str
-    """converted, converted without trace, refused, failed, or miscounted"""
+    result: str
+    """ran, converted, converted without trace, refused, failed, or miscounted"""
     detail: str
     seconds: float
+
+
+# -------------------------------------------------------------------------------------------- every architecture, built
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of an architecture once it is built."""
+
+    source: Source
+    structure: str
+    modules: int
+    parameters: int
+    file: str
+    """The module of timm or torchvision that defines it."""
 
 
 def architectures() -> list[Source]:
@@ -52,10 +72,79 @@ def architectures() -> list[Source]:
     return names + [Source("torchvision", name) for name in torchvision.models.list_models()]
 
 
+def survey(source: Source) -> Survey | Outcome:
+    import timm
+    import torchvision
+
+    try:
+        model = build(source)
+    except Exception as error:
+        return failure(source, error)
+    find = timm.model_entrypoint if source.library == "timm" else torchvision.models.get_model_builder
+    size = sum(p.numel() for p in model.parameters())
+    return Survey(source, structure_of(model), len(list(model.modules())), size, find(source.name).__module__)
+
+
+def structure_of(model: nn.Module) -> str:
+    """A digest of which modules stand in which, under which names, and of what neither width nor depth changes."""
+    parts = {
+        (class_name(parent), "" if name.isdigit() else name, class_name(child), *kind_of(child))
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    }
+    parts |= {(class_name(m), name, p is None) for m in model.modules() for name, p in m._parameters.items()}
+    return hashlib.sha256(repr(sorted(map(repr, parts))).encode()).hexdigest()
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """The kind of a layer's geometry, and switches of any module."""
+    switches = tuple((n, v) for n, v in sorted(vars(module).items()) if isinstance(v, bool | str) and n != "training")
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return switches
+    groups = "depthwise" if module.groups == module.in_channels > 1 else module.groups > 1
+    windows = (max(numbers) > 1 for numbers in (module.kernel_size, module.stride, module.dilation))
+    padding = module.padding if isinstance(module.padding, str) else any(module.padding)
+    return (*switches, *windows, groups, padding)
+
+
+def class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def smallest_of_each(attribute: str, surveys: Iterable[Survey], size: str) -> list[Source]:
+    """The smallest of those that share an attribute; the largest come first, so that all processes end together."""
+    smallest: dict[str, Survey] = {}
+    for one in sorted(surveys, key=attrgetter(size)):
+        smallest.setdefault(getattr(one, attribute), one)
+    return [one.source for one in reversed(smallest.values())]
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what fills a tensor of the meta device in place: there are no values, and the shape stays."""
+
+    FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.clamp_, torch.Tensor.erfinv_, torch.Tensor.mul_,
+             torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_)  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in self.FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build(source: Source) -> nn.Module:
+    try:
+        with torch.device("meta"), _WithoutValues():
+            return build_model(source)
+    except Exception:  # some constructors compute with values
+        return build_model(source)
+
+
+# --------------------------------------------------------------------------------------------- converted without values
+
+
 def convert(numbered: tuple[int, Source]) -> Outcome:
     number, source = numbered
-    warnings.simplefilter("ignore")
-    started = 0.0
+    started = time.perf_counter()
     try:
         model = build(source)
         expected = walk(model)
@@ -66,12 +155,14 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
     except SphereifyError as error:
         return Outcome(str(source), "refused", str(error), time.perf_counter() - started)
     except Exception as error:
-        return Outcome(str(source), "failed", f"{type(error).__name__}: {str(error)[:300]}", 0.0)
+        return failure(source, error)
     # The walk does not know which matrices are computed from parameters.
-    told = [d for d in plan.decisions if d.call is None or d.call.kind != "product" or d.call.parameter is not None]
-    found = Counter("call" if not d.type else "module" for d in told)
-    if expected is not None and found != expected:
-        return Outcome(str(source), "miscounted", f"plan {dict(found)}, walk {dict(expected)}", seconds)
+    comparable = [
+        d for d in plan.decisions if d.call is None or d.call.kind != "product" or d.call.parameter is not None
+    ]
+    counted = Counter("call" if not d.type else "module" for d in comparable)
+    if expected is not None and counted != expected:
+        return Outcome(str(source), "miscounted", f"plan {dict(counted)}, walk {dict(expected)}", seconds)
     never = sum(d.called is False for d in plan.decisions)
     unknown = sum(d.called is None for d in plan.decisions)
     detail = f"{len(plan.converted)} converted, {len(plan.kept)} kept, {never} never called, {unknown} not known"
@@ -79,108 +170,8 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
     return Outcome(str(source), "converted" if traced else "converted without trace", detail, seconds)
 
 
-SMALL = (
-    "atto",
-    "femto",
-    "pico",
-    "xxs",
-    "nano",
-    "zepto",
-    "micro",
-    "tiny",
-    "mini",
-    "_t0",
-    "_xs",
-    "_b0",
-    "18",
-    "10",
-    "small",
-)
-"""What names of small variants contain, smallest first."""
-
-
-def smallest_of_each_file(sources: list[Source]) -> list[Source]:
-    """For each module of timm and torchvision that defines models, the smallest of three that are named like it."""
-    import timm
-    import torchvision
-
-    files: dict[str, list[Source]] = {}
-    for source in sources:
-        find = timm.model_entrypoint if source.library == "timm" else torchvision.models.get_model_builder
-        if not source.name.startswith("test_"):
-            files.setdefault(find(source.name).__module__, []).append(source)
-    chosen = []
-    for variants in files.values():
-        ranked = sorted(variants, key=lambda s: next((i for i, word in enumerate(SMALL) if word in s.name), len(SMALL)))
-        chosen.append(min(ranked[:3], key=lambda s: sum(p.numel() for p in build(s).parameters())))
-    return chosen
-
-
-def run_for_real(numbered: tuple[int, Source]) -> Outcome:
-    number, source = numbered
-    warnings.simplefilter("ignore")
-    started = time.perf_counter()
-    torch.manual_seed(0)
-    try:
-        model = build_model(source)
-        inputs = real_inputs(model, source)
-        converted = sphereify(model, operator=OPERATORS[number % 4], example_inputs=inputs)
-        plan = converted.conversion_plan
-        unexplained = [d.name for d in plan.verify(converted, inputs).kept
-                       if d.called is False and "never called" not in d.reason]  # fmt: skip
-        converted.eval()
-        loss = sum(t.float().square().mean() for t in tensors_of(converted(*inputs)) if t.requires_grad)
-        loss.backward()
-        infinite = [n for n, p in converted.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        with tempfile.TemporaryDirectory() as folder:
-            save(converted, folder)
-            again = load(folder)
-        with torch.no_grad():
-            same = all(map(torch.equal, tensors_of(converted(*inputs)), tensors_of(again(*inputs))))
-    except Exception as error:
-        return Outcome(str(source), "failed", f"{type(error).__name__}: {str(error)[:300]}", 0.0)
-    problems = [f"never called: {unexplained[:3]}"] * bool(unexplained) + [f"not finite: {infinite[:3]}"] * bool(
-        infinite
-    )
-    problems += ["outputs differ after loading"] * (not same)
-    seconds = time.perf_counter() - started
-    return Outcome(str(source), "failed" if problems else "ran", "; ".join(problems) or plan.summary(), seconds)
-
-
-def real_inputs(model: nn.Module, source: Source) -> tuple[Any, ...]:
-    """Two inputs of the smallest usual size; detection takes a list of images, optical flow a pair."""
-    name = type(model).__module__
-    if "detection" in name:
-        return ([torch.rand(3, 96, 96)],)
-    if "optical_flow" in name:
-        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if not config:
-        inputs = next(inputs for inputs in assumed_inputs(model) if _takes(model, inputs))
-        return tuple(torch.randn(t.shape) for t in inputs)
-    least = None if config.get("fixed_input_size") else config.get("min_input_size")
-    return (torch.randn(2, *(least or config["input_size"])),)
-
-
-def _takes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).to("meta").eval()(*inputs)
-    except Exception:
-        return False
-    return True
-
-
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def build(source: Source) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return build_model(source)
-    except Exception:  # some constructors compute with values
-        return build_model(source)
+def failure(source: Source, error: Exception) -> Outcome:
+    return Outcome(str(source), "failed", f"{type(error).__name__}: {str(error)[:300]}", 0.0)
 
 
 def walk(model: nn.Module) -> Counter | None:
@@ -263,31 +254,107 @@ class _Calls(TorchFunctionMode):
         return result
 
 
+# ------------------------------------------------------------------------------------------------ run with real weights
+
+
+def run_for_real(numbered: tuple[int, Source]) -> Outcome:
+    number, source = numbered
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    try:
+        model = build_model(source)
+        inputs = real_inputs(source)
+        converted = sphereify(model, operator=OPERATORS[number % 4], example_inputs=inputs)
+        plan = converted.conversion_plan
+        unexplained = [d.name for d in plan.verify(converted, inputs).kept
+                       if d.called is False and "never called" not in d.reason]  # fmt: skip
+        converted.eval()
+        outputs = tensors_of(converted(*inputs))
+        sum(t.float().square().mean() for t in outputs if t.requires_grad).backward()
+        infinite = [n for n, p in converted.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        converted.zero_grad(set_to_none=True)
+        with tempfile.TemporaryDirectory() as folder:
+            save(converted, folder)
+            again = load(folder)
+        same = all(map(torch.equal, outputs, tensors_of(again(*inputs))))
+    except Exception as error:
+        return failure(source, error)
+    problems = [f"never called: {unexplained[:3]}"] * bool(unexplained)
+    problems += [f"not finite: {infinite[:3]}"] * bool(infinite) + ["outputs differ after loading"] * (not same)
+    seconds = time.perf_counter() - started
+    return Outcome(str(source), "failed" if problems else "ran", "; ".join(problems) or plan.summary(), seconds)
+
+
+def real_inputs(source: Source) -> tuple[Any, ...]:
+    """Random inputs of the smallest size that a model takes; detection takes a list of images, optical flow a pair."""
+    model = build(source).to("meta")
+    name = type(model).__module__
+    if "detection" in name:
+        return ([torch.rand(3, 96, 96)],)
+    if "optical_flow" in name:
+        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    usual = assumed_inputs(model)
+    images = [inputs for inputs in usual if inputs[0].dim() > 3]
+    smaller = [tuple(t[..., :size, :size] for t in inputs) for size in (64, 128) for inputs in images]
+    return tuple(torch.randn(t.shape) for t in next(inputs for inputs in [*smaller, *usual] if takes(model, inputs)))
+
+
+def takes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            for training in (True, False):
+                model.train(training)(*inputs)
+    except Exception:
+        return False
+    return True
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+# ------------------------------------------------------------------------------------------------------------ all of it
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="convert every architecture, not one of each structure")
     parser.add_argument("--only", default="*", help="glob over names")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--real", action="store_true", help="run the smallest variant of each model file")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    named = [s for s in architectures() if fnmatch.fnmatchcase(str(s), options.only)]
-    chosen = list(enumerate(smallest_of_each_file(named) if options.real else named))
-    started = time.perf_counter()
+    named = [source for source in architectures() if fnmatch.fnmatchcase(str(source), options.only)]
     outcomes = []
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=100) as pool:
-        for outcome in pool.imap_unordered(run_for_real if options.real else convert, chosen, chunksize=4):
-            outcomes.append(outcome)
-            if outcome.what in ("failed", "miscounted", "refused"):
-                print(f"{outcome.what}: {outcome.name}: {outcome.detail}", flush=True)
-    slowest = max(outcomes, key=lambda o: o.seconds)
-    for what, count in Counter(o.what for o in outcomes).most_common():
-        print(f"{count:>5}  {what}")
-    print(f"{len(outcomes)} architectures in {time.perf_counter() - started:.0f} s; "
-          f"slowest plan: {slowest.name}, {slowest.seconds:.1f} s")  # fmt: skip
-    bad = sum(o.what in ("failed", "miscounted") for o in outcomes)
+    with multiprocessing.get_context("spawn").Pool(options.jobs, initializer=_start_worker) as pool:
+
+        def run(what: str, task: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+            started, results = time.perf_counter(), []
+            for result in pool.imap_unordered(task, items, chunksize=1):
+                results.append(result)
+                if isinstance(result, Outcome) and result.result in ("failed", "miscounted", "refused"):
+                    print(f"{result.result}: {result.name}: {result.detail}", flush=True)
+            print(f"{what}: {len(items)} architectures in {time.perf_counter() - started:.0f} s", flush=True)
+            outcomes.extend(result for result in results if isinstance(result, Outcome))
+            return results
+
+        surveys = [result for result in run("built", survey, named) if isinstance(result, Survey)]
+        surveys.sort(key=lambda one: named.index(one.source))
+        chosen = named if options.all else smallest_of_each("structure", surveys, "modules")
+        run("converted", convert, list(enumerate(chosen)))
+        real = [one for one in surveys if not one.source.name.startswith("test_")]
+        run("run", run_for_real, list(enumerate(smallest_of_each("file", real, "parameters"))))
+    for result, count in Counter(outcome.result for outcome in outcomes).most_common():
+        print(f"{count:>5}  {result}")
+    slowest = max((o for o in outcomes if o.result.startswith("converted")), key=lambda o: o.seconds, default=None)
+    if slowest is not None:
+        print(f"slowest plan: {slowest.name}, {slowest.seconds:.1f} s")
+    bad = sum(outcome.result in ("failed", "miscounted") for outcome in outcomes)
     print(f"{len(outcomes) - bad} passed, {bad} failed")
     return 1 if bad else 0
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from torch import nn
 from examples.papers.report import finish, markdown, parse
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError
+from sphereify.files import write_text
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
-from sphereify.training.run_folder import write_text
 
 SMOOTHED = Terms(label_smoothing=0.01)
 """The loss of the authors' code."""

@@ -27,7 +27,7 @@ from examples.papers.plain_cnn import cnn, wide
 from examples.papers.report import finish, markdown, parse, picture
 from sphereify import HypersphericalEnergy
 from sphereify.datasets import load_data, load_images
-from sphereify.training.run_folder import write_text
+from sphereify.files import write_text
 
 KINDS = {"plain": (False, 0.0), "SN": (True, 0.0), "MHE": (False, 1.0), "MHE + SN": (True, 1.0)}
 """Spectral normalization, and the weight of the energy (s = 2, half space) in the discriminator's loss."""

@@ -1,1 +1,1 @@
-"""How one layer at a time is fitted to what the original computes: for `calibrate`."""
+"""A start for a converted network from what the original computes: its layers fitted one by one, without training."""

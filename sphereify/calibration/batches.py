@@ -1,68 +1,27 @@
-"""The inputs of a calibration, and the state of the networks while it runs."""
+"""The inputs of a calibration: batches of arguments, checked."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sphereify.errors import DataError, UsageError
+from sphereify.errors import DataError, UsageError, wrong_type
+
+Arguments = tuple[Any, ...]
+"""The positional arguments of one forward pass."""
 
 
-@contextlib.contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode back at the end."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def checked_batches(batches: Iterable[Any]) -> list[Arguments]:
+    """The batches as tuples of arguments.
 
-
-@contextlib.contextmanager
-def unless_raised(model: nn.Module) -> Iterator[None]:
-    """After an error the model's tensors are what they were."""
-    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(kept[name])
-        raise
-
-
-def check_steps(steps: int) -> None:
-    """A number of optimizer steps, 0 for none."""
-    if not isinstance(steps, int) or steps < 0:
-        raise UsageError(f"calibration: got {steps!r} steps, expected 0 or more; usual: 200 to 500")
-    if torch.is_inference_mode_enabled():
-        raise UsageError("calibration: inside torch.inference_mode, where no gradient can be had; call it outside")
-
-
-def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the tensors, for a network that may write to its input."""
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
-
-
-def joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """All batches as one, for a network that keeps a state of its own while it runs."""
-    if not all(isinstance(value, Tensor) for batch in inputs for value in batch):
-        raise UsageError(
-            "calibration: the network keeps something of its own between its layers, so that several batches cannot "
-            "run side by side, and their arguments are no tensors that could be joined. Give one batch."
-        )
-    return tuple(torch.cat(values) for values in zip(*inputs, strict=True))
-
-
-def batches_of(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Batches as tuples of arguments, or the error that says what is wrong with them."""
+    Raises:
+        ArgumentTypeError: something else than tensors or tuples.
+        UsageError: no batches.
+        DataError: a batch that is empty or holds values that are not finite.
+    """
     if not isinstance(batches, Iterable):
-        raise UsageError(f"calibration: got {type(batches).__name__}, expected batches: tensors of inputs")
+        raise wrong_type("calibration", batches, "batches: tensors of inputs")
     inputs = [_arguments(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
     if not inputs:
         raise UsageError("calibration: got no batches, expected tensors of inputs; a few hundred images are enough")
@@ -76,19 +35,35 @@ def batches_of(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     return inputs
 
 
-def _arguments(batch: object) -> tuple[Any, ...]:
+def _arguments(batch: object) -> Arguments:
     if isinstance(batch, tuple):
         return batch
     if isinstance(batch, Tensor):
         return (batch,)
-    raise UsageError(
-        f"calibration: got a batch of type {type(batch).__name__}, expected a tensor or a tuple of the model's "
-        f"arguments. From a loader of images and labels, pass the images: [images for images, _ in loader]."
+    raise wrong_type(
+        "calibration",
+        batch,
+        "a tensor for each batch, or a tuple of the model's arguments. From a loader of images and labels, pass the "
+        "images: [images for images, _ in loader]",
     )
 
 
-def out_of_range(model: nn.Module, inputs: list[tuple[Any, ...]]) -> str | None:
-    """What the model's own configuration says against these images."""
+def joined(inputs: list[Arguments]) -> Arguments:
+    """All batches as one, for a network that stores values in its modules while it runs.
+
+    Raises:
+        UsageError: arguments that are no tensors and cannot be joined.
+    """
+    if not all(isinstance(value, Tensor) for batch in inputs for value in batch):
+        raise UsageError(
+            "calibration: the network stores values in its modules while it runs, so that several batches cannot run "
+            "side by side, and their arguments are no tensors that could be joined. Give one batch."
+        )
+    return tuple(torch.cat(values) for values in zip(*inputs, strict=True))
+
+
+def range_warning(model: nn.Module, inputs: list[Arguments]) -> str | None:
+    """A sentence about images outside the range that the model's configuration expects; None if there is none."""
     config = getattr(model, "pretrained_cfg", None)
     x = inputs[0][0] if inputs[0] else None
     if not isinstance(config, dict) or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():

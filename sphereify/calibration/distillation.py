@@ -11,22 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import batches_of, check_steps, evaluating, fresh
+from sphereify.calibration.batches import Arguments, checked_batches
 from sphereify.calibration.head import centred
-from sphereify.convert.provenance import tensors_in
-from sphereify.errors import UsageError
+from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.errors import UsageError, invalid
 
-BATCH = 64
+BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
-KEPT_BYTES = 256 * 2**20
-"""The original's outputs are kept up to this size, and made anew at each step beyond."""
-Piece = tuple[tuple[Any, ...], Callable[[], list[Tensor]]]
-"""Arguments of the model, and what the original answers to them."""
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
+CACHE_BYTES = 256 * 2**20
+"""Size up to which the original's outputs are cached; larger ones are computed again in each step."""
+
+Example = tuple[Arguments, Callable[[], list[Tensor]]]
+"""Arguments of the model, and a function that gives the original's outputs for them."""
 
 
-def reconstruct(
+def check_steps(steps: int, name: str = "steps") -> None:
+    """Make sure that a number of optimizer steps is valid, 0 for none.
+
+    Raises:
+        UsageError: no whole number ≥ 0, or steps in inference mode, where there are no gradients.
+    """
+    if not isinstance(steps, int) or steps < 0:
+        raise invalid(name, steps, "0 or more", "Usual: 200 to 500")
+    if torch.is_inference_mode_enabled():
+        raise UsageError("calibration: cannot compute gradients inside torch.inference_mode; call it outside")
+
+
+def distill(
     model: nn.Module,
     original: nn.Module,
     batches: Iterable[Tensor | tuple[Any, ...]],
@@ -39,66 +52,54 @@ def reconstruct(
     """Train a converted network to give the original's outputs on the same inputs, in place. No labels are used.
 
     Args:
-        model: converted, best calibrated before.
+        model: the converted network, best calibrated before.
         original: the network before the conversion, trained. It is not changed.
         batches: as for `calibrate`. Where all arguments are tensors with one image a row, each step takes 64 rows.
-        steps: ≥ 1; usual: 200 to 500.
+        steps: number of optimizer steps, ≥ 1; usual: 200 to 500.
         lr: peak learning rate of Adam, which then falls to 0 along a cosine.
-        seed: of the order.
+        seed: random seed for the order of the inputs.
         on_step: called after each step with its number and loss.
 
     Returns:
         The loss on all inputs before and after: the mean squared difference of the outputs over the variance of the
-        original's. Class scores count up to a constant for each input and one factor for all, as the classes that they
-        name do; an angular head has no other scale.
+        original's. Class scores are compared up to a constant for each input and one factor for all inputs, which
+        leave the predicted classes as they are; an angular head has no other scale.
 
     Raises:
-        UsageError: steps below 1, or a rate that is not positive.
+        UsageError: steps below 1, a rate that is not positive, or a model without trainable parameters.
 
     Both networks run in eval mode: dropout is off, and BatchNorm keeps the statistics of the calibration. Only
-    parameters that require a gradient move. If the loss did not fall, the weights are those from before.
+    parameters that require a gradient change. If the loss did not fall, the weights are those from before.
     """
     check_steps(steps)
     if steps < 1:
-        raise UsageError(f"calibration: got {steps} steps, expected at least 1; usual: 200 to 500")
+        raise invalid("steps", steps, "at least 1", "Usual: 200 to 500")
     if not (lr > 0 and math.isfinite(lr)):
-        raise UsageError(f"calibration: got the learning rate {lr!r}, expected a positive number; usual: 1e-3")
-    inputs = batches_of(batches)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise invalid("lr", lr, "a positive number", "Usual: 1e-3")
+    inputs = checked_batches(batches)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
         raise UsageError("calibration: no parameter of the model requires a gradient, so steps can change nothing")
-    with evaluating(model, original), _untouched(original):
-        scale = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+    with evaluating(model, original), _frozen(original):
+        log_scale = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
         with torch.no_grad():
-            pieces = _answered(original, [piece for batch in inputs for piece in _pieces(batch)])
-            scale.copy_(_first_scale(model, pieces).log())
-        before = _total(model, pieces, scale)
-        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam([*trained, scale], lr=lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.enable_grad():
-            for step, (arguments, answer) in enumerate(itertools.islice(_draws(pieces, generator), steps)):
-                loss = _difference(_outputs(model, arguments), answer(), scale)
-                if not loss.isfinite():
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                on_step(step + 1, float(loss.detach()))
-        for parameter in trained:
+            examples = _examples(original, [piece for batch in inputs for piece in _split(batch)])
+            log_scale.copy_(_best_scale(model, examples).log())
+        before = _mean_loss(model, examples, log_scale)
+        start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        _train(model, [*parameters, log_scale], examples, log_scale, steps, lr, seed, on_step)
+        for parameter in parameters:
             parameter.grad = None
-        after = _total(model, pieces, scale)
+        after = _mean_loss(model, examples, log_scale)
         if not after < before:
-            model.load_state_dict(kept)
+            model.load_state_dict(start)
             return before, before
     return before, after
 
 
 @contextlib.contextmanager
-def _untouched(network: nn.Module) -> Iterator[None]:
-    """No gradients for the parameters of a network."""
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Compute no gradients for the parameters of a network."""
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     network.requires_grad_(False)
     try:
@@ -108,68 +109,96 @@ def _untouched(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _split(batch: Arguments) -> list[Arguments]:
+    """A batch in pieces of at most 64 rows, if all arguments are tensors of one length."""
+    lengths = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch}
+    if len(lengths) > 1 or lengths <= {0}:
+        return [batch]
+    return list(zip(*(value.split(BATCH_SIZE) for value in batch), strict=True))
+
+
+def _examples(original: nn.Module, pieces: list[Arguments]) -> list[Example]:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in _outputs(original, pieces[0])) * len(pieces)
+    if size > CACHE_BYTES:
+        return [(piece, torch.no_grad()(functools.partial(_outputs, original, piece))) for piece in pieces]
+    cached = [_outputs(original, piece) for piece in pieces]
+    return [(piece, functools.partial(list, outputs)) for piece, outputs in zip(pieces, cached, strict=True)]
+
+
+def _outputs(network: nn.Module, arguments: Arguments) -> list[Tensor]:
+    """The floating-point tensors that a network returns."""
+    return [tensor.float() for tensor in tensors_in(network(*fresh(arguments))) if tensor.is_floating_point()]
+
+
+def _best_scale(model: nn.Module, examples: list[Example]) -> Tensor:
+    """The factor that brings class scores closest to the original's; 1 for outputs of other kinds."""
+    product = square = torch.zeros(())
+    for arguments, original_outputs in examples:
+        targets = original_outputs()
+        if not _are_scores(targets):
+            return torch.ones(())
+        outputs = _outputs(model, arguments)
+        x, y = centred(outputs[0]), centred(targets[0])
+        product, square = product.to(x.device) + (x * y).sum(), square.to(x.device) + x.square().sum()
+    return (product / square.clamp_min(1e-12)).clamp_min(1e-6)
+
+
+def _are_scores(outputs: list[Tensor]) -> bool:
+    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
+
+
+def _train(
+    model: nn.Module,
+    trained: list[Tensor],
+    examples: list[Example],
+    log_scale: Tensor,
+    steps: int,
+    lr: float,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Take optimizer steps on the loss; end early if it is not finite."""
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for step, (arguments, targets) in enumerate(itertools.islice(_shuffled(examples, generator), steps)):
+            loss = _loss(_outputs(model, arguments), targets(), log_scale)
+            if not loss.isfinite():
+                return
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step(step + 1, float(loss.detach()))
+
+
 def _rate(step: int, steps: int) -> float:
-    """Up along a line, then down along a cosine."""
+    """The share of the peak rate: up along a line, then down along a cosine."""
     rising = max(1, round(WARMUP * steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _draws(pieces: list[Piece], generator: torch.Generator) -> Iterator[Piece]:
-    """Batches without end, all of them once in each round."""
+def _shuffled(examples: list[Example], generator: torch.Generator) -> Iterator[Example]:
+    """Examples without end, all of them once in each round."""
     while True:
-        for number in torch.randperm(len(pieces), generator=generator).tolist():
-            yield pieces[number]
+        for number in torch.randperm(len(examples), generator=generator).tolist():
+            yield examples[number]
 
 
-def _pieces(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    lengths = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch}
-    if len(lengths) > 1 or lengths <= {0}:
-        return [batch]
-    return list(zip(*(value.split(BATCH) for value in batch), strict=True))
-
-
-def _answered(original: nn.Module, pieces: list[tuple[Any, ...]]) -> list[Piece]:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in _outputs(original, pieces[0])) * len(pieces)
-    if size > KEPT_BYTES:
-        return [(piece, torch.no_grad()(functools.partial(_outputs, original, piece))) for piece in pieces]
-    kept = [_outputs(original, piece) for piece in pieces]
-    return [(piece, functools.partial(list, outputs)) for piece, outputs in zip(pieces, kept, strict=True)]
-
-
-def _outputs(network: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors of numbers that a network returns."""
-    return [tensor.float() for tensor in tensors_in(network(*fresh(arguments))) if tensor.is_floating_point()]
-
-
-def _is_scores(outputs: list[Tensor]) -> bool:
-    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
-
-
-def _first_scale(model: nn.Module, pieces: list[Piece]) -> Tensor:
-    """The factor of class scores that brings them closest to the original's; 1 for outputs of other kinds."""
-    product = square = torch.zeros(())
-    for arguments, answer in pieces:
-        wanted = answer()
-        if not _is_scores(wanted):
-            return torch.ones(())
-        got = _outputs(model, arguments)
-        x, y = centred(got[0]), centred(wanted[0])
-        product, square = product.to(x.device) + (x * y).sum(), square.to(x.device) + x.square().sum()
-    return (product / square.clamp_min(1e-12)).clamp_min(1e-6)
-
-
-def _difference(got: list[Tensor], wanted: list[Tensor], scale: Tensor) -> Tensor:
-    if _is_scores(wanted):
-        got, wanted = [centred(got[0]) * scale.exp()], [centred(wanted[0])]
-    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a.shape == b.shape and b.numel() > 1]
+def _loss(outputs: list[Tensor], targets: list[Tensor], log_scale: Tensor) -> Tensor:
+    """The mean squared difference over the variance of the targets."""
+    if _are_scores(targets):
+        outputs, targets = [centred(outputs[0]) * log_scale.exp()], [centred(targets[0])]
+    pairs = [(a, b) for a, b in zip(outputs, targets, strict=True) if a.shape == b.shape and b.numel() > 1]
     if not pairs:
         raise UsageError("calibration: the network's outputs hold no tensors of one shape in both networks to compare")
     return torch.stack([F.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in pairs]).mean()
 
 
 @torch.no_grad()
-def _total(model: nn.Module, pieces: list[Piece], scale: Tensor) -> float:
-    losses = [_difference(_outputs(model, arguments), answer(), scale) for arguments, answer in pieces]
+def _mean_loss(model: nn.Module, examples: list[Example], log_scale: Tensor) -> float:
+    losses = [_loss(_outputs(model, arguments), targets(), log_scale) for arguments, targets in examples]
     return float(torch.stack(losses).mean())

@@ -1,35 +1,42 @@
-"""The converted layers of a network, next to the original ones."""
+"""The converted layers of a network, each next to the original layer that it is fitted to."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.convert.graph import relative_parameter
+from sphereify.convert.copies import copy_of
+from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan, copy_of
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
 from sphereify.nn.functional_calls import CALLS, AngularCall, call_key
 
 
 @dataclass
-class Site:
-    """A converted layer in both networks."""
+class LayerPair:
+    """A converted layer and the original layer.
+
+    Attributes:
+        decision: the decision of the plan that made the converted layer.
+        layer: an `AngularLayer`, `AngularHead` or `AngularCall` of the converted network.
+        original: its counterpart in the original.
+        owner: the module of the converted network whose parameters the weight and the bias are.
+        norm: the normalization that follows in the original and serves this layer alone, or None.
+        new_norm: what stands in its place in the converted network.
+        shares_norm: True if the normalization that follows serves other layers too, so that it stays as it is.
+        tied: True if something else uses the filters as well.
+    """
 
     decision: Decision
     layer: Any
-    """AngularLayer, AngularHead or AngularCall."""
     original: nn.Module
-    norm: Any
-    """The normalization that follows, in the original."""
-    new_norm: Any
-    """Its place in the converted network."""
-    shares_norm: bool
-    """Whether the normalization that follows serves other layers too, so that it stays as it is."""
-    tied: bool
-    """Whether something else uses the filters as well."""
     owner: nn.Module
-    """Whose parameters weight and bias are."""
+    norm: Any
+    new_norm: Any
+    shares_norm: bool
+    tied: bool
 
     @property
     def name(self) -> str:
@@ -37,12 +44,32 @@ class Site:
 
     @property
     def shares_k(self) -> bool:
-        """Whether its learnable k is that of the whole network, which one layer alone may not choose."""
+        """True if its learnable k is that of the whole network, which one layer alone may not choose."""
         return (self.decision.share_k or "").startswith("network")
 
 
+def layer_pairs(model: nn.Module, reference: nn.Module, plan: ConversionPlan) -> dict[str, LayerPair]:
+    """The converted layers of `model` with their counterparts in `reference` (see `reference_of`), by name."""
+    readers = Counter(decision.norm for decision in plan.converted)
+    pairs = {}
+    for decision in plan.converted:
+        path = _path_of(decision)
+        norm = submodule(reference, decision.norm) if readers[decision.norm] == 1 else None
+        pairs[decision.name] = LayerPair(
+            decision,
+            layer=model.get_submodule(path),
+            original=reference.get_submodule(path),
+            owner=model.get_submodule(decision.call.owner if decision.call is not None else decision.name),
+            norm=norm,
+            new_norm=submodule(model, decision.norm) if norm is not None else None,
+            shares_norm=decision.norm is not None and readers[decision.norm] > 1,
+            tied=_is_tied(model, decision),
+        )
+    return pairs
+
+
 class _PlainCall(AngularCall):
-    """Answers a functional call as torch does: a place to see what the original computes."""
+    """The answer of torch to a functional call, given by a module whose input and output can be observed."""
 
     def forward(self, function: Any, call: Any, rows: slice = slice(None)) -> Tensor:
         x, weight, bias, geometry, _ = call
@@ -54,7 +81,10 @@ class _PlainCall(AngularCall):
 
 
 def reference_of(original: nn.Module, plan: ConversionPlan) -> nn.Module:
-    """The original, or where it makes functional calls a copy of it that shows them."""
+    """A network that computes what the original does, with a module for each converted layer.
+
+    It is the original itself, unless that makes functional calls: then a copy in which modules answer them.
+    """
     calls = {d.name for d in plan.converted if d.call is not None}
     if not calls:
         return original
@@ -71,8 +101,8 @@ def reference_of(original: nn.Module, plan: ConversionPlan) -> nn.Module:
     return copied
 
 
-def path_of(decision: Decision) -> str:
-    """Where the module of a site is in a converted network."""
+def _path_of(decision: Decision) -> str:
+    """The qualified name of the module that stands for a converted layer."""
     if decision.call is None:
         return decision.name
     owner = decision.call.owner
@@ -80,8 +110,8 @@ def path_of(decision: Decision) -> str:
     return f"{owner}.{CALLS}.{key}" if owner else f"{CALLS}.{key}"
 
 
-def is_tied(model: nn.Module, decision: Decision) -> bool:
-    """Whether a module outside the site holds the same weight."""
+def _is_tied(model: nn.Module, decision: Decision) -> bool:
+    """True if a module outside the layer holds the same weight, or if the weight is no parameter."""
     if decision.call is not None and decision.call.parameter is None:
         return True
     name = f"{decision.name}.weight" if decision.call is None else decision.call.parameter
@@ -89,8 +119,5 @@ def is_tied(model: nn.Module, decision: Decision) -> bool:
     weight = parameters.get(str(name).removeprefix("."))
     if weight is None:
         return True
-    holders = set()
-    for module in model.modules():
-        if any(parameter is weight for parameter in module._parameters.values()):
-            holders.add(id(module))
+    holders = {id(module) for module in model.modules() if any(held is weight for held in module._parameters.values())}
     return len(holders) > 1

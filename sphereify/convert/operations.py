@@ -1,4 +1,5 @@
-"""What operations do to features, by their names: of a function, a method, or a module's class, in lower case."""
+"""Operations by their effect on features. Each goes by the name of a function, a method or a module's class, in lower
+case."""
 
 SAME_VALUES = {
     "contiguous", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "to",
@@ -11,7 +12,7 @@ LEAVES_IN_PLACE = {
     "contiguous", "clone", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "droppath", "drop_path",
     "alphadropout",
 }  # fmt: skip
-"""Those of them after which, in evaluation, each value is still where it was."""
+"""Operations after which, in evaluation, each value is still where it was."""
 KEEPS_CLASSES = {
     "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
@@ -20,11 +21,11 @@ KEEPS_CLASSES = {
 """Operations between the classifier and the output of a model that leave each channel its class."""
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
-PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
+PRODUCT_NAMES = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
 
 
 def word(function: object) -> str:
-    """The name of a function or method: `add` of `__radd__`, `getattr` of a property."""
+    """The name of a function or method, in lower case: `add` for `__radd__`, `getattr` for a property."""
     name = getattr(function, "__name__", "").lower()
     bare = name.strip("_") if name.startswith("__") else name
     reflected = {"radd": "add", "rmul": "mul", "rtruediv": "truediv", "rmatmul": "matmul", "get": "getattr"}

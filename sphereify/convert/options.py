@@ -1,14 +1,16 @@
-"""What a user may ask of a conversion, each option once. Imports no torch, so that `--help` answers at once."""
+"""The options of a conversion, each declared once. Imports no torch, so that `--help` answers at once."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.options import check_options, option_field
-from sphereify.patterns import PatternList
+from sphereify.patterns import PatternList, Patterns
+from sphereify.wording import listed
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +21,16 @@ else:
 """An operator's name, or a callable cos θ -> g(θ)."""
 
 Overrides = Mapping[str, Mapping[str, Any] | str] | None
+"""Settings for single layers: a pattern over names -> a dict of operator, k and rescale, or "keep"."""
 
 ANGLES, WHERE = "Angular layers", "Which layers"
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(words)
+SETTINGS = ("operator", "k", "rescale")
+"""Options that an override may set for single layers."""
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """How to convert a network.
+    """The options of a conversion: which layers become angular, and how.
 
     Raises:
         UsageError: a value that is not valid, or that has no effect on the others.
@@ -37,8 +38,9 @@ class ConversionOptions:
 
     operator: OperatorLike = option_field(
         "cosine",
-        f"g(θ) in place of the inner product: {_listed(choices.OPERATORS)}.",
+        f"Function g(θ) in place of the inner product: {listed(choices.OPERATORS)}.",
         panel=ANGLES,
+        python_help=f"Function g(θ) in place of the inner product: {listed(choices.OPERATORS)}, or an operator object.",
     )
     k: float | None = option_field(
         None,
@@ -48,18 +50,22 @@ class ConversionOptions:
     )
     share_k: str = option_field(
         "filter",
-        f"What shares one learnable k: {_listed(choices.SHARE_K)}.",
+        f"Extent over which a learnable k is shared: {listed(choices.SHARE_K)}.",
         panel=ANGLES,
         choices=choices.SHARE_K,
     )
-    skip_shortcuts: bool = option_field(False, "Keep 1×1 convolutions on residual shortcuts.", panel=WHERE)
+    skip_shortcuts: bool = option_field(
+        False, "Keep 1×1 convolutions on residual shortcuts, as SphereResNet-v2 does.", panel=WHERE
+    )
     head: str = option_field(
         "auto",
-        f"Classifier: {_listed(choices.HEADS)}. auto: w-softmax where there is a linear classifier.",
+        f"Kind of classifier: {listed(choices.HEADS)}. auto: w-softmax where there is a linear classifier.",
         panel=ANGLES,
         choices=choices.HEADS,
     )
-    head_operator: OperatorLike | None = option_field(None, "g(θ) of the head; default: the operator.", panel=ANGLES)
+    head_operator: OperatorLike | None = option_field(
+        None, "Function g(θ) of the head; default: the operator.", panel=ANGLES
+    )
     margin: float = option_field(
         4.0,
         "Angular margin m ≥ 1 of ga-softmax and a-softmax; usual: 2 to 4.",
@@ -69,39 +75,59 @@ class ConversionOptions:
     scale: float = option_field(30.0, "Scale s > 0 of s-softmax; usual: 10 to 64.", panel=ANGLES, above=0)
     rescale: str = option_field(
         "auto",
-        f"SphereNorm β·g(θ)+γ: {_listed(choices.RESCALE)}. auto: where no affine normalization follows.",
+        f"SphereNorm rescaling β·g(θ)+γ: {listed(choices.RESCALE)}. auto: where no affine normalization follows.",
         panel=ANGLES,
         choices=choices.RESCALE,
     )
     norm: str = option_field(
         "keep",
-        f"BatchNorm after a converted convolution: {_listed(choices.NORM)} (by SphereNorm).",
+        f"BatchNorm after a converted convolution: {listed(choices.NORM)} (by SphereNorm).",
         panel=ANGLES,
         choices=choices.NORM,
     )
     attention: str = option_field(
         "keep",
-        f"Projections of nn.MultiheadAttention: {_listed(choices.ATTENTION)}.",
+        f"Projections of nn.MultiheadAttention: {listed(choices.ATTENTION)}.",
         panel=ANGLES,
         choices=choices.ATTENTION,
     )
     include: PatternList = option_field(
-        None, "Convert only the layers that match: a glob over names, or re:…; repeatable.", panel=WHERE
+        None,
+        "Convert only the layers that match: a glob over names, or re:…; repeatable.",
+        panel=WHERE,
+        python_help="Convert only the layers whose names match: globs, or regular expressions after re:. "
+        "A string or a list.",
     )
-    exclude: PatternList = option_field(None, "Keep the layers that match; repeatable.", panel=WHERE)
+    exclude: PatternList = option_field(
+        None,
+        "Keep the layers that match; repeatable.",
+        panel=WHERE,
+        python_help="Keep the layers whose names match. A string or a list.",
+    )
     overrides: Overrides = option_field(
         None,
         "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never; the first match wins; repeatable.",
         panel=WHERE,
         command_line="--override",
+        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …} or "keep"}. The first '
+        "match wins, and it wins over include, exclude and skip_shortcuts.",
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 
     def __post_init__(self) -> None:
         check_options(self)
+        self._check_head()
+        self._check_operators()
+        for name in ("include", "exclude"):
+            patterns = Patterns(name, getattr(self, name)).patterns
+            if not isinstance(getattr(self, name), (str, type(None))):
+                object.__setattr__(self, name, patterns)
+        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+
+    def _check_head(self) -> None:
         for name, heads in {"margin": choices.MARGIN_HEADS, "scale": ("s-softmax",)}.items():
-            changed = getattr(self, name) != getattr(ConversionOptions, name)
-            if changed and self.head not in heads:
+            is_changed = getattr(self, name) != getattr(ConversionOptions, name)
+            if is_changed and self.head not in heads:
                 raise UsageError(
                     f"{option(name)}: has no effect on {option('head', self.head)}; it belongs to {' and '.join(heads)}"
                 )
@@ -112,17 +138,19 @@ class ConversionOptions:
                 "cosine, which a-softmax is",
                 f"{option('head', 'ga-softmax')} takes any operator",
             )
-        # Made once to be checked: an unknown name, or a k that does not belong to it, fails now.
+
+    def _check_operators(self) -> None:
+        """Make each operator once, so that an unknown name, or a k that does not belong to it, fails now."""
         from sphereify.nn.operators import is_built_in, make_operator
 
-        made = make_operator(self.operator, k=self.k)
+        operator = make_operator(self.operator, k=self.k)
         if self.head_operator is not None:
             make_operator(self.head_operator, k=self.k_of(self.head_operator))
-        k = made.k if self.k is None and is_built_in(made) else self.k
+        k = operator.k if self.k is None and is_built_in(operator) else self.k
         object.__setattr__(self, "k", k if k is None or isinstance(k, (int, float)) else float(k.detach().mean()))
 
     def k_of(self, operator: OperatorLike) -> float | None:
-        """The k of the whole conversion belongs to its operator; another one at some place takes its own default."""
+        """The k for an operator at some place: that of the conversion if it is the same operator, else its default."""
         same = isinstance(operator, str) and isinstance(self.operator, str)
         return self.k if same and choices.canonical(operator) == choices.canonical(self.operator) else None  # type: ignore[arg-type]
 
@@ -139,9 +167,77 @@ class ConversionOptions:
                 raise choose("option", name, names)
         return cls(**keywords)
 
+    def keywords(self) -> "ConversionKeywords":
+        """The options as keyword arguments, for `sphereify`, `plan_conversion` and `suggest`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[return-value]
+
+    def to_json(self) -> str:
+        """The options as JSON text.
+
+        Raises:
+            UsageError: an operator object, which JSON cannot hold.
+        """
+        operators = {option("operator"): self.operator, option("head_operator"): self.head_operator}
+        for pattern, setting in (self.overrides or {}).items():
+            if isinstance(setting, Mapping):
+                operators[f"{option('overrides')}[{pattern!r}]"] = setting.get("operator")
+        for place, operator in operators.items():
+            if not isinstance(operator, (str, type(None))):
+                raise UsageError(
+                    f"{place}: got {operator!r}, an operator object, which JSON cannot hold; expected one of "
+                    f"{listed(choices.OPERATORS)}"
+                )
+        return json.dumps(self.keywords(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ConversionOptions":
+        """Read the options from the text that `to_json` wrote.
+
+        Raises:
+            UsageError: the text is no JSON object, or holds an unknown name or a value that is not valid.
+        """
+        try:
+            keywords = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"options: not JSON ({error})") from error
+        if not isinstance(keywords, dict):
+            raise UsageError(f"options: got {type(keywords).__name__} in JSON, expected an object of name and value")
+        return cls.from_keywords(keywords)
+
+
+def _checked_overrides(overrides: Any) -> dict[str, Any] | None:
+    """The overrides with their words in the canonical spelling."""
+    if overrides is None:
+        return None
+    if not isinstance(overrides, Mapping):
+        raise invalid("overrides", overrides, "a dict of pattern to 'keep' or settings")
+    Patterns("overrides", overrides.keys())
+    return {pattern: _checked_override(pattern, value) for pattern, value in overrides.items()}
+
+
+def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
+    place = f"{option('overrides')}[{pattern!r}]"
+    if value == "keep":
+        return "keep"
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{place}: got {value!r}, expected 'keep' or a dict of {listed(SETTINGS)}")
+    for key in value:
+        if key not in SETTINGS:
+            raise choose(f"{place}: key", key, SETTINGS)
+    setting = dict(value)
+    if "rescale" in setting:
+        setting["rescale"] = choices.canonical(str(setting["rescale"]))
+        if setting["rescale"] not in choices.RESCALE:
+            raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
+    if "operator" in setting:
+        from sphereify.nn.operators import make_operator
+
+        make_operator(setting["operator"], k=setting.get("k"))
+    return setting
+
 
 class ConversionKeywords(TypedDict, total=False):
-    """The fields of `ConversionOptions` as keyword arguments, for completion and type checkers."""
+    """The fields of `ConversionOptions` as keyword arguments, for type checkers."""
 
     operator: OperatorLike
     k: float | None

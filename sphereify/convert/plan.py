@@ -1,4 +1,4 @@
-"""The plan of a conversion: one decision for each convolution and linear map of a model, and why. Plain data."""
+"""The plan of a conversion, as plain data: one decision, with its reason, for each site of a model."""
 
 import dataclasses
 import json
@@ -7,19 +7,23 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sphereify.convert.graph import ATTENTION, in_order, skeleton
-from sphereify.convert.observe import Call, Inputs, run
+from sphereify.convert.copies import skeleton
+from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.observe import observe_model
+from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UsageError
+from sphereify.wording import count
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+"""Format of the JSON. Version 1 called `output_read_only` `only_read`."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one site, and why. Plain data."""
+    """The decision about one site, with its reason. Plain data."""
 
     name: str
-    """Qualified name; the first, where a module is shared."""
+    """Qualified name; the first one if a module is shared."""
     kind: str
     """conv1d, conv2d, conv3d, linear, or a kind that is always kept."""
     action: Literal["convert", "keep"]
@@ -29,54 +33,63 @@ class Decision:
     role: str = "hidden"
     """input, hidden, shortcut, classifier, or auxiliary (a classifier that runs in training only)."""
     aliases: tuple[str, ...] = ()
+    """Further names of a shared module."""
     k: float | None = None
+    """Curvature of a sigmoid, or start of a learnable one."""
     share_k: str | None = None
+    """The set of filters that share one learnable k: filter, layer, network, or network-2 … of a later conversion."""
     rescale: bool = False
+    """True if the layer gets SphereNorm's β and γ."""
     eps: float | None = None
     head: str | None = None
-    """For a classifier that becomes an `AngularHead`: its kind."""
+    """Kind of the `AngularHead` that a classifier becomes."""
     scale: float | None = None
+    """Scale of an s-softmax head."""
     margin: float | None = None
+    """Margin of a ga-softmax or a-softmax head."""
     norm: str | None = None
-    """The affine normalization that directly follows, by name."""
+    """Name of the normalization with an affine part that directly follows."""
     output_read_only: bool = False
-    """True if nothing changes the layer's output in place, because a normalization alone reads it."""
+    """True if nothing changes the layer's output in place: a normalization alone reads it."""
     owns_norm: bool = False
-    """Whether a trace shows that this normalization runs once, on this site's output and on nothing else."""
+    """True if a trace shows that this normalization runs once, on the output of this site and on nothing else."""
     drops_norm: bool = False
-    """Whether that normalization goes, with SphereNorm in its place."""
+    """True if that normalization is dropped, with SphereNorm in its place."""
     type: str = ""
-    """Class of the module that was found."""
+    """Class of the module; empty for a functional call."""
     shape: tuple[int, ...] = ()
-    """Shape of its weight, filters first."""
+    """Shape of the weight, filters first."""
     called: bool | None = None
-    """Whether a pass through the model calls it; None where no pass was possible."""
+    """True if a forward pass calls the site; None if no pass was possible."""
     call: Call | None = None
-    """Where the site is a functional call: who makes it, with which parameter. It is answered; no layer is swapped."""
+    """Functional call that the site is: its owner answers it with an angle, and no layer is swapped."""
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The decisions for one architecture: prints, goes to JSON and back, applies to any model of the same shape."""
+    """The decisions for one architecture. A plan prints, goes to JSON and back, and applies to any model of that
+    architecture."""
 
     model: str
     """Class of the model."""
     decisions: list[Decision]
     notes: list[str] = field(default_factory=list)
-    """What the user should know beyond single sites: parts that could not be traced, for one."""
+    """Remarks on the model as a whole, such as parts that could not be traced."""
     objects: dict[str, Any] = field(default_factory=dict, compare=False)
     """Operator objects by the name that decisions use. They are not part of the JSON."""
 
     @property
     def converted(self) -> list[Decision]:
+        """The decisions to convert a site."""
         return [decision for decision in self.decisions if decision.action == "convert"]
 
     @property
     def kept(self) -> list[Decision]:
+        """The decisions to keep a site as it is."""
         return [decision for decision in self.decisions if decision.action == "keep"]
 
     def verify(self, model: nn.Module, inputs: Inputs = None) -> "ConversionPlan":
-        """The plan with each site marked as called or never called, by real passes in training and in evaluation.
+        """Run the model in training and in evaluation, and mark each site as called or never called.
 
         Args:
             model: the plain or the converted model; a copy of it runs.
@@ -88,17 +101,17 @@ class ConversionPlan:
         Raises:
             UsageError: the model does not run with these inputs.
         """
-        seen = run(skeleton(model), inputs, on_shapes=False)
+        seen = observe_model(skeleton(model), inputs, on_shapes=False)
         if seen.error:
             raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
-        made = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
+        calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
         decisions = []
         for decision in self.decisions:
             called = any(name in seen.order for name in (decision.name, *decision.aliases))
             if decision.call is not None:
                 owner = decision.call.owner
-                attention = isinstance(model.get_submodule(owner), ATTENTION) and owner in seen.order
-                called = attention or (owner, decision.call.parameter) in made
+                is_attention = isinstance(model.get_submodule(owner), ATTENTION) and owner in seen.order
+                called = is_attention or (owner, decision.call.parameter) in calls
             if decision.action == "convert" and not called:
                 decision = replace(decision, action="keep", reason="never called in training or evaluation")
             decisions.append(replace(decision, called=called))
@@ -106,8 +119,10 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
-        lines = [f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {d.reason}".rstrip()
-                 for d in self.decisions]  # fmt: skip
+        lines = [
+            f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {d.reason}".rstrip()
+            for d in self.decisions
+        ]
         return "\n".join([f"{self.model}: {self.summary()}", *lines, *self.notes])
 
     def summary(self) -> str:
@@ -139,10 +154,10 @@ class ConversionPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "ConversionPlan":
-        """The plan that `to_json` wrote.
+        """Read a plan from the text that `to_json` wrote.
 
         Raises:
-            ArtifactError: not such a JSON text, or of a newer version than this package knows.
+            ArtifactError: the text is no such JSON, or of a newer version than this package reads.
         """
         try:
             plain = json.loads(text)
@@ -151,25 +166,17 @@ class ConversionPlan:
                     f"plan: format version {plain['version']} is newer than {PLAN_VERSION}, which this sphereify "
                     f"reads. Upgrade with: pip install --upgrade sphereify"
                 )
-            decisions = [_decision(d) for d in plain["decisions"]]
+            decisions = [_decision(decision, plain["version"]) for decision in plain["decisions"]]
             return cls(plain["model"], decisions, list(plain["notes"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
 
 
-def _decision(plain: dict[str, Any]) -> Decision:
-    fields = {RENAMED.get(name, name): value for name, value in plain.items()}
-    about = {"aliases": tuple(fields["aliases"]), "shape": tuple(fields["shape"]), "call": _call(fields["call"])}
-    return Decision(**{**fields, **about})
-
-
-RENAMED = {"only_read": "output_read_only"}
-"""Fields of a decision by the names that plans written earlier give them."""
-
-
-def _call(plain: dict[str, Any] | None) -> Call | None:
-    return None if plain is None else Call(**{**plain, "shape": tuple(plain["shape"])})
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _decision(plain: dict[str, Any], version: int) -> Decision:
+    """A decision from its JSON, of this or an earlier version of the format."""
+    fields = {**plain, "aliases": tuple(plain["aliases"]), "shape": tuple(plain["shape"])}
+    if version < 2:
+        fields["output_read_only"] = fields.pop("only_read")
+    if (call := plain["call"]) is not None:
+        fields["call"] = Call(**{**call, "shape": tuple(call["shape"])})
+    return Decision(**fields)

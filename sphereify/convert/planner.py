@@ -1,10 +1,10 @@
-"""Who decides: for each convolution and linear map of a model, convert or keep, and why.
+"""The planner: for each site of a model it decides whether to convert or to keep it, and why.
 
 Everything that can be refused is refused here, so that applying a plan has nothing left to decide.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,45 @@ import torch
 from torch import nn
 
 from sphereify import choices
-from sphereify.convert.graph import SWAPPED, ModelGraph, Site, class_name, is_site, is_swapped, trace
-from sphereify.convert.observe import Call, Inputs
+from sphereify.convert.graph import ModelGraph, read_graph
+from sphereify.convert.model_checks import check_model, quantized_layers
+from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
-from sphereify.convert.plan import ConversionPlan, Decision, count
-from sphereify.errors import UnsupportedModelError, UsageError, choose
+from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.sites import SWAPPED, Call, Site, class_name, is_swapped
+from sphereify.errors import UnsupportedModelError, UsageError, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
-from sphereify.nn.layers import is_folded_layer
 from sphereify.nn.operators import is_built_in, make_operator
+from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns
+from sphereify.wording import count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+EXCLUDED, OVERRIDDEN = "excluded by pattern", "an override keeps it"
 
+HEAD_REASONS = {
+    "w-softmax": "classifier: logits ‖x‖·g(θ)",
+    "ga-softmax": "classifier: logits ‖x‖·g(θ), of the target ‖x‖·ψ(θ) in training",
+    "a-softmax": "classifier: logits ‖x‖·cos θ, of the target ‖x‖·ψ(θ) in training",
+    "s-softmax": "classifier: logits s·g(θ)",
+}
+
+OTHER_KINDS = {
+    "conv-transpose": "transposed convolution: an output has no single patch that an angle could be taken to",
+    "bilinear": "bilinear form of two inputs, not the angle to one",
+    "recurrent": "recurrent layer: its kernels take plain weights",
+    "embedding": "table that is looked up, not multiplied",
+    "own-backward": "product inside an autograd.Function, whose backward is its own and would stay plain",
+    "beneath": "product by torch.ops or in a scripted function, beneath the functions that can be answered",
+    "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
+}
+"""Reasons to keep the sites that are no convolution or linear map, by the beginning of their kind."""
+
+
+@with_keywords_of(ConversionOptions)
 def plan_conversion(
     model: nn.Module, *, example_inputs: Inputs = None, **options: "Unpack[ConversionKeywords]"
 ) -> ConversionPlan:
@@ -33,53 +58,23 @@ def plan_conversion(
 
     Args:
         model: any `nn.Module`, on any device.
-        example_inputs, options: as `sphereify.sphereify`.
+        {options}
+        example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: two images of the
+            size in the model's `pretrained_cfg`.
 
     Raises:
-        UsageError: a wrong option, a pattern that matches no site, a head that cannot be found, nothing to convert.
+        ArgumentTypeError: not an `nn.Module`.
+        UsageError: a wrong option, a pattern that matches no site, a head for a model without a classifier, nothing to
+            convert.
         UnsupportedModelError: a wrapped model, lazy layers not yet initialised, quantized layers to convert.
     """
-    asked = ConversionOptions.from_keywords(options)
+    conversion = ConversionOptions.from_keywords(options)
     check_model(model)
-    graph = trace(model, example_inputs)
-    return _Planner(asked, model, graph).plan()
-
-
-def check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    wrappers = {
-        "DistributedDataParallel": "torch.nn.parallel",
-        "DataParallel": "torch.nn.parallel",
-        "FullyShardedDataParallel": "torch.distributed.fsdp",
-        "OptimizedModule": "torch.compile",
-    }
-    for name, module in model.named_modules():
-        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in wrappers), None)
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if wrapper or compiled:
-            what = f"{wrapper} ({wrappers[wrapper]})" if wrapper else "compiled in place by .compile()"
-            raise UnsupportedModelError(
-                f"{name or 'the model'} is {what}: convert the plain model first, then wrap or compile the result"
-            )
-        if is_folded_layer(module):
-            raise UnsupportedModelError(
-                f"{name or 'the model'} is folded for inference: take the model that it was folded from"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(
-                f"{name or 'the model'} is compiled by torch.jit: convert the Python model that it was made from"
-            )
-        lazy = getattr(module, "has_uninitialized_params", None)
-        if lazy is not None and lazy():
-            raise UnsupportedModelError(
-                f"{name or 'the model'} ({type(module).__name__}) is lazy and has no weights yet: run one forward pass "
-                f"with an example input, then convert"
-            )
+    return _Planner(conversion, model, read_graph(model, example_inputs)).plan()
 
 
 class _Planner:
-    """The decisions for one model; each question a user may have about a site is one method."""
+    """The decisions for one model; each question that a user may have about a site is one method."""
 
     def __init__(self, options: ConversionOptions, model: nn.Module, graph: ModelGraph):
         self.options = options
@@ -88,13 +83,11 @@ class _Planner:
         self.objects: dict[str, Any] = {}
         self.include = Patterns("include", options.include)
         self.exclude = Patterns("exclude", options.exclude)
-        if not isinstance(options.overrides or {}, Mapping):
-            raise UsageError(f"overrides: got {options.overrides!r}, expected a dict of pattern to 'keep' or settings")
-        self.overrides = Patterns("overrides", (options.overrides or {}).keys())
-        self.settings = {pattern: _check_override(pattern, v) for pattern, v in (options.overrides or {}).items()}
+        self.settings: Any = options.overrides or {}
+        self.overrides = Patterns("overrides", self.settings.keys())
 
     def plan(self) -> ConversionPlan:
-        quantized = self._quantized()
+        quantized = quantized_layers(self.model)
         if not self.graph.sites and not quantized:
             raise UsageError(
                 f"{type(self.model).__name__} has no convolution or linear layer (nn.Conv1d/2d/3d, nn.Linear): "
@@ -107,55 +100,54 @@ class _Planner:
             if not self.exclude.match((name,)):
                 raise UnsupportedModelError(
                     f"{name} ({type(self.model.get_submodule(name)).__name__}) is quantized: its weights cannot be "
-                    f"trained. Convert the float model and quantize afterwards, or keep it with --exclude '{name}'"
+                    f"trained. Convert the float model and quantize afterwards, or keep it with "
+                    f"{option('exclude', name)}"
                 )
         if self.options.head in choices.HEAD_KINDS:
             self._check_head(decisions)
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
-        notes = [f"{name or type(self.model).__name__}: not traced ({why}); roles inside it come from names and shapes"
-                 for name, why in self.graph.untraced.items()]  # fmt: skip
+        return ConversionPlan(class_name(self.model), decisions, self._notes(), self.objects)
+
+    def _notes(self) -> list[str]:
+        """Remarks on the model as a whole."""
+        model = type(self.model).__name__
+        notes = [
+            f"{name or model}: not traced ({why}); roles inside it come from names and shapes"
+            for name, why in self.graph.untraced.items()
+        ]
         if self.graph.not_run and any(site.called is not True for site in self.graph.sites):
-            notes.append(f"{type(self.model).__name__}: not run ({self.graph.not_run}); example_inputs=… would show "
-                         f"which layers are called")  # fmt: skip
-        return ConversionPlan(class_name(self.model), decisions, notes, self.objects)
+            notes.append(
+                f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
+            )
+        return notes
 
     def _check_head(self, decisions: list[Decision]) -> None:
-        """A kind of head was asked for: there must be a classifier, and nothing else that keeps it."""
+        """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""
+        head = option("head", self.options.head)
         heads = [d for d, site in zip(decisions, self.graph.sites, strict=True) if self._is_head(site)]
         if not heads:
             raise UsageError(
-                f"head={self.options.head!r}: no classifier was found in {type(self.model).__name__}, that is no "
-                f"nn.Linear that ends in the model's output. Take head='keep' for a model without one."
+                f"{head}: no classifier was found in {type(self.model).__name__}, that is no nn.Linear that ends in "
+                f"the model's output. Take {option('head', 'keep')} for a model without one."
             )
         between = [site.name for site in self.graph.sites if self._is_head(site) and site.direct is False]
         if self.options.head in choices.MARGIN_HEADS and between:
             raise UsageError(
-                f"head={self.options.head!r}: the model goes on computing with what its classifier {between[0]} "
-                f"returns, but a margin head returns an AngularOutput in training. Take head='w-softmax' instead."
+                f"{head}: the model goes on computing with what its classifier {between[0]} returns, but a margin head "
+                f"returns an AngularOutput in training. Take {option('head', 'w-softmax')} instead."
             )
-        kept = [d for d in heads if d.reason in (_EXCLUDED, _OVERRIDDEN)]
-        if len(kept) == len(heads):
+        unwanted = [d for d in heads if d.reason in (EXCLUDED, OVERRIDDEN)]
+        if len(unwanted) == len(heads):
             raise UsageError(
-                f"head={self.options.head!r}: the classifier {kept[0].name} is kept by exclude or overrides. Leave one "
-                f"of the two out."
+                f"{head}: the classifier {unwanted[0].name} is kept by {option('exclude')} or {option('overrides')}. "
+                f"Leave one of the two out."
             )
-
-    def _quantized(self) -> list[str]:
-        found: list[str] = []
-        for name, module in self.model.named_modules():
-            if any(name.startswith(outer + ".") for outer in found):
-                continue  # a part of what was found
-            cls = type(module)
-            of_torch = cls.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized"))
-            integer = is_site(module) and not _weight(module).is_floating_point()
-            if integer or (of_torch and re.search("Conv|Linear", cls.__name__)):
-                found.append(name)
-        return found
 
     def _decide(self, site: Site) -> Decision:
+        """The decision about one site."""
         setting = self._setting(site)
-        found = Decision(
+        decision = Decision(
             site.name,
             site.kind,
             "keep",
@@ -169,24 +161,30 @@ class _Planner:
             called=site.called,
             call=site.call,
         )
-        if found.reason:
-            return found
+        if decision.reason:
+            return decision
         operator, k = self._operator(site, setting)
         share_k = self.options.share_k if operator == LearnableSigmoidOperator.name else None
         if site.attention is not None and share_k == "filter":
             share_k = "layer"  # queries, keys and values are slices of one weight
-        angular = replace(found, action="convert", operator=operator, k=k, share_k=share_k)
+        decision = replace(decision, action="convert", operator=operator, k=k, share_k=share_k)
         if site.role == "classifier":
             kind = "w-softmax" if self.options.head == "auto" else self.options.head
             scale = self.options.scale if kind == "s-softmax" else None
             margin = self.options.margin if kind in choices.MARGIN_HEADS else None
-            return replace(angular, reason=_HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
-        rescale, drops_norm, why = self._rescale(site, setting)
-        return replace(angular, reason=why, rescale=rescale, drops_norm=drops_norm, eps=self.options.eps,
-                       output_read_only=site.norm_seen and not rescale)  # fmt: skip
+            return replace(decision, reason=HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
+        rescale, drops_norm, reason = self._rescale(site, setting)
+        return replace(
+            decision,
+            reason=reason,
+            rescale=rescale,
+            drops_norm=drops_norm,
+            eps=self.options.eps,
+            output_read_only=site.norm_seen and not rescale,
+        )
 
     def _setting(self, site: Site) -> dict[str, Any] | str:
-        """The first override that matches, "keep" from `exclude` or `include`, or nothing."""
+        """The first override that matches; else "exclude" or "not included" if a pattern says so; else nothing."""
         pattern = self.overrides.match(site.names)
         if pattern is not None:
             return self.settings[pattern]
@@ -203,8 +201,8 @@ class _Planner:
     def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:
         if isinstance(setting, str):
             return {
-                "keep": _OVERRIDDEN,
-                "exclude": _EXCLUDED,
+                "keep": OVERRIDDEN,
+                "exclude": EXCLUDED,
                 "not included": "no include pattern matches",
             }[setting]
         if site.attention is not None and self.options.attention == "keep":
@@ -243,7 +241,7 @@ class _Planner:
         return isinstance(site.module, AngularHead) or (site.role == "classifier" and linear)
 
     def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
-        """Name and k; an operator object of the user's own is put aside under its class's name."""
+        """The name of the operator and its k; an object of the user's own is stored under the name of its class."""
         default = self.options.operator
         if site.role == "classifier" and self.options.head == "a-softmax":
             default = self.options.head_operator or "cosine"
@@ -252,53 +250,33 @@ class _Planner:
             default = self.options.head_operator
         operator = setting.get("operator", default)
         k = setting.get("k", self.options.k_of(operator))
-        made = make_operator(operator, k=k)
-        if not is_built_in(made):
-            name = class_name(made)
-            while self.objects.get(name, made) is not made:
+        g = make_operator(operator, k=k)
+        if not is_built_in(g):
+            name = class_name(g)
+            while self.objects.get(name, g) is not g:
                 name += "'"  # another object of the same class
-            self.objects[name] = made
+            self.objects[name] = g
             return name, None
-        return made.name, _as_number(made.k)
+        return g.name, _as_number(g.k)
 
     def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
-        """Whether the layer gets β and γ, whether the following norm goes, and the reason to print."""
-        wish = setting.get("rescale", self.options.rescale)
-        if self.options.norm == "replace" and site.norm and site.owns_norm and wish != "never":
+        """True if the layer gets β and γ, True if the following norm is dropped, and the reason."""
+        policy = setting.get("rescale", self.options.rescale)
+        if self.options.norm == "replace" and site.norm and site.owns_norm and policy != "never":
             norm = submodule(self.model, site.norm)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and "conv" in site.kind:
                 return True, True, f"SphereNorm in place of {site.norm}"
-        if wish == "always":
+        if policy == "always":
             return True, False, "SphereNorm rescaling: always"
-        if wish == "never":
+        if policy == "never":
             return False, False, "no rescaling"
         if site.norm:
             return False, False, f"{site.norm} rescales"
         return True, False, "no norm follows: SphereNorm rescaling"
 
 
-_EXCLUDED, _OVERRIDDEN = "excluded by pattern", "an override keeps it"
-_HEAD_REASONS = {
-    "w-softmax": "classifier: logits ‖x‖·g(θ)",
-    "ga-softmax": "classifier: logits ‖x‖·g(θ), of the target ‖x‖·ψ(θ) in training",
-    "a-softmax": "classifier: logits ‖x‖·cos θ, of the target ‖x‖·ψ(θ) in training",
-    "s-softmax": "classifier: logits s·g(θ)",
-}
-
-
-_OTHER_KINDS = {
-    "conv-transpose": "transposed convolution: an output has no single patch that an angle could be taken to",
-    "bilinear": "bilinear form of two inputs, not the angle to one",
-    "recurrent": "recurrent layer: its kernels take plain weights",
-    "embedding": "table that is looked up, not multiplied",
-    "own-backward": "product inside an autograd.Function, whose backward is its own and would stay plain",
-    "beneath": "product by torch.ops or in a scripted function, beneath the functions that can be answered",
-    "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
-}
-
-
 def _cannot_convert(site: Site) -> str | None:
-    """What stands in the way of an angular twin of this site, whatever the user asks for."""
+    """The reason why this site cannot become angular, whatever the user asks for; None if it can."""
     module = site.module
     if site.angular:
         return "already angular"
@@ -311,7 +289,7 @@ def _cannot_convert(site: Site) -> str | None:
     if site.call is not None and site.attention is None and _is_position_table(site.call):
         return "table of positions: its products are attention scores, not features"
     if site.kind not in SWAPPED.values():
-        return next(reason for kind, reason in _OTHER_KINDS.items() if site.kind.startswith(kind))
+        return next(reason for kind, reason in OTHER_KINDS.items() if site.kind.startswith(kind))
     if site.call is not None or (module is not None and is_swapped(module)):
         return None
     if "forward" in vars(module):
@@ -331,41 +309,7 @@ def _as_number(k: float | torch.Tensor | None) -> float | None:
     return float(k.detach().mean()) if isinstance(k, torch.Tensor) else k
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
-    weight: Any = getattr(module, "weight", torch.empty(0))  # quantized modules have a method of that name
-    return weight() if callable(weight) and not isinstance(weight, torch.Tensor) else weight
-
-
-def _check_override(pattern: str, value: Any) -> dict[str, Any] | str:
-    place = f"overrides[{pattern!r}]"
-    if value == "keep":
-        return "keep"
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{place}: got {value!r}, expected 'keep' or a dict of operator, k, rescale")
-    for key in value:
-        if key not in ("operator", "k", "rescale"):
-            raise choose(f"{place}: key", key, ("operator", "k", "rescale"))
-    setting = dict(value)
-    if "rescale" in setting:
-        setting["rescale"] = choices.canonical(str(setting["rescale"]))
-        if setting["rescale"] not in choices.RESCALE:
-            raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
-    if "operator" in setting:
-        make_operator(setting["operator"], k=setting.get("k"))
-    return setting
-
-
 def _nothing_to_convert(decisions: list[Decision]) -> str:
-    reasons: dict[str, int] = {}
-    for decision in decisions:
-        reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
-    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+    reasons = Counter(decision.reason for decision in decisions)
+    listed = "; ".join(f"{number} × {reason}" for reason, number in reasons.items())
     return f"nothing to convert: all {count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
-
-
-def submodule(model: nn.Module, name: str | None) -> Any:
-    """The module of that name, or None: without a name, or where there is no such module."""
-    try:
-        return model.get_submodule(name) if name else None
-    except AttributeError:  # a functional norm has a node's name, not a module's
-        return None

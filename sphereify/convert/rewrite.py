@@ -1,7 +1,7 @@
-"""Applies a plan to a model. Everything has been decided before; here layers become angular, in place.
+"""Application of a plan to a model. Everything has been decided before; here layers become angular, in place.
 
 A layer keeps its identity and takes on the class and the state of its twin. So whatever refers to it, by another name,
-in a list of the user's own or from a function, has the angular layer.
+in a list of the user's own or from a function, refers to the angular layer.
 """
 
 import copy
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from sphereify.choices import DEFAULT_EPS
-from sphereify.convert.graph import computed_tensors, is_site, kind_of, relative_parameter, weight_of
-from sphereify.convert.observe import Call
+from sphereify.convert.copies import copy_of
+from sphereify.convert.names import relative_parameter
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line
+from sphereify.convert.sites import Call, is_site, kind_of, weight_of
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
@@ -35,11 +36,11 @@ PLAN_ATTRIBUTE = "conversion_plan"
 
 
 def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:
-    """The model with every site of the plan converted; its own class, methods, hooks and flags stay.
+    """Convert every site that the plan says; the model's own class, methods, hooks and flags stay.
 
     Args:
-        model: of the architecture that was planned; its weights may differ.
-        plan: from `plan_conversion`, or back from JSON.
+        model: a model of the architecture that was planned; its weights may differ.
+        plan: the result of `plan_conversion`, or of `ConversionPlan.from_json`.
         inplace: change `model` itself. Otherwise it is copied and not touched.
 
     Returns:
@@ -65,7 +66,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
             _take_over_norm(twins[decision.name], norms[decision.norm])
     for name in {d.call.owner for d in plan.converted if d.call}:
         _check_class(name, model.get_submodule(name))
-    # All is made; from here on nothing can fail half-way.
+    # All parts exist; from here on nothing can fail half-way.
     for name, twin in twins.items():
         become(plain[name], twin)
     for name, rest in rests.items():
@@ -79,17 +80,17 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
 
 
 def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
-    """The model has exactly the sites that the plan speaks of, in the shapes it saw."""
-    found = {name: module for name, module in model.named_modules() if is_site(module)}
+    """Make sure that the model has exactly the sites of the plan, in the same shapes."""
+    sites = {name: module for name, module in model.named_modules() if is_site(module)}
     planned = {decision.name: decision for decision in plan.decisions}
     for name, decision in planned.items():
-        if not decision.type:  # a functional call: its weight is what there is to find
+        if not decision.type:  # a functional call, which only its weight stands for
             if decision.call is not None:
                 _check_parameter(model, decision.call, decision.name, plan)
             continue
-        if name not in found:
+        if name not in sites:
             raise PlanMismatchError(f"{name}: the plan for {plan.model} has this layer, {type(model).__name__} has not")
-        module = found[name]
+        module = sites[name]
         shape = tuple(weight_of(module).shape)
         if kind_of(module) != decision.kind or shape != decision.shape:
             raise PlanMismatchError(
@@ -98,7 +99,7 @@ def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
             )
         if decision.action == "convert" and isinstance(module, (AngularLayer, AngularHead)):
             raise PlanMismatchError(f"{name}: the plan converts this layer, but it is angular already")
-    for name in found:
+    for name in sites:
         if name not in planned:
             raise PlanMismatchError(f"{name}: {type(model).__name__} has this layer, the plan for {plan.model} has not")
 
@@ -112,16 +113,6 @@ def _check_parameter(model: nn.Module, call: Call, name: str, plan: ConversionPl
         raise PlanMismatchError(
             f"{name}: the plan for {plan.model} has this call, {type(model).__name__} has not ({error})"
         ) from None
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, of computed tensors too, or the error that says that the model cannot be copied."""
-    try:
-        return copy.deepcopy(model, computed_tensors(model))
-    except Exception as error:  # whatever a user's __deepcopy__ raises
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert it with inplace=True."
-        ) from error
 
 
 class _Operators:
@@ -154,8 +145,9 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
     if isinstance(operator, nn.Module):
         operator.to(device=weight.device, dtype=weight.dtype)
     if decision.head:
-        given = {name: getattr(decision, name) for name in ("scale", "margin") if getattr(decision, name) is not None}
-        return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **given)  # type: ignore[arg-type]
+        values = {"scale": decision.scale, "margin": decision.margin}
+        values = {name: value for name, value in values.items() if value is not None}
+        return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **values)  # type: ignore[arg-type]
     twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
     twin.output_read_only = decision.output_read_only
     if twin.beta is not None:
@@ -165,17 +157,25 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
 
 
 def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> AngularCall:
-    """What answers a functional call, with a β that starts as a layer's does."""
+    """The answer to a functional call, with a β that starts as a layer's does."""
     assert decision.call is not None
     operator = operators.of(decision)
     owner = model.get_submodule(decision.call.owner)
     weight = model.get_parameter(decision.call.parameter) if decision.call.parameter else next(owner.parameters())
     if isinstance(operator, nn.Module):
         operator.to(device=weight.device, dtype=weight.dtype)
-    call = AngularCall(decision.kind, decision.shape[0], operator, rescale=decision.rescale,
-                       has_bias=decision.call.has_bias, eps=decision.eps or DEFAULT_EPS,
-                       columns=decision.call.transposed, groups=decision.call.groups,
-                       device=weight.device, dtype=weight.dtype)  # fmt: skip
+    call = AngularCall(
+        decision.kind,
+        decision.shape[0],
+        operator,
+        rescale=decision.rescale,
+        has_bias=decision.call.has_bias,
+        eps=decision.eps or DEFAULT_EPS,
+        columns=decision.call.transposed,
+        groups=decision.call.groups,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight
     if call.beta is not None and tuple(filters.shape) == decision.shape:
@@ -184,7 +184,7 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
 
 
 def _start_beta(beta: torch.Tensor, weight: torch.Tensor, operator: Any) -> None:
-    """‖w‖·√fan_in over the slope of g at π/2, near which most angles lie.
+    """Start β at ‖w‖·√fan_in over the slope of g at π/2, near which most angles lie.
 
     For inputs of unit RMS, ‖x‖ = √fan_in, and β·g(θ) is then nearly the inner product that was there before.
     """
@@ -194,7 +194,7 @@ def _start_beta(beta: torch.Tensor, weight: torch.Tensor, operator: Any) -> None
 
 
 def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
-    """dg/dcos at θ = π/2, for each filter; 1 where an operator of the user's own has none to divide by."""
+    """The slope dg/dcos at θ = π/2 for each filter; 1 where an operator of the user's own has none to divide by."""
     with torch.inference_mode(False), torch.enable_grad():
         cos = torch.zeros(1, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
         try:
@@ -205,7 +205,7 @@ def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:
-    """Take on the class and the state of the twin; a handle that was given out before can still remove its hook."""
+    """Give a module the class and the state of its twin; a handle that was given out before still removes its hook."""
     hooks = {name: table for name, table in vars(module).items() if name.endswith("_hooks") and vars(twin).get(name)}
     module.__class__ = type(twin)  # type: ignore[assignment]
     vars(module).clear()
@@ -213,18 +213,19 @@ def become(module: nn.Module, twin: nn.Module) -> None:
 
 
 def _check_class(name: str, owner: nn.Module) -> None:
+    """Make sure that the class of a module can answer calls."""
     try:
         if not answers_calls(owner):
             angular_class(cast(Hashable, type(owner)))
     except Exception as error:  # a class may forbid subclasses in its own way
         raise UnsupportedModelError(
             f"{name or 'the model'}: {type(owner).__name__} allows no subclass, which its angular calls need "
-            f"({type(error).__name__}: {first_line(error)}). Keep its calls with exclude."
+            f"({type(error).__name__}: {first_line(error)}). Keep its calls with {option('exclude')}."
         ) from error
 
 
 def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
-    """SphereNorm in place of a BatchNorm starts with its scale and shift.
+    """Start SphereNorm with the scale and shift of the BatchNorm that it replaces.
 
     For filters of random direction cos θ has the variance 1 / fan_in, so β = scale · √fan_in, over the slope of g at
     π/2, gives the channel the spread that the normalization gave it.
@@ -238,14 +239,14 @@ def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
 
 
 def without_norm(norm: nn.Module) -> nn.Module:
-    """What remains of a normalization: nothing, or the activation that timm fuses into it."""
+    """The rest of a normalization that is dropped: nothing, or the activation that timm fuses into it."""
     parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]
     return nn.Sequential(*parts) if parts else nn.Identity()
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's inference path hands all weights to one kernel; angular layers it must call."""
+    """Turn off the paths of nn.TransformerEncoder that hand all weights to one kernel and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             angular = any(isinstance(part, (AngularLayer, AngularCall)) for part in module.modules())
@@ -255,7 +256,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
 
 
 def _merged(earlier: ConversionPlan | None, plan: ConversionPlan) -> ConversionPlan:
-    """After a second conversion, the plan that leads from the plain model to the present one."""
+    """The plan that leads from the plain model to the present one, after a second conversion."""
     if earlier is None:
         return plan
     rounds = {d.share_k for d in earlier.converted if (d.share_k or "").startswith("network")}

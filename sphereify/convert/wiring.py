@@ -1,4 +1,4 @@
-"""Questions about one traced graph: what follows a site, what ends in the output, which branch is a shortcut."""
+"""The wiring of one traced graph: the norm after a site, the sites at the outputs, the shortcuts of residual blocks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sphereify.convert.observe import Call
-from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCTS, SAME_VALUES, SCALE
+from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCT_NAMES, SAME_VALUES, SCALE
+from sphereify.convert.sites import Call, is_affine_norm, is_site
 from sphereify.nn.functional_calls import FUNCTIONS
 
 UPSAMPLE = {
@@ -16,27 +16,25 @@ UPSAMPLE = {
 }  # fmt: skip
 SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
 FUNCTIONAL_NORMS = {F.batch_norm: 3, F.layer_norm: 2, F.group_norm: 2}
-"""And the place of the weight among their arguments."""
+"""Functional normalizations -> the position of the weight among their arguments."""
 TURNED = {"t", "transpose", "permute", "to", "type_as", "float", "getattr"}
 """Operations after which a weight is still that weight, turned or in another dtype."""
 
 
 class Wiring:
-    """One graph of a model or a part of it; sites are named relative to that part."""
+    """The graph of a model or of a part of it; sites are named relative to that part."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, is_site: Any, is_affine_norm: Any):
+    def __init__(self, graph: fx.Graph, root: nn.Module):
         self.graph = graph
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.parameters = dict(root.named_parameters(remove_duplicate=False))
-        self.is_site = is_site
-        self.is_affine_norm = is_affine_norm
         self.sites: dict[fx.Node, str] = {}
         for node in graph.nodes:
             if (name := self._site_name(node)) is not None:
                 self.sites[node] = name
 
     def _site_name(self, node: fx.Node) -> str | None:
-        if node.op == "call_module" and self.is_site(self.modules[str(node.target)]):
+        if node.op == "call_module" and is_site(self.modules[str(node.target)]):
             return str(node.target)
         if not (node.op == "call_function" and node.target in FUNCTIONS) and not self._multiplies_columns(node):
             return None
@@ -44,10 +42,10 @@ class Wiring:
         if weight is None:
             return None
         owner = str(weight.target).rpartition(".")[0]
-        return owner if owner in self.modules and self.is_site(self.modules[owner]) else str(weight.target)
+        return owner if owner in self.modules and is_site(self.modules[owner]) else str(weight.target)
 
     def _multiplies_columns(self, node: fx.Node) -> bool:
-        """`x @ weight`: the filters of such a call are the columns of what it is given."""
+        """True for `x @ weight`: the filters of such a call are the columns of its operand."""
         return node.op in ("call_function", "call_method") and self.name(node) in ("matmul", "mm", "addmm")
 
     def _weight(self, node: fx.Node) -> fx.Node | None:
@@ -62,13 +60,13 @@ class Wiring:
         return weight if usable else None
 
     def _source(self, node: Any) -> Any:
-        """What a weight was before it was turned or cast."""
+        """The node of a weight before it was turned or cast."""
         while isinstance(node, fx.Node) and self.name(node) in TURNED and node.op.startswith("call_"):
             node = node.args[0]
         return node
 
     def _is_transposed(self, node: Any) -> bool:
-        """Whether what lies between a matrix and its use swaps rows and columns."""
+        """True if the operations between a matrix and its use swap rows and columns."""
         swapped = False
         while isinstance(node, fx.Node) and self.name(node) in TURNED and node.op.startswith("call_"):
             name = self.name(node)
@@ -84,7 +82,7 @@ class Wiring:
         return swapped
 
     def call(self, node: fx.Node) -> Call:
-        """A functional site as a call; its owner is for the caller to say."""
+        """The call that a functional site makes; the owner is left empty for the caller to fill in."""
         weight = self._weight(node)
         assert weight is not None  # only such nodes are sites
         parameter = self.parameters[str(weight.target)]
@@ -100,9 +98,9 @@ class Wiring:
         return Call("", kind, str(weight.target), shape, bias is not None, groups=groups, transposed=transposed)
 
     def products(self) -> Iterator[tuple[fx.Node, str]]:
-        """Other products with a parameter, by its name; none of them can be made angular."""
+        """Other products with a parameter, with its name; none of them can be made angular."""
         for node in self.graph.nodes:
-            multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCTS
+            multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCT_NAMES
             for source in node.all_input_nodes if multiplies and node not in self.sites else ():
                 origin = self._source(source)
                 while isinstance(origin, fx.Node) and self.name(origin) in ("getitem", "view", "reshape", "contiguous"):
@@ -111,7 +109,7 @@ class Wiring:
                     yield node, str(origin.target)
 
     def name(self, node: fx.Node) -> str:
-        """What a node does, in one lower-case word."""
+        """The operation of a node, in one lower-case word."""
         if node.op == "call_module":
             return type(self.modules[str(node.target)]).__name__.lower()
         if node.op == "call_function":
@@ -122,7 +120,7 @@ class Wiring:
         return node.op.startswith("call_") and self.name(node) in SAME_VALUES
 
     def is_shape(self, node: fx.Node) -> bool:
-        """`x.shape`, `x.size(0)`: reads no values"""
+        """True if a node reads no values, as `x.shape` and `x.size(0)`."""
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in SHAPE
         return node.op == "call_method" and self.name(node) in SHAPE
@@ -135,7 +133,7 @@ class Wiring:
             if len(readers) != 1:
                 return None
             node = readers[0]
-            if node.op == "call_module" and self.is_affine_norm(self.modules[str(node.target)]):
+            if node.op == "call_module" and is_affine_norm(self.modules[str(node.target)]):
                 return str(node.target)
             if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
                 place = FUNCTIONAL_NORMS[node.target]
@@ -145,7 +143,7 @@ class Wiring:
                 return None
 
     def reaches(self, site: fx.Node, norm: str) -> bool:
-        """Whether each channel of that normalization is a filter of this site: nothing in between moves them."""
+        """True if each channel of that normalization is a filter of this site: nothing in between moves them."""
         node = site
         while str(node.target) != norm and str(node) != norm:
             node = next(user for user in node.users if not self.is_shape(user))
@@ -154,14 +152,14 @@ class Wiring:
         return True
 
     def reads_input(self, site: fx.Node) -> bool:
-        """Whether nothing but moves lies between an input of the model and this site."""
+        """True if nothing but moves lies between an input of the model and this site."""
         node = site.all_input_nodes[0] if site.all_input_nodes else site
         while self.moves(node) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node.op == "placeholder"
 
     def outputs(self) -> list[list[fx.Node]]:
-        """For each output of the model that ends in sites: those sites."""
+        """The sites at the end of each output of the model, for outputs that end in sites."""
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         leaves = output.all_input_nodes
         if len(leaves) == 1 and isinstance(leaves[0].target, type):  # a named tuple, made by its class
@@ -184,7 +182,7 @@ class Wiring:
                 yield from self._last_sites(source, seen)
 
     def shortcuts(self) -> list[fx.Node]:
-        """1×1 convolutions that lie alone on the branch of a residual addition which skips the main path.
+        """The 1×1 convolutions that lie alone on the branch of a residual addition which skips the main path.
 
         For an addition a + b, a branch is what feeds one operand and not the other. The branch whose only site is a
         1×1 convolution is the shortcut if the other one does more: several sites, or a larger window. Lateral
@@ -200,7 +198,7 @@ class Wiring:
             ancestors.append(reached)
         sites = sum(1 << index[node] for node in self.sites)
         upsampled = sum(1 << index[node] for node in nodes if self.name(node) in UPSAMPLE)
-        found: list[fx.Node] = []
+        shortcuts: list[fx.Node] = []
         for node in nodes:
             operands = node.all_input_nodes
             if not (node.op.startswith("call_") and self.name(node) in ADD and len(operands) == 2):
@@ -210,11 +208,11 @@ class Wiring:
                 short, long = (_members(side & sites, nodes) for side in (branch, other))
                 lateral = (branch | other) & upsampled
                 if not lateral and len(short) == 1 and self._is_pointwise(short[0]) and self._does_more(long):
-                    found.append(short[0])
-        return found
+                    shortcuts.append(short[0])
+        return shortcuts
 
     def _is_pointwise(self, node: fx.Node) -> bool:
-        """A convolution with a window of one position; a linear map is none."""
+        """True for a convolution with a window of one position, which a linear map is not."""
         if node.op == "call_module":
             kernel = getattr(self.modules[str(node.target)], "kernel_size", ())
         else:

@@ -1,0 +1,1 @@
+"""Converted models in use: folded for inference, and exported to files for other runtimes."""

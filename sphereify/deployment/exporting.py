@@ -1,80 +1,64 @@
 """A model as one file for other runtimes: ONNX, or torch's own exported program (.pt2). No TorchScript.
 
 The file is written aside, run on other inputs than it was traced with, compared with the model, and then moved into
-place: what lies at the path afterwards has been checked, as far as its runtime is installed.
+place: the file at the path has been checked, as far as its runtime is installed.
 """
 
 import contextlib
-import importlib.util
 import inspect
-import io
 import math
-import os
-import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sphereify import choices
-from sphereify.convert.observe import Inputs, assumed_inputs
-from sphereify.convert.planner import check_model
-from sphereify.convert.provenance import tensors_in
-from sphereify.convert.rewrite import copy_of
+from sphereify.convert.copies import copy_of
+from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import (
+    Inputs,
+    arguments_of,
+    input_channels,
+    noise,
+    runnable_inputs,
+    tensors_in,
+)
 from sphereify.deployment.folding import fold, is_folded
-from sphereify.errors import ExportError, SphereifyError, UsageError, choose, first_line
+from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
+from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
+from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
+from sphereify.files import replacing
+from sphereify.sources import RECORD_ATTRIBUTE
 
-LOWEST_OPSET = 18
 TOLERANCE = 1e-3
-"""Of outputs, relative to the largest: what lies beyond is no rounding."""
+"""Largest difference of outputs that counts as rounding, relative to the largest output."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how well it agrees."""
+    """An exported file, and how well it agrees with the model.
+
+    Attributes:
+        path: the file.
+        format: one of `sphereify.choices.EXPORT_FORMATS`.
+        size: in bytes.
+        difference: the largest difference from the model's outputs, relative to the largest output; None if it was not
+            checked.
+        note: the inputs on which it was checked, or the reason why it was not.
+        opset: version of the ONNX operators; None for other formats.
+        operators: the number of times each operator is used, the most frequent first.
+    """
 
     path: Path
     format: str
-    """One of `sphereify.choices.EXPORT_FORMATS`."""
     size: int
-    """Bytes."""
     difference: float | None
-    """The largest difference from the model's outputs, relative to the largest output; None if it was not checked."""
     note: str
-    """On which inputs it was checked, or why it was not."""
     opset: int | None
-    """Version of the ONNX operators."""
     operators: dict[str, int]
-    """How often each operator is used, the most frequent first."""
-
-
-Axes = dict[int, str]
-"""The dimensions of one input that may differ from run to run, with their names."""
-
-
-class Request(NamedTuple):
-    """What a format's writer gets."""
-
-    program: torch.export.ExportedProgram
-    path: Path
-    opset: int
-    axes: tuple[Axes, ...]
-
-
-class Format(NamedTuple):
-    write: Callable[[Request], tuple[Counter[str], int | None]]
-    """Writes the file; how often it uses which operator, and the opset."""
-    run: Callable[[Path, tuple[Tensor, ...]], list[Tensor]]
-    """The outputs of the file for these inputs."""
-    needs: tuple[str, ...] = ()
-    """Packages that write it."""
-    runtime: str = "torch"
-    """The package that runs it."""
 
 
 def export(
@@ -84,82 +68,62 @@ def export(
     *,
     format: str = "onnx",
     folded: bool = True,
-    dynamic_batch: bool = True,
+    batch_size: int | None = None,
     dynamic_size: bool = False,
-    opset: int = LOWEST_OPSET,
+    img_size: int | None = None,
+    opset: int | None = None,
 ) -> Exported:
     """Write a model to one file, and check the file against the model.
 
     Args:
         model: converted or folded; in evaluation it takes and returns tensors. It is not changed.
         path: the file. One that exists is replaced when the new one is complete.
-        example_inputs: a tensor or a tuple of tensors that the model takes, with the batch in dimension 0; default: two
-            images of the size in the model's `pretrained_cfg`.
+        example_inputs: a tensor or a tuple of tensors that the model takes, with the batch in dimension 0; default:
+            two random images.
         format: "onnx" (needs the packages of `pip install 'sphereify[export]'`) or "torch-export", a .pt2 file for
             `torch.export.load`.
         folded: fold the model first; see `sphereify.fold`.
-        dynamic_batch: let the file take any batch size ≥ 1.
-        dynamic_size: let it take any image size, in dimensions 2 and up of each input of at least 3 dimensions. Not
-            every model allows it: transformers with a table of positions do not.
-        opset: of ONNX's operators, ≥ 18.
+        batch_size: fix the batch to this number; default: the file takes any batch size ≥ 1.
+        dynamic_size: let the file take any image size, in dimensions 2 and up of each input of at least 3 dimensions.
+            Not every model allows it: transformers with a table of positions do not.
+        img_size: height and width of the images, in place of `example_inputs`; default: those on which a model from an
+            artifact was trained, else those in the model's `pretrained_cfg`.
+        opset: version of ONNX's operators, ≥ 18; default 18.
 
     Returns:
-        What was written, with the largest difference found.
+        The file, with the largest difference found.
 
     Raises:
-        UsageError: an unknown format, an opset that is too low, missing packages.
+        UsageError: an unknown format, an opset that is too low, missing packages, a path that is not a file's.
+        ArgumentTypeError: a model that is no module, or example inputs that are no tensors.
         ExportError: the model cannot be exported so, the file cannot be written, or it computes something else than the
             model. There is no file then that was not there before.
     """
-    chosen = _format(format, opset)
+    options = ExportOptions(format, folded, batch_size, dynamic_size, img_size, opset)
+    chosen = check_installed(options.format)
     if not is_folded(model):
         check_model(model)
-    target = _target(path)
+    target = _checked_path(path)
     if torch.is_inference_mode_enabled():
-        raise UsageError("export: inside torch.inference_mode, where nothing can be traced; call it outside")
-    with _quietly(), torch.no_grad():
+        raise UsageError("export: cannot trace a model inside torch.inference_mode; call it outside")
+    with _without_warnings(), torch.no_grad():
         reference = copy_of(model).eval()
-        inputs = _inputs(reference, example_inputs)
+        inputs = _inputs(reference, example_inputs, options)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
-        if dynamic_batch:  # torch.export takes a size of 1 for a constant
-            inputs = tuple(torch.cat([one, one]) if len(one) == 1 else one for one in inputs)
-        axes = tuple(_axes(one, dynamic_batch, dynamic_size) for one in inputs)
-        program = _program(network, inputs, axes)
-        aside = target.with_name(f".{uuid.uuid4().hex}{target.suffix[:16]}")
+        axes = tuple(_dynamic_axes(one, options) for one in inputs)
+        program = _traced(network, inputs, axes)
         try:
-            operators, version = _written(chosen, Request(program, aside, opset, axes), target)
-            others = tuple(map(_another, inputs, axes))
-            difference, note = _checked(chosen, aside, reference, others)
-            size = aside.stat().st_size
-            os.replace(aside, target)
+            with replacing(target) as aside:
+                written = _write(chosen, program, aside, axes, options, target)
+                difference, note = _check(chosen, aside, reference, tuple(map(_other_input, inputs, axes)))
+                size = aside.stat().st_size
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-    return Exported(target, choices.canonical(format), size, difference, note, version, dict(operators.most_common()))
+    operators = dict(written.operators.most_common())
+    return Exported(target, options.format, size, difference, note, written.opset, operators)
 
 
-def _format(name: str, opset: int) -> Format:
-    """The format of that name, once what writes it is installed."""
-    chosen = FORMATS.get(choices.canonical(name))
-    if chosen is None:
-        raise choose("format", name, FORMATS)
-    if opset < LOWEST_OPSET:
-        raise UsageError(f"opset: got {opset}, expected {LOWEST_OPSET} or more")
-    missing = [package for package in chosen.needs if not _is_installed(package)]
-    if missing:
-        raise UsageError(
-            f"format {name}: {' and '.join(missing)} must be installed to write it: pip install 'sphereify[export]'"
-        )
-    return chosen
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _target(path: str | Path) -> Path:
+def _checked_path(path: str | Path) -> Path:
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; expected the name of a file to write")
@@ -171,170 +135,156 @@ def _target(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporters' warnings about themselves."""
+def _without_warnings() -> Iterator[None]:
+    """Leave out the warnings that the exporters give about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _inputs(model: nn.Module, example_inputs: Inputs) -> tuple[Tensor, ...]:
-    """Inputs to trace with, where the model is and in its dtype."""
-    like = next(model.parameters(), torch.empty(0))
-    if example_inputs is not None:
-        given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        if not all(isinstance(one, Tensor) and one.dim() > 0 for one in given):
-            raise UsageError("example_inputs: expected a tensor or a tuple of tensors, with the batch in dimension 0")
-        return tuple(one.to(like.device) for one in given)
-    errors = []
-    for candidate in assumed_inputs(model):
-        real = tuple(_noise(one.shape).to(like) for one in candidate)
-        try:
-            model(*real)
-        except Exception as error:  # a forward may raise anything
-            errors.append(first_line(error))
-        else:
-            return real
-    raise UsageError(
-        f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example_inputs, or "
-        f"--img-size on the command line"
-    )
+# -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _noise(shape: Iterable[int]) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def _inputs(model: nn.Module, example_inputs: Inputs, options: ExportOptions) -> tuple[Tensor, ...]:
+    """Inputs to trace with, on the model's device: at least two rows, if the file is to take any number of them."""
+    inputs = _default_inputs(model, options) if example_inputs is None else _given(model, example_inputs, options)
+    if options.batch_size is None:  # torch.export takes a size of 1 for a constant
+        inputs = tuple(torch.cat([one, one]) if len(one) == 1 else one for one in inputs)
+    return inputs
 
 
-def _axes(one: Tensor, batch: bool, size: bool) -> Axes:
+def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tuple[Tensor, ...]:
+    arguments = arguments_of(example_inputs)
+    for one in arguments:
+        if not isinstance(one, Tensor):
+            raise wrong_type("example_inputs", one, "a tensor or a tuple of tensors, with the batch in dimension 0")
+        if one.dim() == 0:
+            raise UsageError("example_inputs: got a tensor without dimensions, expected the batch in dimension 0")
+    if options.img_size is not None:
+        raise UsageError(f"{option('img_size')}: has no effect with example_inputs, which have a size of their own")
+    if options.batch_size is not None and any(len(one) != options.batch_size for one in arguments):
+        sizes = ", ".join(sorted({str(len(one)) for one in arguments}))
+        raise invalid("batch_size", options.batch_size, f"that of example_inputs, {sizes}")
+    device = next(model.parameters(), torch.empty(0)).device
+    return tuple(one.to(device) for one in arguments)
+
+
+def _default_inputs(model: nn.Module, options: ExportOptions) -> tuple[Tensor, ...]:
+    """Random inputs of the size that is asked for, or trained on, or usual for such a model."""
+    batch = options.batch_size or 2
+    trained = (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size") or []
+    size = trained[-2:] if options.img_size is None else [options.img_size] * 2
+    if size:
+        like = next(model.parameters(), torch.empty(0))
+        return (noise([batch, input_channels(model), *size]).to(like),)
+    try:
+        return runnable_inputs(model, batch)
+    except UsageError as error:
+        raise UsageError(f"{error}; give example_inputs or {option('img_size')}") from error
+
+
+def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:
+    """The dimensions of an input that may differ from run to run."""
     names = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}.get(one.dim(), ())
-    return {**({0: "batch"} if batch else {}), **(dict(enumerate(names, start=2)) if size else {})}
+    return {
+        **({0: "batch"} if options.batch_size is None else {}),
+        **(dict(enumerate(names, start=2)) if options.dynamic_size else {}),
+    }
 
 
-def _program(network: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axes, ...]) -> torch.export.ExportedProgram:
+def _other_input(one: Tensor, axes: Axes) -> Tensor:
+    """An input with other values, and with another size along each axis that may differ."""
+    shape = [size + (0 if axis not in axes else 1 if axis == 0 else 32) for axis, size in enumerate(one.shape)]
+    if one.is_floating_point():
+        return noise(shape).to(one)
+    for axis, size in enumerate(shape):  # token ids, for example: only values that the given input holds
+        one = one.index_select(axis, torch.arange(size, device=one.device) % one.shape[axis])
+    return one
+
+
+# ------------------------------------------------------------------------------------------------------- trace and file
+
+
+def _traced(network: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axes, ...]) -> torch.export.ExportedProgram:
     dynamic = tuple(dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes)
     try:
         return torch.export.export(network, inputs, dynamic_shapes=_by_parameter(network, dynamic), strict=False)
     except Exception as error:  # the tracer, or the forward, may raise anything
         sizes = any(axis > 0 for one in axes for axis in one)
-        hint = "; its image size may have to be fixed: leave out dynamic_size (--dynamic-size)" if sizes else ""
+        hint = f"; its image size may have to be fixed: leave out {option('dynamic_size')}" if sizes else ""
         raise ExportError(
             f"{type(network).__name__} cannot be traced by torch.export ({first_line(error)}){hint}"
         ) from error
 
 
 def _by_parameter(network: nn.Module, dynamic: tuple[dict[int, Any], ...]) -> Any:
-    """As torch.export wants it: one entry for each argument, those of *args in a tuple of their own."""
+    """Dynamic shapes for torch.export: one entry for each argument, those of *args in a tuple of their own."""
     parameters = list(inspect.signature(network.forward).parameters.values())
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = dynamic[len(named) :]
     return dynamic if not rest else (*dynamic[: len(named)], rest)
 
 
-def _written(chosen: Format, request: Request, target: Path) -> tuple[Counter[str], int | None]:
+def _write(
+    chosen: Format,
+    program: torch.export.ExportedProgram,
+    aside: Path,
+    axes: tuple[Axes, ...],
+    options: ExportOptions,
+    target: Path,
+) -> Written:
     try:
-        return chosen.write(request)
+        return chosen.write(program, aside, axes, options.opset or LOWEST_OPSET)
     except (OSError, SphereifyError):
         raise
     except Exception as error:  # a converter may raise anything
         raise ExportError(f"{target}: the traced model cannot be written ({first_line(error)})") from error
 
 
-def _another(one: Tensor, axes: Axes) -> Tensor:
-    """An input with other values, and with another size along each axis that may differ."""
-    shape = [size + (0 if axis not in axes else 1 if axis == 0 else 32) for axis, size in enumerate(one.shape)]
-    if one.is_floating_point():
-        return _noise(shape).to(one)
-    for axis, size in enumerate(shape):  # numbers of words, say: no others than were given
-        one = one.index_select(axis, torch.arange(size, device=one.device) % one.shape[axis])
-    return one
+# --------------------------------------------------------------------------------------------------------------- check
 
 
-def _checked(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float | None, str]:
-    """The largest difference of the file's outputs from the model's, relative to the largest, and what was run."""
-    if not _is_installed(chosen.runtime):
+def _check(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float | None, str]:
+    """Compare the file with the model, on these inputs and on zeros.
+
+    Returns:
+        The largest difference of the outputs relative to the largest output, and a note on the inputs.
+
+    Raises:
+        ExportError: the file cannot be run, or its outputs differ by more than rounding.
+    """
+    if not is_installed(chosen.runtime):
         return None, f"not checked: {chosen.runtime} is not installed"
     shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs)
     largest = 0.0
     for what, probe in (("a random input", inputs), ("zeros", tuple(map(torch.zeros_like, inputs)))):
         expected = list(tensors_in(model(*probe)))
         if what == "zeros" and not all(one.isfinite().all() for one in expected if one.is_floating_point()):
-            continue  # zeros mean nothing to this model
+            continue  # this model has no answer to zeros
         try:
-            found = chosen.run(path, probe)
+            outputs = chosen.run(path, probe)
         except Exception as error:  # a runtime may raise anything
-            raise ExportError(f"{chosen.runtime} cannot run what was written ({first_line(error)})") from error
-        difference = max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+            raise ExportError(f"{chosen.runtime} cannot run the exported file ({first_line(error)})") from error
+        difference = max((_difference(a, b) for a, b in zip(outputs, expected, strict=True)), default=0.0)
         if not difference <= _tolerance(expected):
             raise ExportError(
-                f"what was written computes something else than the model: on {what} of {shapes} its outputs differ by "
-                f"{difference:.1e} of the largest"
+                f"the exported file computes something else than the model: on {what} of {shapes} its outputs differ "
+                f"by {difference:.1e} of the largest"
             )
         largest = max(largest, difference)
     return largest, f"checked with {chosen.runtime} on a random input of {shapes}"
 
 
-def _tolerance(outputs: list[Tensor]) -> float:
-    """Of the difference: rounding in half precision is more."""
-    steps = [torch.finfo(one.dtype).eps for one in outputs if one.is_floating_point()]
-    return max([TOLERANCE, *(8 * step for step in steps)])
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _difference(output: Tensor, expected: Tensor) -> float:
+    if output.shape != expected.shape:
         return math.inf
     if not expected.numel():
         return 0.0
-    found, expected = found.double().cpu(), expected.double().cpu()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    output, expected = output.double().cpu(), expected.double().cpu()
+    return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def _write_onnx(request: Request) -> tuple[Counter[str], int]:
-    import onnx
-
-    highest = onnx.defs.onnx_opset_version()
-    if request.opset > highest:
-        raise UsageError(f"opset: got {request.opset}, expected at most {highest}, the highest that this onnx knows")
-    # Not optimized: onnxscript takes an ε of 1e-8 or less for 0 and leaves it out. Runtimes optimize by themselves.
-    program: Any = torch.onnx.export(
-        request.program,
-        dynamo=True,
-        opset_version=request.opset,
-        dynamic_shapes=request.axes,
-        optimize=False,
-        verbose=False,
-    )
-    operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in program.model.graph.all_nodes())
-    del operators["Constant"]
-    foreign = sorted(name for name in operators if "::" in name)
-    if foreign:
-        raise ExportError(f"the model needs operators that are not ONNX's own: {', '.join(foreign)}")
-    program.save(str(request.path), external_data=False)
-    return operators, program.model.opset_imports[""]
-
-
-def _run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feed = {known.name: one.cpu().numpy() for known, one in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(found) for found in session.run(None, feed)]
-
-
-def _write_program(request: Request) -> tuple[Counter[str], None]:
-    buffer = io.BytesIO()  # a path would have to end in .pt2
-    torch.export.save(request.program, buffer)
-    request.path.write_bytes(buffer.getbuffer())
-    nodes = (node for node in request.program.graph.nodes if node.op == "call_function")
-    return Counter(str(node.target) for node in nodes), None
-
-
-def _run_program(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    program = torch.export.load(io.BytesIO(path.read_bytes()))
-    return list(tensors_in(program.module()(*inputs)))
-
-
-FORMATS: dict[str, Format] = {
-    "onnx": Format(_write_onnx, _run_onnx, ("onnx", "onnxscript"), "onnxruntime"),
-    "torch-export": Format(_write_program, _run_program),
-}
-assert tuple(FORMATS) == choices.EXPORT_FORMATS
+def _tolerance(expected: list[Tensor]) -> float:
+    """The largest difference that rounding explains, which is more in half precision."""
+    steps = [torch.finfo(one.dtype).eps for one in expected if one.is_floating_point()]
+    return max([TOLERANCE, *(8 * step for step in steps)])

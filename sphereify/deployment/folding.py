@@ -1,6 +1,6 @@
-"""A converted model for inference: constants folded into the filters, and the BatchNorm behind a layer with them.
+"""Folding for inference: constants become part of the filters, and so does the BatchNorm behind a converted layer.
 
-Which normalization follows a layer the conversion plan knows; a model built of angular layers by hand is traced.
+The conversion plan says which normalization follows a layer; a model built of angular layers by hand is traced.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -9,24 +9,26 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sphereify.calibration.batches import evaluating, fresh
-from sphereify.convert.graph import class_name, trace
-from sphereify.convert.observe import Inputs
-from sphereify.convert.plan import ConversionPlan, count
-from sphereify.convert.planner import check_model, submodule
-from sphereify.convert.provenance import tensors_in
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, copy_of, without_norm
+from sphereify.convert.copies import copy_of
+from sphereify.convert.graph import read_graph
+from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
+from sphereify.convert.names import submodule
+from sphereify.convert.plan import ConversionPlan
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
+from sphereify.convert.sites import class_name
 from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
+from sphereify.wording import count
 
 FOLDING_ATTRIBUTE = "folding"
-"""Where a folded model carries what was folded."""
+"""Where a folded model carries its `Folding`."""
 
 TOLERANCE = 3e-2
-"""Of outputs, relative to the largest, in whatever precision: what is read in the wrong form is further off."""
+"""Largest difference of outputs, relative to the largest output, that rounding in any precision explains."""
 BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d",
@@ -36,19 +38,24 @@ BATCH_NORMS = {
     "timm.layers.norm_act.FrozenBatchNormAct2d",
     "torchvision.ops.misc.FrozenBatchNorm2d",
 }
-"""Normalizations, by qualified name, that are one affine map for each channel in evaluation, then an activation."""
+"""Classes, by qualified name, that in evaluation apply one affine map to each channel, then perhaps an activation."""
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What of a model was folded, by name, and what was not. Plain data."""
+    """The layers of a model that were folded, by name, and those that were not. Plain data.
+
+    Attributes:
+        layers: each folded layer, with the BatchNorm that became part of it, or None.
+        left: angular layers, functional calls, and BatchNorms behind folded layers that stay as they were, each with
+            the reason.
+    """
 
     layers: dict[str, str | None]
-    """Each folded layer, with the BatchNorm that became part of it."""
     left: dict[str, str] = field(default_factory=dict)
-    """What stays as it was, with the reason: angular layers, functional calls, BatchNorms behind folded layers."""
 
     def to_json(self) -> dict[str, Any]:
+        """The folding as plain JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -56,23 +63,23 @@ class Folding:
         return "\n".join([self.summary(), *lines, *(f"{name}: left, {why}" for name, why in self.left.items())])
 
     def summary(self) -> str:
-        """One line: how many layers are folded, with how many BatchNorms, and how much is left."""
+        """One line with the numbers of folded layers, of their BatchNorms, and of the layers that are left."""
         norms = sum(norm is not None for norm in self.layers.values())
         left = f", {len(self.left)} left as they are" if self.left else ""
         return f"{count(len(self.layers), 'layer')} folded, {norms} of them with their BatchNorm{left}"
 
 
 def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = False) -> nn.Module:
-    """The model for inference: the same outputs up to rounding, at about the cost of the network before conversion.
+    """Fold a model for inference: the same outputs up to rounding, at about the cost of the network before conversion.
 
     Filter norms, β, γ, a learnable k and a following BatchNorm in evaluation become constants of the layer. Whatever
     cannot be folded soundly (weights that are computed, functional calls, normalizations that something else reads)
     stays as it is and is named in `model.folding.left`.
 
     Args:
-        model: converted, on any device, in any mode.
-        example_inputs: as for `sphereify`; for a model that carries no conversion plan. Where given, the folded model's
-            outputs are compared with the model's.
+        model: a converted model, on any device, in any mode.
+        example_inputs: as for `sphereify`; needed to trace a model that carries no conversion plan. If they are given,
+            the folded model's outputs are compared with the model's.
         inplace: change `model` itself. Otherwise it is copied and not touched.
 
     Returns:
@@ -80,6 +87,7 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
         exports; `train()` and a second conversion are refused.
 
     Raises:
+        ArgumentTypeError: the model is no `nn.Module`.
         UsageError: nothing in the model is angular, or it is folded already.
         UnsupportedModelError: a wrapped or compiled model, or one whose forward reads a layer's weights by itself, so
             that its outputs on `example_inputs` become others.
@@ -95,7 +103,7 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
     0: with 1
     4
     """
-    if isinstance(model, nn.Module) and is_folded(model):
+    if is_folded(model):
         raise UsageError(f"fold: this {type(model).__name__} is folded already")
     check_model(model)
     folding = _plan_folding(model, example_inputs)
@@ -109,31 +117,33 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
 
 @torch.no_grad()
 def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) -> None:
-    """A layer whose weight the model reads itself, beside calling it, cannot be folded: nothing else shows it."""
-    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    """Compare the outputs: a model may read the weight of a folded layer itself, and nothing else would show that."""
+    arguments = arguments_of(example_inputs)
     with evaluating(model):
-        pairs = zip(*(tensors_in(network(*fresh(given))) for network in (model, twin)), strict=True)
-        for wanted, got in pairs:
-            near = TOLERANCE * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
-            if not torch.allclose(got, wanted, rtol=0, atol=near, equal_nan=True):
+        pairs = zip(*(tensors_in(network(*fresh(arguments))) for network in (model, twin)), strict=True)
+        for expected, output in pairs:
+            is_number = expected.is_floating_point() and expected.numel()
+            limit = TOLERANCE * float(expected.abs().max()) if is_number else 0.0
+            if not torch.allclose(output, expected, rtol=0, atol=limit, equal_nan=True):
                 raise UnsupportedModelError(
                     f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights "
                     f"of a layer that would be folded. Use it unfolded"
                 )
 
 
-def is_folded(model: nn.Module) -> bool:
-    return any(isinstance(module, FoldedLayer) for module in model.modules())
+def is_folded(model: object) -> bool:
+    """True if a model holds a folded layer."""
+    return isinstance(model, nn.Module) and any(isinstance(module, FoldedLayer) for module in model.modules())
 
 
 def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
-    """The model with exactly these layers folded, in place.
+    """Fold exactly these layers of a model, in place, and return it.
 
     Raises:
         PlanMismatchError: the model has no such angular layer or BatchNorm. Nothing has been changed then.
     """
-    layers = {name: _found(model, name, tuple(FOLDED)) for name in folding.layers}
-    norms = {norm: _found(model, norm, (nn.Module,)) for norm in folding.layers.values() if norm is not None}
+    layers = {name: _module(model, name, tuple(FOLDED)) for name in folding.layers}
+    norms = {norm: _module(model, norm, (nn.Module,)) for norm in folding.layers.values() if norm is not None}
     with torch.no_grad():
         twins = {
             name: folded(layer, _affine_of(norms.get(folding.layers[name] or ""))) for name, layer in layers.items()
@@ -147,7 +157,8 @@ def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
     return model
 
 
-def _found(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
+def _module(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
+    """The module of this name, which is of one of these classes."""
     module = submodule(model, name) if name else model
     if not isinstance(module, kinds):
         what = "nothing" if module is None else f"a {class_name(module)}"
@@ -156,7 +167,7 @@ def _found(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
 
 
 def _plan_folding(model: nn.Module, example_inputs: Inputs) -> Folding:
-    """What can be folded, and why the rest cannot."""
+    """Decide what can be folded, with the reasons why the rest cannot."""
     angular = {name: m for name, m in model.named_modules() if isinstance(m, (AngularLayer, AngularHead))}
     calls = [(name, m) for name, m in model.named_modules() if answers_calls(m)]
     if not angular and not calls:
@@ -176,6 +187,7 @@ def _plan_folding(model: nn.Module, example_inputs: Inputs) -> Folding:
 
 
 def _reason_to_leave(layer: nn.Module) -> str:
+    """The reason why an angular layer cannot be folded; empty if it can."""
     if type(layer) not in FOLDED:
         return f"{class_name(layer)} is a subclass and may compute something else"
     if "forward" in vars(layer):
@@ -186,15 +198,15 @@ def _reason_to_leave(layer: nn.Module) -> str:
 
 
 def _computes_weights(layer: nn.Module) -> bool:
-    """Whether a hook of torch's makes the weight, as older weight and spectral norms do."""
+    """True if a hook of torch's computes the weight, as older weight and spectral norms do."""
     return any(type(hook).__module__.startswith("torch.nn.utils") for hook in layer._forward_pre_hooks.values())
 
 
 def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
-    """The BatchNorm that follows each layer, and nothing else, by name."""
+    """The BatchNorm that follows each layer and serves that layer alone, by the layer's name."""
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
-    found: Any = plan.decisions if plan is not None else trace(model, example_inputs).sites
-    owned = {one.name: one.norm for one in found if one.owns_norm and one.norm is not None}
+    sites: Any = plan.decisions if plan is not None else read_graph(model, example_inputs).sites
+    owned = {site.name: site.norm for site in sites if site.owns_norm and site.norm is not None}
     return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}
 
 
@@ -203,7 +215,7 @@ def _is_batch_norm(norm: Any) -> bool:
 
 
 def _reason_to_leave_norm(layer: nn.Module, norm: Any) -> str:
-    """Why a normalization behind a layer is no constant affine map of the layer's output; "" if it is one."""
+    """The reason why a normalization is no constant affine map of a layer's output; empty if it is one."""
     if class_name(norm) not in BATCH_NORMS:
         return f"{class_name(norm)} is a subclass and may compute something else"
     if getattr(norm, "running_mean", None) is None:
@@ -219,7 +231,7 @@ def _reason_to_leave_norm(layer: nn.Module, norm: Any) -> str:
 
 
 def _affine_of(norm: Any) -> Affine | None:
-    """What a BatchNorm does to each channel in evaluation."""
+    """The affine map that a BatchNorm applies to each channel in evaluation."""
     if norm is None:
         return None
     scale = (norm.running_var.double() + norm.eps).rsqrt()

@@ -1,4 +1,4 @@
-"""What a hyperspherical network is made of. Knows torch and nothing else."""
+"""The parts of a hyperspherical network: operators, layers, heads, losses and regularizers. They need torch alone."""
 
 from sphereify.nn.heads import AngularHead, AngularOutput
 from sphereify.nn.layers import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear

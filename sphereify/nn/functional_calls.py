@@ -1,4 +1,4 @@
-"""Convolutions and linear maps that a forward calls as functions, made angular where they are called.
+"""Angular answers to the convolutions and linear maps that a forward calls as functions.
 
 `F.linear(x, self.qkv.weight, bias)` has no layer to swap. The module whose forward makes the call is given a subclass
 of its own class, with the same name after "Angular", that runs the inherited forward and answers those calls, known by

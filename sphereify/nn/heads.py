@@ -117,12 +117,12 @@ class AngularHead(nn.Module):
         self.margin = float(margin)
         self.scale = float(scale)
         self.training_logits = True
-        made = make_operator(operator, filters=self.weight.shape[0])
-        if self.kind == "a-softmax" and type(made) is not CosineOperator:
+        g = make_operator(operator, filters=self.weight.shape[0])
+        if self.kind == "a-softmax" and type(g) is not CosineOperator:
             raise UsageError(f"a-softmax: got the operator {operator!r}, expected cosine; ga-softmax takes any")
-        if isinstance(made, nn.Module) and made is not operator:
-            made.to(device=self.weight.device, dtype=self.weight.dtype)
-        self.operator = made
+        if isinstance(g, nn.Module) and g is not operator:
+            g.to(device=self.weight.device, dtype=self.weight.dtype)
+        self.operator = g
 
     @classmethod
     def from_linear(

@@ -1,4 +1,4 @@
-"""Cross entropy for angular heads: the margin at the target class, its annealing, and classes kept apart."""
+"""Cross entropy for angular heads: the margin at the target class, its annealing, and the separation of classes."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose, wrong_type
 from sphereify.nn.heads import AngularHead, AngularOutput
-from sphereify.nn.precision import no_autocast
+from sphereify.nn.precision import accumulated, no_autocast
 from sphereify.nn.regularizers import pair_energy
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -208,9 +208,8 @@ class AngularLoss(nn.Module):
         if targets.shape != logits.shape:
             raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {tuple(logits.shape)}")
         self._check_weight(logits.shape[1])
-        weight = self.class_weight
-        return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, weight,
-                               reduction=self.reduction, label_smoothing=self.label_smoothing)  # fmt: skip
+        options: Any = {"reduction": self.reduction, "label_smoothing": self.label_smoothing}
+        return F.cross_entropy(accumulated(logits), targets, self.class_weight, **options)
 
     # --------------------------------------------------------------------------------------------------- one sample
 
@@ -219,7 +218,7 @@ class AngularLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Loss and weight of each sample, both (B,); both are 0 where it is ignored."""
         classes = self.head.num_classes if logits is None and self.head is not None else logits.shape[1]  # type: ignore[union-attr]
-        looked = self._check(targets, size, classes)
+        checked = self._check(targets, size, classes)
         self._check_weight(classes)
         counts = targets != self.ignore_index
         safe = targets.clamp(0, classes - 1)
@@ -228,7 +227,7 @@ class AngularLoss(nn.Module):
             total, average = self._in_chunks(features, safe, new)
         else:
             assert logits is not None
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = accumulated(logits)
             new = logits.gather(1, safe[:, None]).squeeze(1) if features is None else self._target_logit(features, safe)
             total = _LogSumExp.apply(logits, safe, new)
             average = _weighted_mean(logits, safe, new, self.class_weight) if self.label_smoothing else None
@@ -241,7 +240,7 @@ class AngularLoss(nn.Module):
             # Times the weight, since the reduction divides by the sum of the weights.
             loss = loss + self.separation * self._separation(safe) * weight
         zero = torch.zeros((), dtype=new.dtype, device=new.device)
-        if not looked:  # a class that there is not: the loss is no number
+        if not checked:  # a class out of range makes the loss NaN
             loss = torch.where(targets == safe, loss, math.nan)
         return torch.where(counts, loss, zero), torch.where(counts, weight, zero)
 
@@ -256,8 +255,9 @@ class AngularLoss(nn.Module):
         parts, averages = [], []
         for start in range(0, head.num_classes, cast(int, self.chunk_size)):
             classes = slice(start, min(start + cast(int, self.chunk_size), head.num_classes))
-            part, average = checkpoint(self._chunk, features, targets, classes, use_reentrant=False,
-                                       preserve_rng_state=False)  # fmt: skip
+            part, average = checkpoint(
+                self._chunk, features, targets, classes, use_reentrant=False, preserve_rng_state=False
+            )
             parts.append(part)
             averages.append(average)
         total = torch.logsumexp(torch.stack([*parts, new]), 0)
@@ -269,7 +269,7 @@ class AngularLoss(nn.Module):
     def _chunk(self, features: Tensor, targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
         """log Σ exp and weighted sum of the logits of some classes, each sample's target left out."""
         logits = cast(AngularHead, self.head).logits(features, classes)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = accumulated(logits)
         is_target = torch.arange(classes.start, classes.stop, device=targets.device) == targets[:, None]
         weighted = logits if self.class_weight is None else logits * self.class_weight.to(logits.dtype)[classes]
         empty = is_target.all(1)  # a chunk of one class that is the target: log 0, whose gradient is not a number
@@ -279,7 +279,7 @@ class AngularLoss(nn.Module):
     def _separation(self, targets: Tensor) -> Tensor:
         """For each sample the mean energy between its class and the others, (B,)."""
         classes = cast(AngularHead, self.head).weight[None]
-        if torch.compiler.is_compiling():  # how many classes a batch has is not known then
+        if torch.compiler.is_compiling():  # the number of classes in a batch is unknown then
             return pair_energy(classes, s=self.separation_s, rows=targets)[0]
         unique, place = torch.unique(targets, return_inverse=True)
         return pair_energy(classes, s=self.separation_s, rows=unique)[0, place]
@@ -287,7 +287,7 @@ class AngularLoss(nn.Module):
     # ---------------------------------------------------------------------------------------------------- the border
 
     def _check(self, targets: Tensor, size: int, classes: int) -> bool:
-        """Whether the values have been looked at as well."""
+        """Check dtype, shape and, where that is cheap, values of the targets; True if the values were checked."""
         if targets.dtype == torch.bool or targets.is_floating_point():
             raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
         if targets.shape != (size,):

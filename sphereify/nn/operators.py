@@ -44,7 +44,7 @@ class Curve(NamedTuple):
     slope: Callable[[Tensor, Any, float], Slope]
     """g, k and the floor of sin θ -> the derivatives"""
     at: Callable[[Tensor, Any], Tensor]
-    """θ in [0, π] -> g, for where the angle itself is known"""
+    """θ in [0, π] -> g, for callers that have the angle itself"""
 
 
 def overwrite(tensor: Tensor, operation: str, *arguments: Any) -> Tensor:
@@ -185,7 +185,7 @@ class AngularOperator(nn.Module):
         return self.with_k(cos, self.k)
 
     def with_k(self, cos: Tensor, k: float | Tensor | None) -> Tensor:
-        """As `forward`, for channels that are some of all, with the k of these."""
+        """`forward` for a subset of channels, given their k."""
         return _Apply.apply(cos, broadcast_k(k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]
 
 
@@ -284,7 +284,7 @@ CLASSES: dict[str, type[AngularOperator]] = {
 
 
 def is_built_in(operator: object) -> TypeGuard[AngularOperator]:
-    """Whether this is one of the four, whose backward is fused; a subclass may compute something else."""
+    """True for the four operators here, whose backward is fused; a subclass may compute something else."""
     return type(operator) in CLASSES.values()
 
 

@@ -103,7 +103,7 @@ class HypersphericalEnergy(nn.Module):
         banks = _without(self.exclude, filter_banks(model, self.output))
         if not banks:
             raise UsageError(
-                f"{type(model).__name__}: no layer with two or more filters was found: nothing that could repel"
+                f"{type(model).__name__}: there is no layer with two or more filters, so nothing could repel"
             )
         return banks
 
@@ -198,7 +198,7 @@ class OrthogonalityPenalty(nn.Module):
         banks = _without(self.exclude, filter_banks(model_or_filters, self.output, single=True))
         banks = [bank for bank in banks if not bank.is_output]
         if not banks:
-            raise UsageError(f"{type(model_or_filters).__name__}: no hidden convolution or linear layer was found")
+            raise UsageError(f"{type(model_or_filters).__name__}: there is no hidden convolution or linear layer")
         return torch.stack([self._penalty(bank.filters) for bank in banks]).sum()
 
     def _penalty(self, filters: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def pair_energy(
 
 
 def _whole_banks(unit: Tensor) -> tuple[Tensor, ...]:
-    """As many banks at a time as have room for all their pairs, at least one."""
+    """The banks in parts, each of as many as have room for all their pairs, at least one."""
     return unit.split(max(1, ROOM // max(1, unit.shape[1] ** 2)))
 
 

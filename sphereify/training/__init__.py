@@ -1,18 +1,55 @@
-"""How a converted network is trained further, tested, and compared with what it was."""
+"""Training: a converted network is trained further, tested, and compared with what it was."""
 
-from sphereify.training.comparison import Comparison, Variant, compare, train_once, trained
-from sphereify.training.evaluation import Evaluation, accuracy, evaluate
-from sphereify.training.objective import Objective, Terms
-from sphereify.training.optim import param_groups
-from sphereify.training.run import Epoch, Result, Step, finetune
-from sphereify.training.settings import Settings
+from typing import TYPE_CHECKING
+
+from sphereify.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sphereify.training.comparison import Comparison, Variant, compare, train_once, trained, variants
+    from sphereify.training.data_options import DataOptions
+    from sphereify.training.evaluation import Evaluation, accuracy, evaluate
+    from sphereify.training.objective import Objective
+    from sphereify.training.optim import param_groups
+    from sphereify.training.results import Epoch, Result, Step
+    from sphereify.training.run import finetune
+    from sphereify.training.run_folder import RunFolder
+    from sphereify.training.settings import Settings
+    from sphereify.training.teacher import Original, open_teacher
+    from sphereify.training.terms import Terms
+
+_HOMES = {
+    "Comparison": "sphereify.training.comparison",
+    "DataOptions": "sphereify.training.data_options",
+    "Epoch": "sphereify.training.results",
+    "Evaluation": "sphereify.training.evaluation",
+    "Objective": "sphereify.training.objective",
+    "Original": "sphereify.training.teacher",
+    "Result": "sphereify.training.results",
+    "RunFolder": "sphereify.training.run_folder",
+    "Settings": "sphereify.training.settings",
+    "Step": "sphereify.training.results",
+    "Terms": "sphereify.training.terms",
+    "Variant": "sphereify.training.comparison",
+    "accuracy": "sphereify.training.evaluation",
+    "compare": "sphereify.training.comparison",
+    "evaluate": "sphereify.training.evaluation",
+    "finetune": "sphereify.training.run",
+    "open_teacher": "sphereify.training.teacher",
+    "param_groups": "sphereify.training.optim",
+    "train_once": "sphereify.training.comparison",
+    "trained": "sphereify.training.comparison",
+    "variants": "sphereify.training.comparison",
+}
 
 __all__ = [
     "Comparison",
+    "DataOptions",
     "Epoch",
     "Evaluation",
     "Objective",
+    "Original",
     "Result",
+    "RunFolder",
     "Settings",
     "Step",
     "Terms",
@@ -21,7 +58,11 @@ __all__ = [
     "compare",
     "evaluate",
     "finetune",
+    "open_teacher",
     "param_groups",
     "train_once",
     "trained",
+    "variants",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,7 +1,6 @@
-"""The state of a run in one file of tensors, whole or not there at all."""
+"""Checkpoints: the state of a run in one file of tensors, whole or not there at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,29 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sphereify.errors import ArtifactError, first_line
+from sphereify.files import remove_partial, replacing
 
-KEPT = 2
-"""How many checkpoints stay: the last, and the one before it."""
+LAST = 2
+"""Number of checkpoints that stay: the last, and the one before it."""
 
 
 def write_checkpoint(folder: Path, step: int, state: Any) -> Path:
     """Write `state` (nested lists, tuples and dictionaries of tensors and JSON values) as the checkpoint of a step.
 
-    The file gets its name when it is complete and on the disk.
+    The file gets its name when it is complete and on the disk. The oldest checkpoints beyond `LAST` are removed.
 
     Raises:
         ArtifactError: it cannot be written, as on a full disk. Earlier checkpoints stay.
     """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(state, tensors))
-    path, aside = folder / f"{step:09d}.safetensors", folder / f".{step:09d}.partial"
+    path = folder / f"{step:09d}.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {"state": text})
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        for old in checkpoints(folder)[:-KEPT]:
+        with replacing(path) as aside:
+            save_file(tensors, aside, {"state": text})
+        for old in checkpoints(folder)[:-LAST]:
             old.unlink()
     except Exception as error:  # OSError, or safetensors' own for the same
-        aside.unlink(missing_ok=True)
         raise ArtifactError(
             f"{path}: cannot be written ({first_line(error)}). Earlier checkpoints are kept."
         ) from error
@@ -43,14 +39,18 @@ def write_checkpoint(folder: Path, step: int, state: Any) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the latest last; what a killed run left half-written is removed."""
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+    """The checkpoints in a folder, the latest last. Half-written files of a killed run are removed."""
+    remove_partial(folder)
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.stem)
+
+
 def read_checkpoint(path: Path) -> Any:
-    """What `write_checkpoint` was given; tensors on the CPU.
+    """The state that `write_checkpoint` was given; tensors are on the CPU.
 
     Raises:
         ArtifactError: missing or damaged.
@@ -64,8 +64,24 @@ def read_checkpoint(path: Path) -> Any:
         raise ArtifactError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from error
 
 
+def read_last_checkpoint(folder: Path) -> tuple[Path, Any]:
+    """The latest checkpoint in a folder: its file and its state.
+
+    Raises:
+        ArtifactError: there is none, or the latest is damaged; then the one before it is named.
+    """
+    files = checkpoints(folder)
+    if not files:
+        raise ArtifactError(f"{folder.parent}: there is no checkpoint to continue from")
+    try:
+        return files[-1], read_checkpoint(files[-1])
+    except ArtifactError as error:
+        older = f". Remove it to go on from step {step_of(files[-2])}" if len(files) > 1 else ""
+        raise ArtifactError(f"{error}{older}") from error
+
+
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON in which tensors are numbers, and containers say what they are."""
+    """JSON in which tensors are numbers of `tensors`, and containers carry their type."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -80,6 +96,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value that `_pack` was given."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

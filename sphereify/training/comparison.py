@@ -1,10 +1,11 @@
-"""The question that every user asks: is the angular network better than mine?"""
+"""Comparisons: networks are trained alike with several seeds, to answer whether the angular one is better."""
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify import choices
 from sphereify.artifact import load
 from sphereify.conversion import sphereify
 from sphereify.datasets import Data
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, invalid, option
+from sphereify.files import write_text
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
-from sphereify.training.run import Epoch, Result, Step, check_mixup, finetune
-from sphereify.training.run_folder import write_text
+from sphereify.training.checks import check_mixup
+from sphereify.training.results import Epoch, Result, Step
+from sphereify.training.run import finetune
+from sphereify.training.run_folder import RunFolder, state_file
 from sphereify.training.settings import WITHOUT_EFFECT, Settings
 
 
@@ -28,63 +33,85 @@ class Variant:
     """One network of a comparison."""
 
     name: str
-    options: dict[str, Any] | None = field(default_factory=dict)
-    """What `sphereify` takes; None: the network is left as it is."""
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    """Keyword arguments of `sphereify`; None: the network is left as it is."""
+
+
+def variants(operators: str | Iterable[str], options: Mapping[str, Any] | None = None) -> list[Variant]:
+    """The original network, and a conversion of it for each operator.
+
+    Args:
+        operators: names of operators, as a list or separated by commas.
+        options: keyword arguments of `sphereify` that all conversions share.
+
+    Raises:
+        UsageError: no operator.
+
+    >>> [variant.name for variant in variants("cosine, Learnable_Sigmoid")]
+    ['original', 'cosine', 'learnable-sigmoid']
+    """
+    words = operators.split(",") if isinstance(operators, str) else operators
+    names = [choices.canonical(word) for word in words if word.strip()]
+    if not names:
+        raise UsageError(f"{option('operators')}: got none, expected some of {', '.join(choices.OPERATORS)}")
+    return [Variant("original", None), *(Variant(name, {**(options or {}), "operator": name}) for name in names)]
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The runs of a variant, one a seed."""
+class SeedRuns:
+    """The runs of a variant, one for each seed."""
 
     name: str
     results: list[Result]
 
     @property
     def accuracies(self) -> list[float]:
-        """After the last epoch, in [0, 1]."""
+        """Accuracy of each run after its last epoch, in [0, 1]."""
         return [result.accuracy for result in self.results]
 
     @property
     def mean(self) -> float:
+        """Mean accuracy over the seeds."""
         return statistics.mean(self.accuracies)
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None for a single one."""
+        """Standard deviation of the accuracy over the seeds; None for a single one."""
         return statistics.stdev(self.accuracies) if len(self.results) > 1 else None
 
     def steps_to(self, accuracy: float) -> float | None:
-        """Mean over the seeds of the optimizer steps at the first test that reached it; None if a run never did."""
+        """Mean over the seeds of the optimizer steps until a test first reached `accuracy`; None if a run never did."""
         firsts = [next((e.step for e in r.epochs if e.accuracy >= accuracy), None) for r in self.results]
         return None if None in firsts else statistics.mean(firsts)  # type: ignore[type-var]
 
     @property
     def images_per_second(self) -> float:
-        """In training; the median over epochs and seeds."""
+        """Training speed: the median over epochs and seeds."""
         return statistics.median(epoch.images_per_second for result in self.results for epoch in result.epochs)
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes on the GPU; None on a CPU."""
+        """Largest memory in bytes on the GPU; None on a CPU."""
         return max((r.peak_memory for r in self.results if r.peak_memory is not None), default=None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of a comparison, the accuracy that was asked for, and a table."""
+    """All runs of a comparison, and their table."""
 
-    runs: list[Runs]
+    runs: list[SeedRuns]
+    """The runs of each variant, in the order of the variants."""
     reach: float
     """The accuracy to which steps are counted, in [0, 1]."""
 
     def markdown(self) -> str:
-        """A table, one variant a line."""
+        """The table in Markdown, a variant in each line."""
         columns = self.columns()
         head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         return head + "".join(f"| {' | '.join(row)} |\n" for row in self.rows())
 
     def columns(self) -> list[str]:
-        """What `rows` holds; the memory of a GPU, if there was one."""
+        """The headings of `rows`."""
         memory = ["peak memory"] if self._on_gpu else []
         return ["", "test accuracy, %", f"steps to {self.reach:.1%}", "images/s", "ratio", *memory]
 
@@ -93,7 +120,7 @@ class Comparison:
         return any(runs.peak_memory is not None for runs in self.runs)
 
     def rows(self) -> list[list[str]]:
-        """The cells of the table, a variant a row; the ratio is that of its images/s to the first variant's."""
+        """The cells of the table, a variant in each row; "ratio" is its speed relative to the first variant's."""
         base = self.runs[0].images_per_second
         return [
             [
@@ -106,6 +133,11 @@ class Comparison:
             ]
             for runs in self.runs
         ]
+
+
+def default_comparison_folder(model: str) -> Path:
+    """The folder of a comparison whose user names none: the last part of the model's name, and "compared"."""
+    return Path(f"{Path(model.rpartition(':')[2]).name}-compared")
 
 
 def compare(
@@ -124,13 +156,15 @@ def compare(
     """Train each variant with the same seeds, order of images and budget.
 
     Args:
-        build: makes the plain network; with the same seed it must draw the same weights.
-        data: as `finetune`.
-        variants: the first is what the others are compared with.
+        build: makes the plain network; with the same random seed it must draw the same weights.
+        data: as for `finetune`.
+        variants: the networks; the first is what the others are compared with. See also `variants`.
+        settings: how to train, as for `finetune`.
         output: a folder. Finished runs in it are not repeated, unfinished ones are continued.
-        seeds: runs of each variant: settings.seed, settings.seed + 1, …
+        seeds: number of runs of each variant, with the seeds settings.seed, settings.seed + 1, …
         reach: accuracy in (0, 1] to which steps are counted; default: 95 % of the first variant's mean.
-        on_run, on_step, on_epoch: called before each run, and as `finetune` does.
+        on_run: called before each run with the name of its variant and its seed.
+        on_step, on_epoch: called as by `finetune`.
 
     Writes comparison.md, comparison.json and comparison.png (with matplotlib) beside the folder of each run.
 
@@ -143,21 +177,21 @@ def compare(
     if not names or len(set(names)) < len(names):
         raise UsageError(f"variants: got {names}, expected at least one, and each name once")
     if seeds < 1:
-        raise UsageError(f"--seeds: got {seeds}, expected at least 1")
+        raise invalid("seeds", seeds, "a number of at least 1")
     if reach is not None and not 0 < reach <= 1:
-        raise UsageError(f"--reach: got {reach}, expected an accuracy above 0 and at most 1, such as 0.9")
-    for variant in variants:  # what cannot be converted, or trained with these settings, is told before any training
-        built(build, variant, settings)
-    found = []
+        raise invalid("reach", reach, "an accuracy above 0 and at most 1, such as 0.9")
+    for variant in variants:  # one that cannot be converted, or trained with these settings, fails before any training
+        build_variant(build, variant, settings)
+    runs = []
     for variant in variants:
         results = []
         for seed in range(settings.seed, settings.seed + seeds):
             on_run(variant.name, seed)
-            own = dataclasses.replace(settings, seed=seed)
+            seeded = dataclasses.replace(settings, seed=seed)
             place = folder / f"{variant.name}-seed{seed}"
-            results.append(train_once(build, data, variant, own, output=place, on_step=on_step, on_epoch=on_epoch))
-        found.append(Runs(variant.name, results))
-    comparison = Comparison(found, 0.95 * found[0].mean if reach is None else reach)
+            results.append(train_once(build, data, variant, seeded, output=place, on_step=on_step, on_epoch=on_epoch))
+        runs.append(SeedRuns(variant.name, results))
+    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach)
     _write(comparison, folder)
     return comparison
 
@@ -172,34 +206,53 @@ def train_once(
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Result:
-    """Train one variant in the folder `output`, once: what is finished there is read, what is unfinished continued.
+    """Train a variant in the folder `output`, once: a run that is complete there is read, another one is continued.
 
     Args:
-        build, data, settings, on_step, on_epoch: as `compare`; the seed is settings.seed.
+        build, data, settings, on_step, on_epoch: as for `compare`; the seed is settings.seed.
 
     Raises:
-        UsageError: `output` holds a run that was made otherwise.
+        UsageError: `output` holds a run of another network, of other data or with other settings.
         TrainingError, Interrupted: as `finetune`.
     """
-    folder = Path(output)
-    model = built(build, variant, settings)
+    folder = RunFolder(output)
+    model = build_variant(build, variant, settings)
+    _check_same_variant(folder, _identity(model, data, variant, settings))
+    if folder.summary.is_file():
+        return _read_result(folder)
+    resume = bool(checkpoints(folder.checkpoints))
+    return finetune(model, data, settings, output=folder.path, resume=resume, on_step=on_step, on_epoch=on_epoch)
+
+
+def _identity(model: nn.Module, data: Data, variant: Variant, settings: Settings) -> dict[str, Any]:
+    """All that the result of a run depends on, as plain JSON values."""
     lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
-    wanted = json.loads(json.dumps({
-        **lasting, "data": data.name, "classes": data.classes, "image_size": data.image_size,
-        "transform": str(getattr(data.train, "transform", "")), "conversion": repr(variant.options),
+    identity = {
+        **lasting,
+        "data": data.name,
+        "classes": data.classes,
+        "image_size": data.image_size,
+        "transform": str(getattr(data.train, "transform", "")),
+        "conversion": repr(variant.options),
         "model": _fingerprint(model),
-    }))  # fmt: skip
-    known = folder / "variant.json"
-    before = json.loads(known.read_text()) if known.is_file() else wanted
-    if before != wanted:
-        changed = ", ".join(name for name in wanted if before.get(name) != wanted[name])
-        raise UsageError(f"{folder}: holds a run with another {changed}; take another --output, or remove it")
-    if (folder / "summary.json").is_file():
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Result([Epoch(**row) for row in rows], json.loads((folder / "summary.json").read_text())["peak_memory"])
-    write_text(known, json.dumps(wanted, indent=1) + "\n")
-    resume = bool(checkpoints(folder / "checkpoints"))
-    return finetune(model, data, settings, output=folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    }
+    return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+
+
+def _check_same_variant(folder: RunFolder, identity: dict[str, Any]) -> None:
+    """Make sure that a folder holds this run or none, and write there which one it is."""
+    before = json.loads(folder.variant.read_text()) if folder.variant.is_file() else identity
+    if before != identity:
+        changed = ", ".join(name for name in identity if before.get(name) != identity[name])
+        raise UsageError(f"{folder}: holds a run with another {changed}; take another {option('output')}, or remove it")
+    if not folder.variant.is_file():
+        write_text(folder.variant, json.dumps(identity, indent=1) + "\n")
+
+
+def _read_result(folder: RunFolder) -> Result:
+    """The result of a run that is complete."""
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return Result([Epoch(**row) for row in rows], json.loads(folder.summary.read_text())["peak_memory"])
 
 
 def trained(build: Callable[[], nn.Module], variant: Variant, output: str | Path) -> nn.Module:
@@ -208,16 +261,20 @@ def trained(build: Callable[[], nn.Module], variant: Variant, output: str | Path
     Raises:
         ArtifactError: there is none, or it is damaged.
     """
-    folder = Path(output)
+    folder = RunFolder(output)
     if variant.options is not None:
-        return load(folder / "last", factory=build)
+        return load(folder.last, factory=build)
     model = build()
-    load_weights(model, folder / "last.safetensors")
+    load_weights(model, state_file(folder.last))
     return model.eval()
 
 
-def built(build: Callable[[], nn.Module], variant: Variant, settings: Settings) -> nn.Module:
-    """The network of a variant, as it is before training."""
+def build_variant(build: Callable[[], nn.Module], variant: Variant, settings: Settings) -> nn.Module:
+    """The network of a variant before training, with the weights that settings.seed draws.
+
+    Raises:
+        UsageError: it cannot be converted, or not be trained with these settings.
+    """
     torch.manual_seed(settings.seed)
     model = build()
     if variant.options is not None:
@@ -228,21 +285,18 @@ def built(build: Callable[[], nn.Module], variant: Variant, settings: Settings) 
 
 def _fingerprint(model: nn.Module) -> int:
     """A checksum of the names, shapes and values of a model."""
-    found = 0
+    checksum = 0
     for name, tensor in model.state_dict().items():
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        found = zlib.crc32(values, zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found))
-    return found
+        checksum = zlib.crc32(values, zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), checksum))
+    return checksum
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
     curves = {runs.name: [[dataclasses.asdict(e) for e in r.epochs] for r in runs.results] for runs in comparison.runs}
     write_text(folder / "comparison.md", comparison.markdown())
     write_text(folder / "comparison.json", json.dumps({"reach": comparison.reach, "runs": curves}, indent=1) + "\n")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return  # pictures are an extra
-    from sphereify.plots import plot_comparison
+    if importlib.util.find_spec("matplotlib") is not None:
+        from sphereify.plots import plot_comparison
 
-    plot_comparison(curves, folder / "comparison.png")
+        plot_comparison(curves, folder / "comparison.png")

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun started: who writes, and what they know together."""
+"""One process, or several that torchrun started: their sums, and which of them writes."""
 
 import os
 from collections.abc import Iterator
@@ -15,12 +15,14 @@ class Processes:
     """This process among those that train together."""
 
     rank: int
+    """Its number, from 0."""
     world: int
+    """Number of processes."""
     device: torch.device
 
     @property
     def writes(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """True if this process writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -30,38 +32,39 @@ class Processes:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """True if `flag` is true in any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if self.world > 1 else flag
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.world == 1:
             return number
-        found = torch.tensor(number, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
-    def agree(self, model: torch.nn.Module) -> None:
-        """Buffers that each process keeps for itself, averages of BatchNorm, become those of the first."""
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Copy the buffers of the first process to all: each has gathered BatchNorm's averages by itself."""
         for buffer in model.buffers() if self.world > 1 else ():
             dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
-    """The processes of torchrun, whose environment says rank and address; else this one alone."""
+    """The processes of torchrun, which sets their ranks and address in the environment; without it, this one alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Processes(0, 1, device)

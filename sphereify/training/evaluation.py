@@ -1,8 +1,11 @@
-"""How good a network is on images that it has not seen."""
+"""Evaluation: the accuracy of a network on images that it was not trained on."""
 
+import json
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,31 +14,38 @@ from torch.utils.data import DataLoader
 
 from sphereify.datasets import Data
 from sphereify.errors import DataError
+from sphereify.files import write_text
+from sphereify.plots import plot_confusion
+from sphereify.sources import RECORD_ATTRIBUTE
+from sphereify.training.checks import check_classes, check_record
 from sphereify.training.distributed import Processes
-from sphereify.training.loader import Batches, make_loader, on_device
+from sphereify.training.loader import make_loader, on_device, test_batches
 from sphereify.training.objective import logits_of
 from sphereify.training.settings import Settings
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a test on held-out images gave; shares in [0, 1]."""
+    """Results of a test on held-out images."""
 
     top1: float
+    """Share of the images, in [0, 1], whose class has the highest score."""
     top5: float
-    """Whether the right class is among the five best; of fewer than six classes it always is."""
+    """Share of the images, in [0, 1], whose class is among the five highest scores; 1 for fewer than six classes."""
     confusion: Tensor
-    """Counts of shape (classes, classes): the right class in rows, the answer in columns."""
+    """Counts of shape (classes, classes): true class in rows, predicted class in columns."""
     images: int
+    """Number of images that were tested."""
     images_per_second: float
+    """Speed, with loading, over all processes."""
     skipped: int
-    """Images that could not be read."""
+    """Number of images that could not be read."""
 
     @property
     def per_class(self) -> list[float]:
-        """Accuracy of each class; not a number where there was no image."""
-        right = self.confusion.diagonal().double() / self.confusion.sum(1)
-        return right.tolist()  # type: ignore[no-any-return]
+        """Accuracy of each class in [0, 1]; NaN where there was no image."""
+        shares = self.confusion.diagonal().double() / self.confusion.sum(1)
+        return shares.tolist()  # type: ignore[no-any-return]
 
 
 def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> Evaluation:
@@ -44,34 +54,32 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
     Args:
         model: converted or not; returns logits (B, classes).
         data: from `sphereify.datasets.load_data`.
-        settings: batch_size, workers, device, amp, channels_last and strict count here.
+        settings: only batch_size, workers, device, amp, channels_last and strict are used.
 
     Raises:
-        DataError: the model has another number of classes than the data.
+        DataError: no test images, images that the model does not take, another number of classes, or other classes
+            than those that the record of a loaded artifact names.
     """
-    from sphereify.training.run import check_classes
-
     settings = settings or Settings()
-    device = settings.chosen_device
-    layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
-    model.to(device, **layout)
-    check_classes(model, data, device)
-    batches = Batches(len(data.test), settings.batch_size, seed=None)  # type: ignore[arg-type]
     if not len(data.test):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no test images")
-    return score(model, make_loader(data.test, batches, settings, device), Processes(0, 1, device), settings, data)
+    check_record(getattr(model, RECORD_ATTRIBUTE, None), data)
+    check_classes(model, data)
+    alone = Processes(0, 1, settings.chosen_device)
+    layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
+    model.to(alone.device, **layout)
+    loader = make_loader(data.test, test_batches(data, settings, alone), settings, alone.device)
+    return score(model, loader, alone, settings, data)
 
 
 @torch.no_grad()
 def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: Settings, data: Data) -> Evaluation:
-    """As `evaluate`, over a loader of this package, whose share each process takes."""
+    """Test a model over a loader of `make_loader`; each process takes its share, and all get the whole result."""
     device = processes.device
     model.eval()
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast = torch.autocast(device.type, kinds[settings.amp]) if settings.amp in kinds else nullcontext()
     classes = len(data.classes)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    among = torch.zeros((), dtype=torch.int64, device=device)
+    top5 = torch.zeros((), dtype=torch.int64, device=device)
     skipped, began = 0, time.monotonic()
     for batch in loader:
         skipped += batch[1]
@@ -81,11 +89,11 @@ def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: 
                 model(torch.zeros(1, *data.image_size, device=device))
             continue
         images, targets = placed
-        with autocast:
+        with autocast(device, settings.amp):
             logits = logits_of(model(images))
         confusion += torch.bincount(targets * classes + logits.argmax(1), minlength=classes * classes)
-        among += (logits.topk(min(5, classes), 1).indices == targets[:, None]).sum()
-    counts = processes.sum(torch.cat([confusion, among[None], among.new_tensor([skipped])]))
+        top5 += (logits.topk(min(5, classes), 1).indices == targets[:, None]).sum()
+    counts = processes.sum(torch.cat([confusion, top5[None], top5.new_tensor([skipped])]))
     seconds = max(time.monotonic() - began, 1e-9)
     table = counts[:-2].view(classes, classes).cpu()
     count = int(table.sum())
@@ -101,12 +109,40 @@ def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: 
     )
 
 
+def write_evaluation(evaluation: Evaluation, classes: list[str], folder: Path) -> None:
+    """Write the results as evaluation.json and the confusion matrix as confusion.png.
+
+    Raises:
+        ArtifactError: a file cannot be written.
+        UsageError: matplotlib is not installed.
+    """
+    shares = [None if math.isnan(share) else share for share in evaluation.per_class]
+    results = {
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "images": evaluation.images,
+        "skipped": evaluation.skipped,
+        "images_per_second": evaluation.images_per_second,
+        "classes": classes,
+        "per_class": shares,
+        "confusion": evaluation.confusion.tolist(),
+    }
+    write_text(folder / "evaluation.json", json.dumps(results, indent=1) + "\n")
+    plot_confusion(evaluation.confusion, classes, folder / "confusion.png")
+
+
+def autocast(device: torch.device, amp: str) -> Any:
+    """The context of half precision that `Settings.amp` names."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes[amp]) if amp in dtypes else nullcontext()
+
+
 def accuracy(model: nn.Module, loader: DataLoader, device: torch.device | str = "cpu") -> float:
-    """The share of right answers in [0, 1] over any loader of (images, targets); the model is left in eval mode."""
+    """The share of correct answers, in [0, 1], over any loader of (images, targets); the model is left in eval mode."""
     model.eval()
-    right = count = 0
+    correct = count = 0
     with torch.no_grad():
         for images, targets in loader:
-            right += int((logits_of(model(images.to(device))).argmax(1).cpu() == targets).sum())
+            correct += int((logits_of(model(images.to(device))).argmax(1).cpu() == targets).sum())
             count += len(targets)
-    return right / count
+    return correct / count

@@ -1,5 +1,6 @@
 """Batches that do not depend on how often a run was interrupted, or on how many processes load them."""
 
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,32 +10,45 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from sphereify.datasets import Data
 from sphereify.errors import DataError, first_line
+from sphereify.training.distributed import Processes
 from sphereify.training.settings import Settings
 
 Key = tuple[int, int]
-"""Pass over all images, and index of an image."""
+"""Number of a pass over all images, and index of an image."""
 
 
 class Batches(Sampler[list[Key]]):
-    """The order of images: shuffled anew for each pass, or as they are; from some batch on; this process's share.
+    """The order of images: shuffled anew for each pass or as they are, from some batch on, this process's share.
 
-    A batch of all processes together is a run of the order, so that two processes see what one with the double batch
-    would.
+    A batch of all processes together is a contiguous part of the order, so that two processes see the same images as
+    one with batches of double size.
 
     Args:
-        seed: of the order; None: images come as they are.
+        length: number of images.
+        batch_size: images per batch on each process.
+        seed: random seed of the order; None: images come as they are.
+        rank, world: number of this process, and of all processes.
         epoch_batches: batches of an epoch, which then begins where the one before it ended; None: one pass.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1,
-                 epoch_batches: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        epoch_batches: int | None = None,
+    ):
         super().__init__()
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.epoch_batches = epoch_batches
         self.epoch = 0
         self.start = 0
-        """Batches that are behind us."""
+        """Batches of this epoch that are done."""
 
     def __iter__(self) -> Iterator[list[Key]]:
         whole = self.batch_size * self.world
@@ -50,9 +64,13 @@ class Batches(Sampler[list[Key]]):
         """Batches in an epoch."""
         return self.epoch_batches or self._of_a_pass
 
+    def steps(self, accumulate: int) -> int:
+        """Optimizer steps in an epoch, where the gradients of `accumulate` batches make one."""
+        return math.ceil(len(self) / accumulate)
+
     @property
     def _of_a_pass(self) -> int:
-        """Batches of all images. In training a last, smaller one is left out: its gradient would be noisier."""
+        """Batches in a pass over all images. In training a last, smaller one is left out: its gradient is noisier."""
         whole = self.batch_size * self.world
         rounded = self.length // whole
         return rounded if self.seed is not None and rounded else -(-self.length // whole)
@@ -79,7 +97,7 @@ class _Seeded(Dataset):
             torch.set_rng_state(states[2])
 
     def _one(self, passed: int, index: int) -> Any:
-        """An image and its class; None if it cannot be read."""
+        """An image and its class; if it cannot be read, None, or the error where settings are strict."""
         mixed = (self.seed * 1_000_003 + passed) * 16_777_619 + index
         torch.default_generator.manual_seed(mixed % 2**63)  # torch.manual_seed would turn to GPUs, too, which is slow
         random.seed(mixed)
@@ -87,12 +105,15 @@ class _Seeded(Dataset):
         try:
             return self.images[index]
         except (DataError, OSError) as error:
-            told = error if isinstance(error, DataError) else DataError(f"image {index}: {first_line(error)}")
-            return told if self.strict else None  # an error raised in a worker would come with its traceback
+            unreadable = error if isinstance(error, DataError) else DataError(f"image {index}: {first_line(error)}")
+            return unreadable if self.strict else None  # an error raised in a worker would come with its traceback
 
 
 def _collate(items: list[Any]) -> tuple[Any, int]:
-    """A batch, or the error that ends the run, None if nothing of it could be read; and how many images could not."""
+    """A batch and the number of its unreadable images.
+
+    In place of the batch stands None if no image could be read, or the error that ends the run.
+    """
     errors = [item for item in items if isinstance(item, DataError)]
     if errors:
         return errors[0], len(errors)
@@ -100,8 +121,31 @@ def _collate(items: list[Any]) -> tuple[Any, int]:
     return (default_collate(read) if read else None), len(items) - len(read)
 
 
+def training_batches(data: Data, settings: Settings, processes: Processes) -> Batches:
+    """This process's share of the training images, in an order that the seed decides."""
+    return Batches(
+        len(data.train),  # type: ignore[arg-type]
+        settings.batch_size,
+        seed=settings.seed,
+        rank=processes.rank,
+        world=processes.world,
+        epoch_batches=settings.epoch_batches,
+    )
+
+
+def test_batches(data: Data, settings: Settings, processes: Processes) -> Batches:
+    """This process's share of the test images, in their own order."""
+    return Batches(
+        len(data.test),  # type: ignore[arg-type]
+        settings.batch_size,
+        seed=None,
+        rank=processes.rank,
+        world=processes.world,
+    )
+
+
 def make_loader(images: Dataset, batches: Batches, settings: Settings, device: torch.device) -> DataLoader:
-    """A loader over `batches`, which may be set to another epoch or start between two passes."""
+    """A loader over `batches`, whose `epoch` and `start` may be set between two passes."""
     return DataLoader(
         _Seeded(images, settings.seed, settings.strict),
         batch_sampler=batches,
@@ -114,7 +158,7 @@ def make_loader(images: Dataset, batches: Batches, settings: Settings, device: t
 
 
 def on_device(batch: tuple[Any, int], device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor] | None:
-    """Images and targets of a batch where the model is; None if none could be read.
+    """Images and targets of a batch on the device of the model; None if no image could be read.
 
     Raises:
         DataError: an image that could not be read ends the run.

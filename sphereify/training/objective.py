@@ -1,12 +1,11 @@
-"""What fine-tuning minimises: the loss of the head, and what keeps filters apart."""
+"""The objective of training: the loss of the head, plus regularizers that keep filters apart."""
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import DataError, UsageError, choose
+from sphereify.errors import DataError
 from sphereify.nn import (
     AngularHead,
     AngularLoss,
@@ -15,55 +14,26 @@ from sphereify.nn import (
     MarginAnnealing,
     OrthogonalityPenalty,
 )
-from sphereify.nn.regularizers import DISTANCES
+from sphereify.training.terms import Terms
 
 AUXILIARY = 0.3
 """Weight of the losses of auxiliary classifiers, as GoogLeNet was trained."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The terms of the objective; those of weight 0 are left out."""
-
-    label_smoothing: float = 0.0
-    margin_anneal: bool = True
-    """Whether the margin of ga-softmax and a-softmax comes in slowly, by SphereFace's schedule."""
-    mhe: float = 0.0
-    """Weight of the hyperspherical energy. Usual: 1 for s = 0, 1, 2 (Euclidean)."""
-    mhe_s: float = 1.0
-    mhe_half_space: bool = False
-    mhe_distance: str = "euclidean"
-    """"euclidean", or "angular" (A-MHE)."""
-    mhe_hidden: float = 1.0
-    """Factor of the hidden layers' energy; 0 leaves them out."""
-    mhe_output: float = 1.0
-    """Factor of the output layer's energy; the authors' code has 10 for s = 1."""
-    orthogonality: float = 0.0
-    """Weight of the orthogonality penalty on normalised filters. Usual: 1e-4."""
-
-    def __post_init__(self) -> None:
-        for name in ("mhe", "mhe_s", "mhe_hidden", "mhe_output", "orthogonality"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number ≥ 0")
-        if self.mhe_distance not in DISTANCES:
-            raise choose("--mhe-distance", self.mhe_distance, DISTANCES)
-        idle = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
-        if not self.mhe and idle:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{names}: no effect without --mhe, whose usual weight is 1")
-        if not 0 <= self.label_smoothing <= 1:
-            raise UsageError(f"--label-smoothing: got {self.label_smoothing}, expected a number from 0 to 1")
-
-
 class Objective(nn.Module):
-    """Loss of a model's training output and targets, plus the regularizers of its filters.
+    """Loss of a model's training output and the targets, plus the regularizers of its filters.
 
-    The annealing's count is its only state.
+    The count of the margin's annealing is its only state.
+
+    Args:
+        model: whose filters are regularized; it does not become a part of this module.
+        terms: weights and kinds of the terms.
+        accumulate: batches that make one optimizer step, by which the annealing counts.
     """
 
     def __init__(self, model: nn.Module, terms: Terms, accumulate: int = 1):
         super().__init__()
-        self._model = (model,)  # its parameters are not this module's
+        self._model = (model,)  # a tuple, so that its parameters do not become this module's
         margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
         annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
         self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
@@ -91,13 +61,17 @@ def _energy(terms: Terms) -> HypersphericalEnergy:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The scores in what a model returned, without a margin."""
+    """The logits in the output of a model, without a margin.
+
+    Raises:
+        DataError: there are none.
+    """
     main, _ = _parts(output)
     return main.logits if isinstance(main, AngularOutput) else main  # type: ignore[return-value]
 
 
 def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
-    """The output of the classifier, and those of auxiliary classifiers."""
+    """The output of the classifier, and the outputs of auxiliary classifiers."""
     if isinstance(output, (Tensor, AngularOutput)):
         return output, []
     parts = [part for part in output if part is not None] if isinstance(output, (tuple, list)) else []

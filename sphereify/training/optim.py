@@ -1,14 +1,16 @@
-"""Which parameters an optimizer decays, and how fast each layer learns."""
+"""The optimizer and its schedule: which parameters decay, how fast each layer learns, and when the rate changes."""
 
 import fnmatch
 from typing import Any
 
+import torch
 from torch import nn
 
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, first_line, invalid, option
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
+from sphereify.training.settings import Settings
 
 
 def param_groups(
@@ -34,11 +36,13 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise UsageError(f"param_groups: got {type(model).__name__}, expected a model")
     if not weight_decay >= 0:
-        raise UsageError(f"weight_decay: got {weight_decay!r}, expected a number ≥ 0")
+        raise invalid("weight_decay", weight_decay, "a number of at least 0")
     if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise UsageError(f"layer_decay: got {layer_decay!r}, expected a number above 0, at most 1; usual: 0.65 to 0.9")
+        raise invalid("layer_decay", layer_decay, "a number above 0 and at most 1", "Usual: 0.65 to 0.9")
     if lr is not None and layer_decay is None:
-        raise UsageError("lr: goes with layer_decay; without it, give the learning rate to the optimizer")
+        raise UsageError(
+            f"{option('lr')}: goes with {option('layer_decay')}; without it, give the learning rate to the optimizer"
+        )
     undecayed = _undecayed(model)
     if layer_decay is not None:
         return _by_layer(model, weight_decay, undecayed, layer_decay, lr)
@@ -80,7 +84,7 @@ def _by_layer(
     grouped = _unwrapped(model)
     if layer_decay < 1 and not hasattr(grouped, "group_matcher"):
         raise UsageError(
-            f"layer_decay: {type(grouped).__name__} does not say what its layers are, as models of timm do "
+            f"{option('layer_decay')}: {type(grouped).__name__} does not say what its layers are, as models of timm do "
             f"(group_matcher); leave it out"
         )
     prefix = next((n for n, p in model.named_parameters()), "").removesuffix(
@@ -100,3 +104,58 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer of timm that the settings name, over the parameters that require a gradient.
+
+    Raises:
+        UsageError: no parameter to train, an optimizer that timm does not know or that needs second derivatives.
+    """
+    from timm.optim import create_optimizer_v2
+
+    groups = param_groups(model, settings.weight_decay, layer_decay=settings.layer_decay)
+    if not groups:
+        raise UsageError(f"{option('freeze')}: nothing is left to train")
+    if settings.opt.lower() == "adahessian":
+        raise UsageError(f"{option('opt')}: adahessian needs second derivatives, which this loop does not compute")
+    try:
+        return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
+    except Exception as error:  # timm asserts
+        raise UsageError(
+            f"{option('opt')}: got {settings.opt!r}, expected an optimizer of timm ({first_line(error)})"
+        ) from None
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int) -> Any:
+    """The schedule of timm that the settings name; it is updated after each optimizer step.
+
+    Raises:
+        UsageError: a schedule that timm does not know, or that does not work with these epochs.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    warmup: Any = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+    decay: dict[str, Any] = {"decay_rate": settings.decay_rate, "decay_milestones": settings.milestones}
+    if settings.decay_epochs is not None:
+        decay["decay_epochs"] = settings.decay_epochs
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            settings.sched,
+            num_epochs=settings.epochs,
+            warmup_epochs=warmup,
+            warmup_lr=0.0,
+            warmup_prefix=False,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **decay,
+        )
+    except Exception as error:
+        raise UsageError(
+            f"{option('sched')}: {settings.sched!r} with these epochs does not work ({first_line(error)})"
+        ) from None
+    if schedule is None:
+        raise invalid("sched", settings.sched, "a schedule of timm, such as cosine or step")
+    return schedule

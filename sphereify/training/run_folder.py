@@ -1,9 +1,8 @@
-"""What a run leaves in its folder besides checkpoints: models, metrics, curves, a summary."""
+"""The folder of a run: the names of all that lies in it, whether it is free, and how a new run makes room."""
 
-import csv
-import io
 import json
-import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +11,136 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.artifact import save
-from sphereify.errors import ArtifactError
-from sphereify.sources import versions
+from sphereify.errors import ArtifactError, UsageError, first_line, option
+from sphereify.files import replacing, write_text
+from sphereify.training.checkpoint import checkpoints
+from sphereify.training.settings import WITHOUT_EFFECT
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+def default_run_folder(model: str) -> Path:
+    """The folder of a run whose user names none: the last part of the model's name, and "finetuned"."""
+    return Path(f"{Path(model.rpartition(':')[2]).name}-finetuned")
+
+
+class RunFolder:
+    """The folder of a run.
+
+    checkpoints/        the states to continue from; see `checkpoint.py`
+    last, best          the models after the last and after the best epoch; see `save_model`
+    metrics.jsonl       a line of JSON for each epoch; metrics.csv is the same as a table
+    curves.png          loss, accuracy, rate, k and energies over the epochs
+    tensorboard/        the same as events
+    summary.json        the result; a folder without it holds a run that is not complete
+    run.json            the options with which the command line began the run
+    variant.json        the network and the settings of a run that belongs to a comparison
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.path / "last"
+        self.best = self.path / "best"
+        self.metrics = self.path / "metrics.jsonl"
+        self.metrics_table = self.path / "metrics.csv"
+        self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.summary = self.path / "summary.json"
+        self.options = self.path / "run.json"
+        self.variant = self.path / "variant.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def clear(self) -> None:
+        """Remove the run in this folder, and leave all else in it."""
+        for folder in (self.checkpoints, self.last, self.best, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        models = (state_file(self.last), state_file(self.best))
+        for file in (self.summary, self.metrics, self.metrics_table, self.curves, *models):
+            file.unlink(missing_ok=True)
+
+    def check_free(self) -> None:
+        """Make sure that no run lies in this folder.
+
+        Raises:
+            UsageError: there are checkpoints in it.
+        """
+        if checkpoints(self.checkpoints):
+            raise UsageError(
+                f"{self}: holds a run already; resume it, remove its {self.checkpoints.name}/, or name another folder"
+            )
+
+    def write_options(self, options: Mapping[str, Any]) -> None:
+        """Write the options with which the command line begins the run: plain JSON values by name.
+
+        Raises:
+            ArtifactError: they cannot be written.
+        """
+        write_text(self.options, json.dumps(dict(options), indent=1) + "\n")
+
+    def read_options(self) -> dict[str, Any]:
+        """The options that `write_options` wrote.
+
+        Raises:
+            UsageError: there are none.
+            ArtifactError: they are damaged.
+        """
+        if not self.options.is_file():
+            raise UsageError(
+                f"{option('resume')}: {self} is not the folder of a run, there is no {self.options.name} in it"
+            )
+        try:
+            return json.loads(self.options.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.options}: cannot be read ({error}); the checkpoints beside it hold the weights"
+            ) from None
+
+    def options_to_resume(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with which the run goes on: its own, with those of `given` that change no result.
+
+        Args:
+            given: options that are given anew, as plain JSON values by name.
+
+        Raises:
+            UsageError: an option of `given` that would change the result, with both values; or as `read_options`.
+            ArtifactError: as `read_options`.
+        """
+        before = self.read_options()
+        changes = [
+            f"{option(name)}: {before.get(name)} before, {given[name]} now"
+            for name in sorted(given)
+            if name not in WITHOUT_EFFECT and given[name] != before.get(name)
+        ]
+        if changes:
+            raise UsageError(f"{self}: cannot be continued otherwise than it began: {'; '.join(changes)}")
+        return {**before, **{name: given[name] for name in WITHOUT_EFFECT if name in given}}
+
+
+def state_file(path: Path) -> Path:
+    """The file that stands for the artifact `path` where a model was not converted."""
+    return path.with_suffix(".safetensors")
+
+
+def save_model(model: nn.Module, path: Path, training: dict[str, Any]) -> Path:
+    """Save a converted model as the artifact `path`; of any other, write the state dict to `state_file(path)`.
+
+    Args:
+        training: plain JSON values to keep with it.
 
     Raises:
         ArtifactError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def save_model(model: nn.Module, path: Path, training: dict[str, Any]) -> Path:
-    """An artifact of a converted model; of any other, `path` with .safetensors holds its state dict."""
     if getattr(model, "conversion_plan", None) is not None:
         return save(model, path, training=training)
-    whole = path.with_suffix(".safetensors")
-    aside = whole.with_name(f".{whole.name}.partial")
+    file = state_file(path)
     tensors = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
     }
     try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {"training": json.dumps(training)})
-        os.replace(aside, whole)
+        with replacing(file) as aside:
+            save_file(tensors, aside, {"training": json.dumps(training)})
     except Exception as error:  # OSError, or safetensors' own for the same
-        aside.unlink(missing_ok=True)
-        raise ArtifactError(f"{whole}: cannot be written ({error})") from error
-    return whole
-
-
-class Record:
-    """The metrics of a run: metrics.jsonl, metrics.csv, events for TensorBoard if installed, curves, a summary."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
-        self.rows: list[dict[str, Any]] = []
-        self.board: Any = None
-
-    def epochs(self, rows: list[dict[str, Any]]) -> None:
-        """All epochs so far; files are written anew, so that a continued run leaves none twice."""
-        self.rows = rows
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(flat[0]))
-        table.writeheader()
-        table.writerows(flat)
-        write_text(self.folder / "metrics.csv", text.getvalue())
-        self.board = self.board or _tensorboard(self.folder / "tensorboard")
-        if self.board is not None:
-            for key, value in flat[-1].items():
-                self.board.add_scalar(key, value, rows[-1]["step"])
-            self.board.flush()
-
-    def close(self, best: int, data: str, peak_memory: int | None) -> None:
-        """The summary and the curves."""
-        summary = {
-            "data": data, "epochs": len(self.rows), "accuracy": self.rows[-1]["accuracy"],
-            "best_epoch": best, "best_accuracy": self.rows[best - 1]["accuracy"], "peak_memory": peak_memory,
-            "images_per_second": sum(row["images_per_second"] for row in self.rows) / len(self.rows),
-            "settings": self.settings, "versions": versions(),
-        }  # fmt: skip
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        if self.board is not None:
-            self.board.close()
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            return  # pictures are an extra
-        from sphereify.plots import plot_run
-
-        plot_run(self.rows, self.folder / "curves.png")
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
+        raise ArtifactError(f"{file}: cannot be written ({first_line(error)})") from error
+    return file

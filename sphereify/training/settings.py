@@ -1,161 +1,208 @@
-"""How to train: every choice with its unit, its range and its usual value."""
+"""Options of training, each with its unit, range and usual values. Imports torch only when a device is chosen."""
 
 import dataclasses
-import fnmatch
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from sphereify.errors import UsageError, first_line, invalid, option
+from sphereify.options import check_options, from_json, option_field, to_json
+from sphereify.patterns import PatternList
+from sphereify.training.terms import Terms
 
-from sphereify.errors import UsageError, choose
-from sphereify.training.objective import Terms
+if TYPE_CHECKING:
+    import torch
 
 AMP = ("none", "bf16", "fp16")
+TRAINING = "Training"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; wrong values are told with the option's name.
+    """How to train.
 
     Raises:
-        UsageError: a value out of its range, or no CUDA device where one is asked for.
+        UsageError: a value that is not valid, two that do not go together, or a device that torch does not have.
     """
 
-    epochs: int = 10
-    epoch_batches: int | None = None
-    """Batches of an epoch, after which the model is tested, to count a run in iterations; None: all images once."""
-    batch_size: int = 64
-    """Images a step on each device."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    opt: str = "adamw"
-    """An optimizer of timm's."""
-    sched: str = "cosine"
-    """A schedule of timm's, updated after each step; plateau, whose state timm does not save, is refused."""
-    warmup_epochs: float | None = None
-    """Epochs in which the rate rises from 0; None: a tenth of all."""
-    min_lr: float = 0.0
-    decay_epochs: float | None = None
-    """Epochs between two falls of step, or of the fall of wsd; None: timm's own, 90 and a fifth of all."""
-    milestones: tuple[int, ...] = ()
-    """Epochs after which multistep falls."""
-    decay_rate: float = 0.1
-    """Factor of a fall of step and multistep, in (0, 1]."""
-    weight_decay: float = 0.05
-    """On plain weights only; angular ones have no length to decay."""
-    layer_decay: float | None = None
-    """Factor of the rate from each layer to the one before it, in (0, 1]."""
-    accumulate: int = 1
-    """Batches whose gradients make one step."""
-    clip_grad: float | None = None
-    """Largest norm of all gradients together."""
-    ema: float | None = None
-    """Decay of a moving average of the weights, in (0, 1), which is then what is tested and saved."""
-    mixup: float = 0.0
-    """α of mixup; plain logits only."""
-    cutmix: float = 0.0
-    """α of cutmix; plain logits only."""
-    amp: str = "none"
-    channels_last: bool = False
-    compile: bool = False
-    fsdp: bool = False
-    """Spread parameters, gradients and the optimizer's state over the processes (FSDP2)."""
-    freeze: tuple[str, ...] = ()
-    """Globs over layer names whose parameters do not train."""
-    warmup_head_epochs: int = 0
-    """Epochs at first in which only new parameters train: k, β, γ and the head."""
-    teacher_weight: float = 0.5
-    """Share of the loss that follows the teacher's scores, where there is a teacher."""
-    teacher_temperature: float = 2.0
-    seed: int = 0
-    deterministic: bool = False
-    """Let torch use deterministic algorithms only."""
-    workers: int = 0
-    """Processes that load images."""
-    device: str = "auto"
-    strict: bool = False
-    """Whether an image that cannot be read ends the run; otherwise it is left out and counted."""
-    checkpoint_minutes: float = 10.0
-    """Between checkpoints inside an epoch."""
+    epochs: int = option_field(10, "Number of epochs: passes over the training images.", panel=TRAINING, at_least=1)
+    epoch_batches: int | None = option_field(
+        None,
+        "Length of an epoch in batches, after which the model is tested; default: all images once.",
+        panel=TRAINING,
+        at_least=1,
+    )
+    batch_size: int = option_field(64, "Images per batch on each device.", panel=TRAINING, at_least=1)
+    lr: float = option_field(1e-3, "Peak learning rate.", panel=TRAINING, above=0, usual="1e-4 to 1e-3 with adamw")
+    opt: str = option_field("adamw", "Optimizer of timm: adamw, sgd, lamb, …", panel=TRAINING)
+    sched: str = option_field(
+        "cosine",
+        "Schedule of timm for the learning rate, updated after each step: cosine, step, multistep, poly, wsd, …",
+        panel=TRAINING,
+    )
+    warmup_epochs: float | None = option_field(
+        None,
+        "Epochs in which the learning rate rises from 0; default: a tenth of all.",
+        panel=TRAINING,
+        at_least=0,
+    )
+    min_lr: float = option_field(0.0, "Learning rate at the end of the schedule.", panel=TRAINING, at_least=0)
+    decay_epochs: float | None = option_field(
+        None,
+        "Epochs between two decays of step (default: 90), or length of the decay of wsd (default: a fifth of all).",
+        panel=TRAINING,
+        above=0,
+    )
+    milestones: tuple[int, ...] = option_field(
+        (), "Epoch after which multistep lowers the learning rate; repeatable.", panel=TRAINING
+    )
+    decay_rate: float = option_field(
+        0.1, "Factor of each decay of step and multistep, in (0, 1].", panel=TRAINING, above=0, at_most=1
+    )
+    weight_decay: float = option_field(
+        0.05,
+        "Weight decay of plain weights; angular weights have none, since their length has no effect.",
+        panel=TRAINING,
+        at_least=0,
+    )
+    layer_decay: float | None = option_field(
+        None,
+        "Factor of the learning rate from each layer to the one before it, in (0, 1].",
+        panel=TRAINING,
+        above=0,
+        at_most=1,
+        usual="0.65 to 0.9",
+    )
+    accumulate: int = option_field(
+        1, "Number of batches whose gradients are summed for one step.", panel=TRAINING, at_least=1
+    )
+    clip_grad: float | None = option_field(
+        None, "Largest norm of all gradients together.", panel=TRAINING, above=0, usual="1"
+    )
+    ema: float | None = option_field(
+        None,
+        "Decay of a moving average of the weights, in (0, 1], which is then what is tested and saved.",
+        panel=TRAINING,
+        above=0,
+        at_most=1,
+        usual="0.9998",
+    )
+    mixup: float = option_field(
+        0.0, "α of mixup; not with margin heads.", panel=TRAINING, at_least=0, usual="0.2 to 0.8"
+    )
+    cutmix: float = option_field(0.0, "α of cutmix; not with margin heads.", panel=TRAINING, at_least=0, usual="1")
+    amp: str = option_field("none", f"Half precision: {', '.join(AMP)}.", panel=TRAINING, choices=AMP)
+    channels_last: bool = option_field(False, "Keep images and weights in channels-last layout.", panel=TRAINING)
+    compile: bool = option_field(False, "Compile the model with torch.compile.", panel=TRAINING)
+    fsdp: bool = option_field(
+        False,
+        "Shard parameters, gradients and optimizer state over torchrun's processes (FSDP2) instead of copying them.",
+        panel=TRAINING,
+    )
+    freeze: PatternList = option_field(
+        (), "Layers that do not train: a glob over names, or re:…; repeatable.", panel=TRAINING
+    )
+    warmup_head_epochs: int = option_field(
+        0, "Epochs at the start in which only k, β, γ and the head train.", panel=TRAINING, at_least=0
+    )
+    teacher_weight: float = option_field(
+        0.5,
+        "Share of the loss that follows the teacher, in [0, 1]; no effect without one.",
+        panel=TRAINING,
+        at_least=0,
+        at_most=1,
+    )
+    teacher_temperature: float = option_field(
+        2.0,
+        "Temperature at which the teacher's scores are followed.",
+        panel=TRAINING,
+        above=0,
+        usual="1 to 4",
+    )
+    seed: int = option_field(
+        0, "Random seed for new weights, the order of images and their augmentation.", panel=TRAINING
+    )
+    deterministic: bool = option_field(False, "Use deterministic algorithms of torch only.", panel=TRAINING)
+    workers: int = option_field(0, "Number of processes that load images.", panel=TRAINING, at_least=0)
+    device: str = option_field(
+        "auto", "Device to train on: auto, cpu, cuda, cuda:1, …; auto: cuda where there is one.", panel=TRAINING
+    )
+    strict: bool = option_field(
+        False, "Stop at an image that cannot be read; otherwise it is skipped and counted.", panel=TRAINING
+    )
+    checkpoint_minutes: float = option_field(
+        10.0, "Minutes between two checkpoints within an epoch.", panel=TRAINING, at_least=0
+    )
     terms: Terms = field(default_factory=Terms)
-    """What is minimised."""
 
     def __post_init__(self) -> None:
-        for name in ("freeze", "milestones"):  # a list, or one alone
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, (str, int)) else tuple(given))
-        least = {"epochs": 1, "batch_size": 1, "workers": 0, "weight_decay": 0, "accumulate": 1, "mixup": 0,
-                 "cutmix": 0, "warmup_head_epochs": 0, "min_lr": 0, "checkpoint_minutes": 0}  # fmt: skip
-        for name, lowest in least.items():
-            if not getattr(self, name) >= lowest:
-                raise UsageError(f"--{_option(name)}: got {getattr(self, name)}, expected at least {lowest}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UsageError(f"--lr: got {self.lr}, expected a number above 0; a usual value is 1e-3")
-        if self.warmup_epochs is not None and not self.warmup_epochs >= 0:
-            raise UsageError(f"--warmup-epochs: got {self.warmup_epochs}, expected at least 0")
-        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
-            raise UsageError(
-                f"--warmup-epochs: got {self.warmup_epochs}, more than the {self.epochs} --epochs there are"
-            )
-        if self.epoch_batches is not None and not self.epoch_batches >= 1:
-            raise UsageError(f"--epoch-batches: got {self.epoch_batches}, expected at least 1")
-        for name in ("ema", "layer_decay", "decay_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise UsageError(f"--{_option(name)}: got {value}, expected a number above 0 and at most 1")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise UsageError(f"--clip-grad: got {self.clip_grad}, expected a number above 0; a usual value is 1")
-        if not 0 <= self.teacher_weight <= 1 or not self.teacher_temperature > 0:
-            raise UsageError(
-                f"--teacher-weight: got {self.teacher_weight} at the temperature {self.teacher_temperature}, "
-                f"expected a share from 0 to 1 and a temperature above 0"
-            )
-        if self.amp not in AMP:
-            raise choose("--amp", self.amp, AMP)
-        apart = {"ema": self.ema, "amp fp16": self.amp == "fp16", "warmup-head-epochs": self.warmup_head_epochs,
-                 "compile": self.compile}  # fmt: skip
-        if self.fsdp and any(apart.values()):
-            raise UsageError(f"--fsdp: does not go with --{next(name for name, on in apart.items() if on)}")
-        if self.sched == "plateau":
-            raise UsageError("--sched: plateau cannot be continued after a stop, for timm does not save its patience; "
-                             "take cosine, step or wsd")  # fmt: skip
-        if self.sched == "multistep" and not self.milestones:
-            raise UsageError("--milestones: none given, expected the epochs after which multistep falls")
-        if self.decay_epochs is not None and not self.decay_epochs > 0:
-            raise UsageError(f"--decay-epochs: got {self.decay_epochs}, expected a number above 0")
+        for name in ("freeze", "milestones"):
+            values = getattr(self, name)
+            alone = isinstance(values, (str, int))
+            object.__setattr__(self, name, (values,) if alone else tuple(values or ()))
+        check_options(self)
+        self._check_schedule()
+        self._check_sharding()
         _ = self.chosen_device
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+
+    def _check_schedule(self) -> None:
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise invalid("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} of {option('epochs')}")
+        if self.sched == "plateau":
             raise UsageError(
-                f"--device: got {self.device!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'."
+                f"{option('sched')}: plateau cannot be continued after a stop, for timm does not save its patience; "
+                f"take cosine, step or wsd"
             )
+        if self.sched == "multistep" and not self.milestones:
+            raise UsageError(
+                f"{option('milestones')}: none given, expected the epochs after which multistep lowers the rate"
+            )
+
+    def _check_sharding(self) -> None:
+        others = {
+            option("ema"): self.ema,
+            option("amp", "fp16"): self.amp == "fp16",
+            option("warmup_head_epochs"): self.warmup_head_epochs,
+            option("compile"): self.compile,
+        }
+        used = next((name for name, value in others.items() if value), None)
+        if self.fsdp and used is not None:
+            raise UsageError(f"{option('fsdp')}: does not go with {used}")
 
     @property
-    def chosen_device(self) -> torch.device:
+    def chosen_device(self) -> "torch.device":
+        """The device that `device` names; the GPU for "auto" where there is one.
+
+        Raises:
+            UsageError: torch does not have this device.
+        """
+        import torch
+
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        if name.startswith("meta"):
-            raise UsageError("--device: got 'meta', which holds no values; take 'cpu' or 'cuda'")
+        kind = name.split(":")[0]
+        if kind == "meta":
+            raise invalid("device", name, "a device that holds values", "Take 'cpu' or 'cuda'")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"{option('device')}: got {name!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'."
+            )
         try:
-            torch.empty(0, device=name if name.split(":")[0] != "cuda" else "cpu")
+            torch.empty(0, device="cpu" if kind == "cuda" else name)
             return torch.device(name)
         except (RuntimeError, NotImplementedError, AssertionError) as error:
-            raise UsageError(f"--device: got {name!r}: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{option('device')}: got {name!r}: {first_line(error)}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings as plain JSON values, those of the loss under "terms"."""
+        return to_json(self)
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "Settings":
-        return cls(
-            **{
-                **plain,
-                "freeze": tuple(plain["freeze"]),
-                "milestones": tuple(plain["milestones"]),
-                "terms": Terms(**plain["terms"]),
-            }
-        )
+        """The settings that `to_json` gave.
+
+        Raises:
+            UsageError: as the class.
+        """
+        return from_json(cls, plain)
 
 
 WITHOUT_EFFECT = ("workers", "device", "checkpoint_minutes")
@@ -163,27 +210,16 @@ WITHOUT_EFFECT = ("workers", "device", "checkpoint_minutes")
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
-    """What a continued run would do otherwise than its beginning, an option each."""
-    old, new = ({**s.to_json(), **s.to_json()["terms"]} for s in (before, now))
-    return [f"--{_option(name)}: {old[name]} before, {new[name]} now"
-            for name in old if name not in WITHOUT_EFFECT and name != "terms" and old[name] != new[name]]  # fmt: skip
+    """The settings that change what is learned and differ, as a phrase each: "lr: 0.01 before, 0.5 now"."""
 
+    def flat(settings: Settings) -> dict[str, Any]:
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+        terms = values.pop("terms")
+        return {**values, **vars(terms)}
 
-def frozen_layers(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
-    """The layers whose name, or whose parent's name, matches.
-
-    Raises:
-        UsageError: a pattern that matches none.
-    """
-    found: list[nn.Module] = []
-    names = {name: module for name, module in model.named_modules() if name}
-    for pattern in patterns:
-        matched = [module for name, module in names.items() if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            raise UsageError(f"--freeze: {pattern!r} matches no layer; names look like {', '.join(list(names)[:3])}")
-        found += matched
-    return found
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
+    old, new = flat(before), flat(now)
+    return [
+        f"{option(name)}: {old[name]} before, {new[name]} now"
+        for name in old
+        if name not in WITHOUT_EFFECT and old[name] != new[name]
+    ]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 
@@ -17,8 +16,9 @@ class Shards:
     The layers of the model's ModuleLists and Sequentials are gathered and freed one after another; all else, and with
     it an angular head, whose loss needs its weights after the forward pass, is gathered once a pass.
 
-    Raises:
-        UsageError: one process alone.
+    Args:
+        model: on the CPU.
+        processes: two or more.
     """
 
     def __init__(self, model: nn.Module, processes: Processes):
@@ -26,10 +26,8 @@ class Shards:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        if processes.world == 1:
-            raise UsageError("--fsdp: needs several processes; start it with torchrun --nproc-per-node N")
         self.model, self.processes = model, processes
-        self.shell = copy.deepcopy(model) if processes.writes else None  # what artifacts are saved from
+        self.shell = copy.deepcopy(model) if processes.writes else None  # artifacts are saved from it
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for unit in _units(model):
             fully_shard(unit, mesh=mesh)
@@ -43,21 +41,22 @@ class Shards:
         """The whole state dict, on the CPU of the process that writes; all processes must ask."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        self.processes.agree(self.model)
+        self.processes.share_buffers(self.model)
         return get_model_state_dict(self.model, options=self.options)  # type: ignore[return-value]
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """As `state`, of the optimizer, by the names of the parameters."""
+        """The whole state of the optimizer by the names of the parameters, on the CPU of the process that writes; all
+        processes must ask."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return get_optimizer_state_dict(self.model, optimizer, options=self.options)  # type: ignore[return-value]
 
     def restore(self, optimizer: torch.optim.Optimizer, model_state: Any, optimizer_state: Any) -> None:
-        """Take back what `state` and `optimizer_state` gave, which every process has read."""
+        """Take back what `state` and `optimizer_state` returned; every process must have read it."""
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
         set_model_state_dict(self.model, model_state, options=self.options)
-        if optimizer_state is None:  # of before the first step
+        if optimizer_state is None:  # the checkpoint was written before the first step
             return
         set_optimizer_state_dict(self.model, optimizer, optimizer_state, options=self.options)
 
@@ -70,8 +69,8 @@ class Shards:
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
-    """The outermost layers of lists and sequences."""
-    found: list[nn.Module] = []
+    """The outermost layers of ModuleLists and Sequentials, those with an angular head left out."""
+    units: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for parent in model.modules():
         if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or parent in inside:
@@ -80,6 +79,6 @@ def _units(model: nn.Module) -> list[nn.Module]:
             parts = set(child.modules())
             heads = any(isinstance(part, AngularHead) for part in parts)
             if not heads and not parts & inside and any(True for _ in child.parameters()):
-                found.append(child)
+                units.append(child)
                 inside |= parts
-    return found
+    return units

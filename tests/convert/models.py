@@ -281,3 +281,27 @@ class Power(nn.Module):
 
     def forward(self, cos: Tensor) -> Tensor:
         return cos.sign() * (cos.abs() + 1e-6) ** self.exponent
+
+
+class Casting(nn.Module):
+    """A linear map in the usual idiom of mixed precision: the weight follows the input's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class GuessedNorm(nn.Module):
+    """Cannot be traced, and its BatchNorm is registered behind the convolution but does not run behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) == 0:
+            return self.fc(x[:, :, 0, 0])
+        return self.fc(self.bn(F.relu(self.conv(x), inplace=True)).mean((2, 3)))

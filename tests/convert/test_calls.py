@@ -18,53 +18,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from sphereify import ConversionPlan, apply_plan, load, plan_conversion, save, sphereify
-from sphereify.choices import DEFAULT_EPS
 from sphereify.nn import LearnableSigmoidOperator
 from sphereify.nn.functional_calls import AngularCall
-from tests.nn.oracle import conv_angles, g_of_angles, linear_angles, normal
+from tests.convert.answers import conv_answer, linear_answer, shake, the_call
+from tests.convert.models import Casting
+from tests.nn.oracle import normal
 
 OPERATOR = {"operator": "sigmoid", "k": 0.3}
 THROUGH = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
 
 
-def the_call(model: nn.Module) -> AngularCall:
-    [call] = [module for module in model.modules() if isinstance(module, AngularCall)]
-    return call
-
-
 def convert(block: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     """The block alone, converted in a model in which it is not the classifier."""
     return sphereify(nn.Sequential(block, nn.Tanh()), example_inputs=x, **{**OPERATOR, **options})[0]
-
-
-def scaled_and_shifted(g: Tensor, beta: Tensor | None, *shifts: Tensor | None, axis: int = -1) -> Tensor:
-    """β·g + shift by hand, with the channels along `axis`."""
-    view = [1] * g.dim()
-    view[axis] = -1
-    if beta is not None:
-        g = g * beta.detach().double().view(view)
-    for shift in shifts:
-        g = g if shift is None else g + shift.detach().double().view(view)
-    return g
-
-
-def linear_answer(x: Tensor, weight: Tensor, beta: Tensor | None, *shifts: Tensor | None) -> Tensor:
-    return scaled_and_shifted(g_of_angles("sigmoid", linear_angles(x, weight, DEFAULT_EPS)), beta, *shifts)
-
-
-def conv_answer(x: Tensor, weight: Tensor, beta: Tensor | None, *shifts: Tensor | None, **geometry: Any) -> Tensor:
-    dims = weight.dim() - 2
-    whole = {"stride": [1] * dims, "padding": [0] * dims, "dilation": [1] * dims, **geometry}
-    theta = conv_angles(x, weight, DEFAULT_EPS, **whole)
-    return scaled_and_shifted(g_of_angles("sigmoid", theta), beta, *shifts, axis=1)
-
-
-def shake(call: AngularCall) -> AngularCall:
-    """β and γ that differ from channel to channel, so that a mistaken order shows."""
-    with torch.no_grad():
-        for i, parameter in enumerate(call.parameters(recurse=False)):
-            parameter.copy_(normal(len(parameter), seed=70 + i, dtype=parameter.dtype))
-    return call
 
 
 # ------------------------------------------------------------------------------------------------------- every function
@@ -710,6 +676,30 @@ def test_a_filter_that_is_not_learned_is_kept_with_the_reason(name):
     assert type(angular[1]) is type(fixed)
 
 
+class CentralDifference(nn.Conv2d):
+    """Two convolutions with one weight."""
+
+    def forward(self, x):
+        return super().forward(x) - 0.7 * F.conv2d(x, self.weight.sum((2, 3), keepdim=True), padding=0)
+
+
+def test_a_subclass_that_makes_two_convolutions_is_kept_whole_with_the_reason():
+    torch.manual_seed(0)
+    model = nn.Sequential(CentralDifference(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Tanh())
+    x = torch.randn(2, 3, 8, 8)
+    decisions = {d.name: d for d in plan_conversion(model, example_inputs=x).decisions}
+    assert decisions["0"].action == "keep"
+    assert "more than one convolution" in decisions["0"].reason
+    torch.testing.assert_close(sphereify(model, example_inputs=x)[0](x), model[0](x))
+
+
+def test_a_weight_that_is_cast_at_the_call_is_answered_in_every_dtype():
+    torch.manual_seed(0)
+    model = sphereify(nn.Sequential(Casting(), nn.Tanh()), example_inputs=torch.randn(5, 4), rescale="never")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert model[0](100 * torch.ones(5, 4, dtype=dtype)).abs().max() <= 1
+
+
 # ----------------------------------------------------------------------------------------------------- out and in again
 
 
@@ -803,7 +793,11 @@ ZOO = {
 
 
 # Without inputs, images of the size in `pretrained_cfg` are tried, which some models of another size refuse.
-GIVEN = [(name, True) for name in ZOO] + [(name, False) for name in ("beit of another size", "swinv2", "eva02")]
+LARGE = ("bit", "nfnet", "mobilevit", "xcit", "tf_efficientnet")
+GIVEN = [
+    *(pytest.param(name, True, marks=pytest.mark.zoo) if name in LARGE else (name, True) for name in ZOO),
+    *((name, False) for name in ("beit of another size", "swinv2", "eva02")),
+]
 
 
 @pytest.mark.parametrize(("name", "given"), GIVEN, ids=lambda part: part if isinstance(part, str) else f"given={part}")

@@ -1,4 +1,4 @@
-"""What a trace finds: roles, norms, aliases, and the reasons to leave a site alone."""
+"""The graph of a model: roles, norms, aliases, and the reasons to leave a site alone."""
 
 import copy
 import operator
@@ -343,7 +343,7 @@ def test_a_module_that_is_never_called_is_kept_and_said_so():
 
 
 def _ignores_length(module, x):
-    """Whether a map without bias and rescaling depends on the direction of its input alone, as g(θ) does."""
+    """True if a map without bias and rescaling depends on the direction of its input alone, as g(θ) does."""
     return torch.allclose(module(x), module(10 * x), rtol=1e-3, atol=1e-3)
 
 

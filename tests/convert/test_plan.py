@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
-from sphereify.errors import ArtifactError, PlanMismatchError, SphereifyError, UnsupportedModelError, UsageError
+from sphereify.errors import (
+    ArgumentTypeError,
+    ArtifactError,
+    PlanMismatchError,
+    SphereifyError,
+    UnsupportedModelError,
+    UsageError,
+)
 from sphereify.nn import (
     AngularHead,
     CosineOperator,
@@ -413,8 +420,9 @@ def test_a_model_without_convolutions_and_linear_maps_is_refused(model):
 
 
 def test_something_that_is_no_module_is_refused():
-    with pytest.raises(UsageError, match=r"model: got str, expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"^model: got str, expected a torch.nn.Module$") as caught:
         sphereify("resnet18")
+    assert isinstance(caught.value, ArgumentTypeError)
 
 
 def _compiled_in_place():
@@ -456,7 +464,7 @@ def _quantized():
 
 
 def test_a_quantized_layer_is_named_with_the_remedy():
-    with pytest.raises(UnsupportedModelError, match=r"2 \(Linear\) is quantized.*--exclude '2'"):
+    with pytest.raises(UnsupportedModelError, match=r"2 \(Linear\) is quantized.*keep it with exclude='2'"):
         plan_conversion(_quantized(), head="keep")
 
 

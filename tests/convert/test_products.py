@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sphereify import ConversionPlan, apply_plan, load, plan_conversion, save, sphereify
-from sphereify.convert.graph import trace
+from sphereify.convert.graph import read_graph
 from sphereify.errors import UnsupportedModelError
+from tests.convert.answers import linear_answer, shake, the_call
 from tests.convert.models import Net, conv
-from tests.convert.test_calls import linear_answer, shake, the_call
 from tests.nn.oracle import normal, slope
 
 # ---------------------------------------------------------------------------------------------- products and witnesses
@@ -47,7 +47,7 @@ WITNESSES = {"run": {"example_inputs": normal(5, 7, seed=1, dtype=torch.float32)
 
 def seen_by(witness, model, **options):
     """The plan, made from what that witness says."""
-    assert bool(trace(model, **WITNESSES[witness]).not_run) == (witness == "trace")
+    assert bool(read_graph(model, **WITNESSES[witness]).not_run) == (witness == "trace")
     return plan_conversion(model, **WITNESSES[witness], **options)
 
 

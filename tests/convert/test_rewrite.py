@@ -1,4 +1,4 @@
-"""What applying a plan changes, and what it leaves as it was."""
+"""Application of a plan: the changes that it makes, and all that it leaves as it was."""
 
 import copy
 import pickle
@@ -13,6 +13,7 @@ from sphereify.errors import UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from tests.convert.models import (
     CLASSES,
+    GuessedNorm,
     Mlp,
     Net,
     PreActNet,
@@ -249,6 +250,20 @@ def test_a_state_dict_hook_of_a_converted_layer_survives():
 
     model.body.register_state_dict_post_hook(drop_bias)
     assert "body.bias" not in sphereify(model).state_dict()
+
+
+def test_a_hook_may_change_the_output_in_place():
+    model = sphereify(plain())
+    assert model.stem.output_read_only
+    model.stem.register_forward_hook(lambda module, args, out: out.mul_(2))
+    model(images()).sum().backward()
+    assert model.stem.weight.grad.isfinite().all()
+
+
+def test_a_guessed_norm_leaves_the_output_free_to_be_changed_in_place():
+    model = sphereify(GuessedNorm())
+    model(images()).sum().backward()
+    assert model.conv.weight.grad.isfinite().all()
 
 
 def test_attributes_that_a_user_hung_on_a_layer_survive():

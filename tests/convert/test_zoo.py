@@ -1,4 +1,7 @@
-"""Networks of timm and torchvision as they are: each is built once, and all properties are checked on it."""
+"""Networks of timm and torchvision: each is built once, and all properties are checked on it.
+
+The two smallest stand for the others where time is short.
+"""
 
 import copy
 import pickle
@@ -15,9 +18,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
+from tests.convert.models import plain
 
 # name: (builder, height and width of its input, its classifier, the shortcuts it has)
-ZOO = {
+SMALL = {
+    "test_resnet": (
+        lambda: timm.create_model("test_resnet"), 64, "fc", {f"layer{i}.0.downsample.1" for i in (2, 3, 4)},
+    ),
+    "test_vit": (lambda: timm.create_model("test_vit"), 160, "head", set()),
+}  # fmt: skip
+LARGE = {
     "resnet18": (lambda: timm.create_model("resnet18"), 64, "fc", {f"layer{i}.0.downsample.0" for i in (2, 3, 4)}),
     "resnet50": (lambda: timm.create_model("resnet50"), 64, "fc", {f"layer{i}.0.downsample.0" for i in (1, 2, 3, 4)}),
     "mobilenetv3": (lambda: timm.create_model("mobilenetv3_small_100"), 64, "classifier", set()),
@@ -31,6 +41,8 @@ ZOO = {
     "googlenet": (lambda: torchvision.models.googlenet(init_weights=False), 64, "fc", set()),
     "vgg11": (lambda: torchvision.models.vgg11(init_weights=False), 32, "classifier.6", set()),
 }
+ZOO = SMALL | LARGE
+EACH = [*SMALL, *(pytest.param(name, marks=pytest.mark.zoo) for name in LARGE)]
 KEPT = {"googlenet": {"aux1.fc2", "aux2.fc2"}}
 SITES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 FIRED = []
@@ -79,7 +91,7 @@ def build(name):
     return model
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=EACH)
 def case(request):
     _, size, classifier, shortcuts = ZOO[request.param]
     model = build(request.param)
@@ -190,7 +202,7 @@ def test_the_plan_through_json_makes_the_same_network_from_a_fresh_model_of_the_
     torch.testing.assert_close(output(fresh, case.x), output(case.angular, case.x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("share_k", ["filter", "network"])
 def test_dtype_and_device_survive_and_reach_the_new_parameters(name, share_k):
     with torch.device("meta"):
@@ -200,6 +212,7 @@ def test_dtype_and_device_survive_and_reach_the_new_parameters(name, share_k):
     assert {parameter.dtype for parameter in angular.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3", "vit"])
 def test_a_bfloat16_network_runs(name):
     model = sphereify(ZOO[name][0]().bfloat16())
@@ -208,6 +221,7 @@ def test_a_bfloat16_network_runs(name):
     assert result.isfinite().all()
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3", "efficientnet", "densenet"])
 def test_with_every_batch_norm_replaced_a_network_runs(name):
     torch.manual_seed(0)
@@ -222,18 +236,32 @@ def test_with_every_batch_norm_replaced_a_network_runs(name):
 
 @pytest.mark.parametrize("make", [lambda: timm.create_model("resnet18"), torchvision.models.resnet18])
 def test_resnet18_is_17_convolutions_converted_3_shortcuts_kept_and_the_head_swapped(make):
-    plan = plan_conversion(make(), operator="cosine", skip_shortcuts=True)
+    with torch.device("meta"):
+        model = make()
+    plan = plan_conversion(model, operator="cosine", skip_shortcuts=True)
     assert plan.summary() == "17 convolutions converted, 3 shortcuts kept, the head swapped for w-softmax"
     assert [d.name for d in plan.kept] == [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]
     assert {d.reason for d in plan.kept} == {"1×1 convolution on a residual shortcut"}
     assert len(plan.decisions) == 21
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3"])
-def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def compiling(*names):
+    """The small network of each kind of layer, and in the zoo those of these names."""
+    return pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.zoo) for name in names)])
+
+
+def build_by_name(name):
     torch.manual_seed(0)
+    return plain() if name == "plain" else timm.create_model(name, num_classes=10)
+
+
+@compiling("test_resnet", "resnet18", "mobilenetv3_small_100")
+def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
     # In float64: compiled, sums are taken in another order.
-    model = sphereify(ZOO[name][0](), operator="sigmoid").eval().double()
+    model = sphereify(build_by_name(name), operator="sigmoid").eval().double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
@@ -241,13 +269,9 @@ def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-FAMILIES = ("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@compiling("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
 def test_another_batch_size_is_compiled_once_more_and_then_no_more(name):
-    torch.manual_seed(0)
-    model = sphereify(timm.create_model(name, num_classes=10), operator="linear").train()
+    model = sphereify(build_by_name(name), operator="linear").train()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

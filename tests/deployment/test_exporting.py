@@ -1,26 +1,23 @@
 """Files for other runtimes: they compute what the model does, for any batch size, or are not left behind."""
 
-import builtins
-import importlib.util
 import os
 import re
-from pathlib import Path
 
-import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
 from torch import nn
 
-from sphereify import fold, save, sphereify
+from sphereify import load, save, sphereify
 from sphereify.choices import OPERATORS
 from sphereify.deployment.exporting import export
-from sphereify.errors import ExportError, UnsupportedModelError, UsageError
+from sphereify.deployment.formats import FORMATS, TorchExport
+from sphereify.deployment.options import ExportOptions
+from sphereify.errors import ArgumentTypeError, ExportError, UnsupportedModelError, UsageError
 from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
-from tests.cli.test_cli import run  # noqa: F401
 from tests.convert.models import Power, conv, images, plain
-from tests.deployment.test_folding import scrambled
+from tests.deployment.networks import assert_standard, scrambled, without
 
 
 def network(operator):
@@ -38,7 +35,7 @@ def network(operator):
 
 def run_onnx(path, *inputs):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [known.name for known in session.get_inputs()]
+    names = [slot.name for slot in session.get_inputs()]
     return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
 
 
@@ -51,25 +48,14 @@ SUFFIXES = {"onnx": "onnx", "torch-export": "pt2"}
 
 
 @torch.no_grad()
-def assert_same(found, model, *inputs):
+def assert_same(output, model, *inputs):
     expected = model(*inputs)
-    assert found.shape == expected.shape
+    assert output.shape == expected.shape
     assert expected.abs().max() > 1e-3
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def assert_standard(path, opset=18):
-    """Checked by onnx itself: operators of the domain ai.onnx alone, no functions, nothing beside the file."""
-    model = onnx.load(path, load_external_data=False)
-    onnx.checker.check_model(model, full_check=True)
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    assert not model.functions
-    assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [
-        ("", opset)
-    ]
-    return model
-
-
+@pytest.mark.export
 @pytest.mark.parametrize("format", RUNTIMES)
 @pytest.mark.parametrize("operator", [*OPERATORS, Power(2)], ids=str)
 def test_every_operator_computes_the_same_elsewhere_at_another_batch_and_image_size(operator, format, tmp_path):
@@ -95,6 +81,7 @@ REAL = {
 """Operator, image size, whether any size will do, and what makes it smaller: an export takes seconds a block."""
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_model_computes_the_same_in_onnxruntime(name, tmp_path):
     operator, size, any_size, smaller = REAL[name]
@@ -106,6 +93,7 @@ def test_a_real_model_computes_the_same_in_onnxruntime(name, tmp_path):
     assert_standard(tmp_path / "m.onnx")
 
 
+@pytest.mark.export
 def test_a_real_model_computes_the_same_as_an_exported_program(tmp_path):
     model = scrambled(sphereify(timm.create_model("resnet18"), operator="sigmoid"))
     export(model, tmp_path / "m.pt2", torch.randn(2, 3, 64, 64), format="torch-export", dynamic_size=True)
@@ -113,6 +101,7 @@ def test_a_real_model_computes_the_same_as_an_exported_program(tmp_path):
     assert_same(run_program(tmp_path / "m.pt2", x), model, x)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("format", RUNTIMES)
 def test_a_model_that_is_not_folded_exports_too(format, tmp_path):
     model = network("linear")
@@ -126,6 +115,7 @@ def test_a_model_that_is_not_folded_exports_too(format, tmp_path):
     assert_same(RUNTIMES[format](path, x), model, x)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("layer", [SphereConv1d(3, 4, 3), SphereConv3d(3, 4, 3)], ids=["1d", "3d"])
 def test_convolutions_of_other_dimensions_export(layer, tmp_path):
     dims = layer.weight.dim() - 2
@@ -135,6 +125,7 @@ def test_convolutions_of_other_dimensions_export(layer, tmp_path):
     assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("format", RUNTIMES)
 def test_functional_calls_and_computed_weights_export(format, tmp_path):
     beit = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2)
@@ -162,12 +153,36 @@ def test_two_inputs_share_the_batch(tmp_path):
     assert_same(run_onnx(tmp_path / "m.onnx", *x), model, *x)
 
 
+@pytest.mark.export
 def test_a_fixed_batch_and_a_higher_opset(tmp_path):
     model = sphereify(plain()).eval()
-    written = export(model, tmp_path / "m.onnx", images(batch=1), dynamic_batch=False, opset=20)
+    written = export(model, tmp_path / "m.onnx", images(batch=1), batch_size=1, opset=20)
     assert written.opset == 20
     shape = assert_standard(tmp_path / "m.onnx", 20).graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_value for d in shape] == [1, 3, 8, 8]
+
+
+def test_the_images_have_the_size_that_is_asked_for_and_the_batch_is_fixed(tmp_path):
+    written = export(sphereify(plain()), tmp_path / "m.pt2", format="torch-export", img_size=12, batch_size=3)
+    assert written.note == "checked with torch on a random input of 3×3×12×12"
+
+
+def test_the_images_of_a_loaded_model_have_the_size_that_it_was_trained_on(tmp_path):
+    save(sphereify(plain()), tmp_path / "artifact", training={"image_size": [3, 20, 24]})
+    model = load(tmp_path / "artifact", factory=plain)
+    written = export(model, tmp_path / "m.pt2", format="torch-export", folded=False)
+    assert written.note == "checked with torch on a random input of 3×3×20×24"
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
+def test_each_format_has_its_suffix(format, suffix):
+    assert ExportOptions(format).suffix == suffix
+
+
+def test_a_model_that_runs_on_no_usual_input_needs_examples(tmp_path):
+    model = sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)))
+    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give example_inputs or img_size"):
+        export(model, tmp_path / "m.pt2", format="torch-export")
 
 
 def test_the_model_is_not_touched(tmp_path):
@@ -195,23 +210,29 @@ def refusals(tmp_path):
     vit = sphereify(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, img_size=32))
     (tmp_path / "folder.onnx").mkdir()
     file = tmp_path / "m.onnx"
+    torch_opset = {"format": "torch-export", "opset": 18}
     return {
         "unknown format": (model, file, images(), {"format": "onxx"}, UsageError, "Did you mean 'onnx'"),
-        "low opset": (model, file, images(), {"opset": 17}, UsageError, "opset: got 17, expected 18 or more"),
+        "low opset": (model, file, images(), {"opset": 17}, UsageError, "opset: got 17, expected a number"),
         "high opset": (model, file, images(), {"opset": 999}, UsageError, "opset: got 999, expected at most"),
         "folder": (model, tmp_path / "folder.onnx", images(), {}, UsageError, "is a folder"),
         "no folder": (model, tmp_path / "nowhere/m.onnx", images(), {}, UsageError, "there is no folder"),
         "plain model": (plain(), file, images(), {}, UsageError, "nothing in Sequential is angular"),
         "fixed size": (vit, file, None, {"dynamic_size": True}, ExportError, "leave out dynamic_size"),
         "values": (Deciding(), file, images(), {}, ExportError, "cannot be traced by torch.export"),
-        "inputs": (model, file, "images", {}, UsageError, "expected a tensor or a tuple of tensors"),
+        "inputs": (model, file, "images", {}, ArgumentTypeError, "example_inputs: got str, expected a tensor"),
+        "no batch": (model, file, torch.tensor(1.0), {}, UsageError, "expected the batch in dimension 0"),
+        "no model": ("resnet18", file, images(), {}, ArgumentTypeError, "got str, expected a torch.nn.Module"),
+        "size twice": (model, file, images(), {"img_size": 16}, UsageError, "img_size: has no effect with"),
+        "other batch": (model, file, images(), {"batch_size": 3}, UsageError, "batch_size: got 3, expected that of"),
+        "no such opset": (model, file, images(), torch_opset, UsageError, "opset: has no effect on format="),
         "wrapped": (nn.DataParallel(model), file, images(), {}, UnsupportedModelError, "DataParallel"),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [
     "unknown format", "low opset", "high opset", "folder", "no folder", "plain model", "fixed size", "values", "inputs",
-    "wrapped",
+    "wrapped", "no batch", "no model", "size twice", "other batch", "no such opset",
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said_and_leaves_no_file(case, tmp_path):
     model, path, inputs, options, error, text = refusals(tmp_path)[case]
@@ -221,29 +242,15 @@ def test_what_cannot_be_done_is_said_and_leaves_no_file(case, tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
-    from sphereify import export as module
-
     path = tmp_path / "m.pt2"
     path.write_text("what was there before")
-    wrong = module.FORMATS["torch-export"]._replace(run=lambda path, inputs: [run_program(path, *inputs) * 1.01])
-    monkeypatch.setitem(module.FORMATS, "torch-export", wrong)
+    wrong = TorchExport()
+    wrong.run = lambda path, inputs: [run_program(path, *inputs) * 1.01]
+    monkeypatch.setitem(FORMATS, "torch-export", wrong)
     with pytest.raises(ExportError, match="computes something else than the model"):
         export(sphereify(plain()), path, images(), format="torch-export")
     assert path.read_text() == "what was there before"
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
-
-
-def without(monkeypatch, *packages):
-    """As if these were not installed."""
-    find, load = importlib.util.find_spec, builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.partition(".")[0] in packages:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return load(name, *args, **kwargs)
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in packages else find(name, *a))
-    monkeypatch.setattr(builtins, "__import__", refuse)
 
 
 def test_missing_packages_are_named_with_what_installs_them(tmp_path, monkeypatch):
@@ -260,91 +267,16 @@ def test_without_onnxruntime_it_says_that_nothing_was_checked(tmp_path, monkeypa
     assert (tmp_path / "m.onnx").is_file()
 
 
-# ------------------------------------------------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def artifact(tmp_path, monkeypatch):
-    """A small artifact in an empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    return save(sphereify(timm.create_model("test_resnet", num_classes=10)), Path("tiny"))
-
-
-def test_the_command_writes_checks_and_shows(run, artifact):  # noqa: F811
-    code, out, err = run("export", artifact, "--dynamic-size", "--img-size", 64)
-    assert (code, err) == (0, "")
-    assert re.search(r"file +│ tiny\.onnx", out)
-    assert "opset 18" in out
-    assert re.search(r"size +│ \d\.\d MB", out)
-    assert re.search(r"largest difference +│ \d\.\de-0[678]", out)
-    assert "25 Conv" in out
-    assert "checked with onnxruntime on a random input of 3×3×96×96" in out
-    assert_standard("tiny.onnx")
-
-
-def test_a_folded_artifact_a_fixed_batch_and_the_other_format(run, artifact):  # noqa: F811
-    save(fold(sphereify(timm.create_model("test_resnet"))), "folded")
-    code, out, err = run("export", "folded", "--format", "torch-export", "--batch-size", 1, "--img-size", 64)
-    assert (code, err) == (0, "")
-    assert "random input of 1×3×64×64" in out
-    assert torch.export.load("folded.pt2").module()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
-
-
-def test_without_folding_norms_stay(run, artifact):  # noqa: F811
-    code, out, _ = run("export", artifact, "--no-fold", "--img-size", 64, "-o", "x.onnx", "--opset", 20)
-    assert code == 0
-    assert "BatchNormalization" in out
-    assert "opset 20" in out
-
-
-WRONG = {
-    "test_resnet": ((), 2, "test_resnet: is no saved artifact; make one with: sphereify convert test_resnet"),
-    "nowhere": ((), 2, "nowhere: is no saved artifact"),
-    "broken": ((), 1, "there is no model.safetensors in it"),
-    "tiny": (("-o", "nowhere/x.onnx"), 2, "there is no folder nowhere"),
-    "tiny ": (("-o", "here.onnx"), 2, "here.onnx: exists already; --force replaces it"),
-    "tiny  ": (("--format", "tflite"), 2, "expected one of onnx, torch-export"),
-    "tiny   ": (("--format", "torch-export", "--opset", "20"), 2, "--opset: belongs to ONNX"),
-    "tiny    ": (("--batch-size", "0"), 2, "--batch-size: got 0, expected 1 or more"),
-    "tiny     ": (("--factory", "nowhere:net"), 2, "nowhere"),
-}
-
-
-@pytest.mark.parametrize("given", WRONG)
-def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, artifact):  # noqa: F811
-    options, expected, text = WRONG[given]
-    Path("here.onnx").write_text("mine")
-    Path("broken").mkdir()
-    Path("broken/conversion.json").write_text("{}")
-    code, out, err = run("export", given.strip(), *options)
-    assert (code, out) == (expected, "")
-    assert text in err
-    assert err.count("\n") == 1
-    assert Path("here.onnx").read_text() == "mine"
-    assert sorted(p.name for p in Path().iterdir()) == ["broken", "here.onnx", "tiny"]
-
-
-def test_a_disk_that_cannot_be_written_is_told(run, artifact, monkeypatch):  # noqa: F811
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    code, out, err = run("export", artifact, "--format", "torch-export", "--img-size", 64)
-    assert (code, out, err) == (1, "", "error: tiny.pt2: cannot be written (No space left on device)\n")
-    assert [p.name for p in Path().iterdir()] == ["tiny"]
-
-
-def test_missing_packages_are_told_on_the_command_line(run, artifact, monkeypatch):  # noqa: F811
-    without(monkeypatch, "onnx", "onnxscript", "onnxruntime")
-    code, _, err = run("export", artifact, "--img-size", 64)
-    assert code == 2
-    assert "pip install 'sphereify[export]'" in err
-    assert [p.name for p in Path().iterdir()] == ["tiny"]
-
-
-@pytest.mark.parametrize("folded", [True, False])
-@pytest.mark.parametrize("operator", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("operator", "folded"),
+    [
+        ("linear", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.export)
+            for case in [("linear", False), ("cosine", True), ("cosine", False)]
+        ),
+    ],
+)
 def test_black_images_are_no_division_by_zero(tmp_path, operator, folded):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
@@ -367,8 +299,8 @@ def test_a_batch_of_one_is_enough_to_export_for_any_batch(tmp_path):
 def test_half_precision_is_compared_in_its_own_precision(tmp_path, dtype):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
-    found = export(sphereify(net), tmp_path / "net.pt2", torch.randn(2, 3, 4, 4).to(dtype), format="torch-export")
-    assert found.difference < 0.1
+    output = export(sphereify(net), tmp_path / "net.pt2", torch.randn(2, 3, 4, 4).to(dtype), format="torch-export")
+    assert output.difference < 0.1
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):

@@ -1,6 +1,7 @@
 """A folded model computes what the converted one does, whatever it is made of, and says what it left."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -15,33 +16,12 @@ from sphereify.errors import ArtifactError, PlanMismatchError, UnsupportedModelE
 from sphereify.nn import AngularHead, SigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.training import Settings, finetune
 from tests.convert.models import Net, Power, conv, images, plain
+from tests.deployment.networks import assert_same, scrambled
 from tests.test_artifact import document_of, edit_document
 
 CONVOLUTIONS = {1: SphereConv1d, 2: SphereConv2d, 3: SphereConv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 OPERATIONS = [*OPERATORS, Power(2)]
-
-
-def scrambled(model, seed=3):
-    """In evaluation, with statistics and parameters that are nowhere trivial: signs of both kinds, scales apart."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.copy_(0.02 + torch.rand(tensor.shape, generator=generator))
-            elif tensor.dim() == 1 and not name.endswith(".p"):
-                tensor.add_(0.5 * torch.randn(tensor.shape, generator=generator))
-    return model.eval()
-
-
-@torch.no_grad()
-def assert_same(folded, model, *inputs, limit=1e-5):
-    """Largest difference relative to the largest output; within rounding, and not because all is zero."""
-    got, expected = folded(*inputs), model.eval()(*inputs)
-    assert got.shape == expected.shape
-    assert got.dtype is expected.dtype
-    assert expected.abs().max() > 1e-3
-    assert (got - expected).abs().max() <= limit * expected.abs().max()
 
 
 SHAPES = {
@@ -140,13 +120,17 @@ def test_half_precision_stays_within_its_rounding_and_does_not_overflow(dtype):
     model = scrambled(nn.Sequential(SphereConv2d(6, 8, 3), nn.BatchNorm2d(8), SphereConv2d(8, 9, 1, operator="linear")))
     x = torch.randn(2, 6, 8, 8).clamp(-4, 4) * 12000  # inner products beyond 65504
     expected = model(x)
-    found = fold(model).to(dtype)(x.to(dtype))
-    assert found.dtype is dtype
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    output = fold(model).to(dtype)(x.to(dtype))
+    assert output.dtype is dtype
+    assert (output.float() - expected).abs().max() < 0.05 * expected.abs().max()
     with torch.autocast("cpu", dtype=dtype):
-        found = fold(model)(x)
-    assert found.dtype is dtype
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+        output = fold(model)(x)
+    assert output.dtype is dtype
+    assert (output.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def zoo(*case):
+    return pytest.param(*case, marks=pytest.mark.zoo)
 
 
 MODELS = {
@@ -155,10 +139,17 @@ MODELS = {
     "vit_tiny_patch16_224": (224, {}, 0),
     "convnext_atto": (64, {}, 0),
 }
+"""Image size, options of the conversion, and the number of BatchNorms that are folded."""
+FAST = [("resnet18", "cosine"), ("convnext_atto", "linear")]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        *FAST,
+        *(zoo(*case) for case in itertools.product(MODELS, OPERATORS) if case not in FAST),
+    ],
+)
 def test_a_real_model_is_the_same_with_its_norms_folded(name, operator):
     size, options, norms = MODELS[name]
     torch.manual_seed(0)
@@ -306,8 +297,8 @@ def test_gradients_reach_the_input(operator):
     model = scrambled(sphereify(plain(), operator=operator)).double()
     x = images().double().requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    (found,) = torch.autograd.grad(fold(model)(x).square().sum(), x)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    (output,) = torch.autograd.grad(fold(model)(x).square().sum(), x)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_model_with_nothing_angular_is_refused():
@@ -321,7 +312,7 @@ def test_the_folding_prints():
     assert "stem: with norm" in str(folding)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", [zoo("resnet18"), "mobilenetv3_small_050"])
 def test_a_folded_model_of_a_library_comes_back_from_the_folder_alone(name, tmp_path):
     model = fold(scrambled(sphereify(timm.create_model(name, num_classes=7), operator="sigmoid", k=0.4)))
     save(model, tmp_path)

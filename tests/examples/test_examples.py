@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.papers
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(example: str, *arguments: str, folder: Path) -> str:

@@ -18,10 +18,12 @@ from examples.papers import cells, conditioning, fourier, gan_energy, plain_cnn
 from sphereify import plots, sphereify
 from sphereify.datasets import load_data
 from sphereify.training import Objective
-from sphereify.training.comparison import built
+from sphereify.training.comparison import build_variant
 
 TRAINED = ("operators_and_losses", "depth", "without_relu", "width", "batch_size", "learnable_k", "sphere_resnet",
            "minimum_energy")  # fmt: skip
+# Without the marked tests one experiment stands for all.
+EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.papers] * (name != "without_relu")) for name in TRAINED]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def table(path) -> dict[str, list[str]]:
     return {first: rest for first, *rest in rows[2:]}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_each_cell_once_and_tells_what_it_gave(tmp_path, photos, name, monkeypatch):
     program = import_module(f"examples.papers.{name}")
     given = ["--quick", "--data", str(photos), "-o", str(tmp_path)]
@@ -76,6 +78,7 @@ def test_authors_numbers_belong_to_cells_that_there_are(name):
     assert experiment.authors.keys() <= {cell.name for cell in program.cells(experiment.full)}
 
 
+@pytest.mark.papers
 @pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("depth", "width")])
 def test_each_network_of_the_full_scale_has_a_loss_with_a_gradient(name):
     program = import_module(f"examples.papers.{name}")
@@ -83,7 +86,7 @@ def test_each_network_of_the_full_scale_has_a_loss_with_a_gradient(name):
     images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
     for cell in program.cells(scale):
         settings = scale.settings(cell, 0, 0)
-        network = built(cells.Builder(cell, 10), cell.variant, settings).train()
+        network = build_variant(cells.Builder(cell, 10), cell.variant, settings).train()
         loss = Objective(network, settings.terms)(network(images), targets)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in network.parameters()), cell.name
@@ -117,6 +120,7 @@ def test_a_network_that_does_not_converge_is_told_and_stops_nothing(tmp_path, ph
     assert "the loss is nan" in failure
 
 
+@pytest.mark.papers
 def test_mean_and_deviation_over_seeds_are_told_with_the_steps_of_all(tmp_path, photos):
     cell = cells.Cell("one", "net", partial(plain_cnn.cnn, filters=(2, 4, 6), features=8), None)
     experiment = cells.Experiment("test", "", lambda scale: [cell], {}, "authors")
@@ -183,6 +187,7 @@ def test_without_norm_and_relu_there_is_none():
     assert kinds == {nn.Sequential, nn.Conv2d, nn.MaxPool2d, nn.Flatten, nn.Linear}
 
 
+@pytest.mark.papers
 def test_the_networks_are_listed(tmp_path):
     plain_cnn.main(["--quick", "-o", str(tmp_path)])
     rows = table(tmp_path / "table.md")
@@ -237,6 +242,7 @@ def test_an_interrupted_generator_goes_on_as_if_it_had_not_been(tmp_path, monkey
     assert all(torch.equal(whole[name], goes_on[name]) for name in whole)
 
 
+@pytest.mark.papers
 def test_each_discriminator_is_scored_once(tmp_path, photos, capsys):
     for _ in range(2):
         gan_energy.main(["--quick", "--data", str(photos), "-o", str(tmp_path)])
@@ -262,6 +268,7 @@ def test_partners_are_of_other_classes():
     assert (others != targets).all()
 
 
+@pytest.mark.papers
 def test_phases_and_magnitudes_are_asked_for(tmp_path, photos):
     fourier.main(["--quick", "--data", str(photos), "-o", str(tmp_path)])
     assert list(table(tmp_path / "table.md")) == ["plain", "cosine"]

@@ -1,4 +1,4 @@
-"""Slow answers for the losses of math.md, section 2: one sample and one class at a time, float64, no ε."""
+"""Slow answers for the losses, by their definitions: one sample and one class at a time, float64, no ε."""
 
 import math
 from collections.abc import Sequence

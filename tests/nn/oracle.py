@@ -26,7 +26,7 @@ def g(name: str, theta: float, k: float = 0.3) -> float:
 
 
 def slope(name: str, theta: float, k: float = 0.3) -> float:
-    """dg/dθ, the table of math.md"""
+    """dg/dθ by the rules of calculus."""
     if name == "linear":
         return -2 / math.pi
     if name == "cosine":

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sphereify.choices import OPERATORS
@@ -48,7 +48,6 @@ def geometries(draw):
     return (*batch, groups * inputs, *size), (groups * outputs, inputs, *kernel), how
 
 
-@settings(max_examples=250, deadline=None)
 @given(geometry=geometries(), with_bias=st.booleans(), seed=st.integers(0, 9), eps=st.sampled_from([1e-4, 0.5]))
 def test_convolution_agrees_with_the_per_patch_oracle(geometry, with_bias, seed, eps):
     shape, weight_shape, how = geometry
@@ -65,7 +64,6 @@ def test_convolution_agrees_with_the_per_patch_oracle(geometry, with_bias, seed,
         torch.testing.assert_close(got.detach(), expected if batched else expected.squeeze(0), **EXACT)
 
 
-@settings(max_examples=100, deadline=None)
 @given(geometry=geometries(), name=st.sampled_from(OPERATORS))
 def test_gradcheck_of_any_geometry(geometry, name):
     shape, weight_shape, how = geometry
@@ -78,7 +76,6 @@ def test_gradcheck_of_any_geometry(geometry, name):
     assert torch.autograd.gradcheck(conv, (x, weight, *operator.parameters()), fast_mode=True)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 3), max_size=3),
     features=st.integers(1, 6),

@@ -12,20 +12,12 @@ from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
 from tests.nn import oracle
+from tests.nn.loss_oracle import build
 from tests.nn.oracle import normal
 
 PLAIN_KINDS = ("w-softmax", "s-softmax")  # those with a margin have their tests in test_losses
-EPS = 1e-12  # inside the head's roots; the losses of math.md have none, which is the same to 1e-10
+EPS = 1e-12  # inside the head's roots; the definitions have none, which is the same to 1e-10
 HALF_EPS = 1e-5  # the same for features in half precision
-
-
-def build(kind, operator, *, dtype=torch.float64, features=6, classes=4, **given):
-    head = AngularHead(features, classes, kind=kind, operator=operator, dtype=torch.float64, **given)
-    for seed, (name, parameter) in enumerate(head.named_parameters(), start=1):
-        parameter.data = normal(*parameter.shape, seed=seed)
-        if name == "operator.p":  # away from the kink of |p|
-            parameter.data = parameter.data.abs() + 0.1
-    return head.to(dtype)
 
 
 def expected_logits(head, x, eps=EPS):
@@ -75,7 +67,7 @@ def test_s_softmax_on_a_simplex_has_the_minimum_of_the_theory(classes, scale):
     # The head's ε takes 1e-12 off each cosine.
     assert loss == pytest.approx(golden, rel=1e-9)
     if (classes, scale) == (10, 1.0):
-        assert loss == pytest.approx(1.3769349204501935, rel=1e-10)  # math.md, section 2
+        assert loss == pytest.approx(1.3769349204501935, rel=1e-10)
 
 
 def test_s_softmax_does_not_depend_on_the_length_of_the_feature_and_w_softmax_is_proportional_to_it():

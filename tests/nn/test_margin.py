@@ -182,7 +182,7 @@ def test_s_softmax_on_a_simplex_has_the_minimum_of_the_theory_at_any_length_of_t
     head.weight.data = 30 * simplex
     for length in (1, 7, 1e4):
         loss = loss_of(head, length * simplex, torch.arange(10), chunk_size=chunk_size).item()
-        assert loss == pytest.approx(1.3769349204501935, rel=3e-13)  # math.md; ε takes 1e-12 off each cosine
+        assert loss == pytest.approx(1.3769349204501935, rel=3e-13)  # ε takes 1e-12 off each cosine
 
 
 # --------------------------------------------------------------------------------------------------- its gradient

@@ -10,7 +10,7 @@ from sphereify.nn.operators import make_operator
 from tests.nn import oracle
 
 K = {"sigmoid": 0.3, "learnable-sigmoid": 0.5}
-GOLDEN_SIGMOID = {0.1: 0.9894135055652862, 0.3: 0.7102446431267226, 0.7: 0.44228789743379554}  # math.md, θ = π/3
+GOLDEN_SIGMOID = {0.1: 0.9894135055652862, 0.3: 0.7102446431267226, 0.7: 0.44228789743379554}  # θ = π/3
 ANGLES = (0.01, 0.4, 1.0, math.pi / 2, 2.2, 3.0, math.pi - 0.01)
 
 

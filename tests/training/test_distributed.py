@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).parents[2]
 NETWORK = """
 from torch import nn
 
@@ -33,17 +36,20 @@ class Net(nn.Module):
 def net(num_classes=10):
     return Net(num_classes)
 """
-BEGIN = ["finetune", "own.py:net", "--data", "digits", "--train-images", "192", "--epochs", "2", "--img-size", "12",
-         "--lr", "0.01", "--device", "cpu", "--operator", "learnable-sigmoid", "--head", "a-softmax", "--margin", "2",
-         "--rescale", "always", "--mhe", "0.5", "--orthogonality", "0.01", "--checkpoint-minutes", "0"]  # fmt: skip
+BEGIN = shlex.split(
+    "finetune own.py:net --data digits --train-images 192 --epochs 2 --img-size 12 --lr 0.01 "
+    "--device cpu --operator learnable-sigmoid --head a-softmax --margin 2 --rescale always --mhe "
+    "0.5 --orthogonality 0.01 --checkpoint-minutes 0"
+)
 
 
 def start(folder: Path, processes: int, *arguments: str) -> subprocess.Popen:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(launcher if processes > 1 else []), "sphereify", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -125,6 +131,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder):
 def test_shards_need_several_processes(folder):
     process = start(folder, 1, *BEGIN, "--fsdp", "-o", "never")
     out, _ = process.communicate(timeout=300)
-    assert (process.returncode, out) == (2, "error: --fsdp: needs several processes; start it with torchrun "
-                                            "--nproc-per-node N\n")  # fmt: skip
+    assert (process.returncode, out) == (
+        2,
+        "error: --fsdp: needs several processes; start it with torchrun --nproc-per-node N\n",
+    )
     assert not (folder / "never").exists()

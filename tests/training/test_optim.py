@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from sphereify import param_groups, sphereify
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv2d, SphereLinear
+from tests.convert.models import Casting
 
 DECAYED = {"stem.weight", "fc.weight"}
 
@@ -61,6 +62,14 @@ def test_frozen_parameters_are_absent():
     assert "fc.weight" in listed
 
 
+def test_filters_of_functional_calls_are_not_decayed():
+    model = nn.Sequential(Casting(), nn.Tanh(), nn.Linear(6, 4), nn.Tanh())
+    model = sphereify(model, example_inputs=torch.randn(5, 4), exclude="2")
+    decayed, undecayed = param_groups(model, 0.1)
+    assert decayed["params"] == [model[2].weight]
+    assert any(p is model[0].weight for p in undecayed["params"])
+
+
 def test_group_without_parameters_is_left_out():
     assert [g["weight_decay"] for g in param_groups(nn.Linear(2, 2, bias=False), 0.1)] == [0.1]
     assert [g["weight_decay"] for g in param_groups(SphereLinear(2, 2), 0.1)] == [0.0]
@@ -100,7 +109,7 @@ def test_default_decays_nothing():
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan")])
 def test_negative_weight_decay_is_refused(weight_decay):
-    with pytest.raises(UsageError, match=f"weight_decay: got {weight_decay}, expected a number ≥ 0"):
+    with pytest.raises(UsageError, match=f"weight_decay: got {weight_decay}, expected a number of at least 0"):
         param_groups(make_model(), weight_decay)
 
 
@@ -231,8 +240,10 @@ def test_what_a_wrapped_model_wants_without_decay_has_none(wrap):
 
 def test_a_compiled_model_has_the_layers_of_the_plain_one():
     plain = PLAIN["vit"]()
-    scales = [{id(p): g["lr_scale"] for g in param_groups(model, 0.1, layer_decay=0.7) for p in g["params"]}
-              for model in (plain, torch.compile(plain))]  # fmt: skip
+    scales = [
+        {id(p): g["lr_scale"] for g in param_groups(model, 0.1, layer_decay=0.7) for p in g["params"]}
+        for model in (plain, torch.compile(plain))
+    ]
     assert scales[0] == scales[1]
 
 
@@ -289,7 +300,7 @@ def test_timms_optimizers_and_schedulers_take_the_groups_and_scale_the_rates(opt
 
 @pytest.mark.parametrize("layer_decay", [0, -0.5, 1.01, float("nan"), float("inf")])
 def test_layer_decay_outside_zero_to_one_is_refused(layer_decay):
-    with pytest.raises(UsageError, match=f"layer_decay: got {layer_decay}, expected a number above 0, at most 1"):
+    with pytest.raises(UsageError, match=f"layer_decay: got {layer_decay}, expected a number above 0 and at most 1"):
         param_groups(make_model(), 0.1, layer_decay=layer_decay)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the products of an angular map: `protocol` says what it is, and three modules make it.
+"""The passes around the products of an angular map, which `protocol` defines and three modules make.
 
 `reference` works everywhere, `cpu` is faster in eager mode on a CPU, and `triton` on CUDA.
 """
@@ -20,8 +20,8 @@ def with_passes(
 ) -> Result:
     """method(passes, x, weight, projection, *arguments) with the fastest passes for these tensors.
 
-    A Triton kernel that cannot be compiled or launched is told once in a warning, and the other passes do the work from
-    then on.
+    Where a Triton kernel cannot be compiled or launched, a warning says so once, and the other passes serve from then
+    on.
     """
     if triton.usable(x, weight, projection):
         try:

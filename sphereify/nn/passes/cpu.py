@@ -180,7 +180,7 @@ def _rows(filters: Tensor, like: Tensor) -> Tensor:
 
 
 class _View(NamedTuple):
-    """How a tensor is cut into blocks, which depends on its layout.
+    """The way in which a tensor is cut into blocks, by its layout.
 
     In channels_last and for linear maps it is seen as (places, groups, channels), else as (B, groups, channels,
     places). Tensors with one value for each patch have one channel.

@@ -92,8 +92,8 @@ class Passes(Protocol):
 
         Args:
             grad: the gradient of g.
-            needed: whether the gradients of x, of the weight and of k are. The second result may be None without the
-                first, the third is None without the last and where k is no tensor.
+            needed: True for each of the gradients of x, of the weight and of k that is needed. The second result may
+                be None without the first; the third is None without the last and where k is no tensor.
         """
 
     def subtract_radial(

@@ -277,7 +277,7 @@ def _window_map(
 
 
 class _Tensor(NamedTuple):
-    """How the kernels see a tensor: samples of (rows, columns), as `triton_kernels` explains."""
+    """A tensor as the kernels see it: samples of (rows, columns), which `triton_kernels` explains."""
 
     samples: int
     rows: int

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 from sphereify.nn.operators import CosineOperator, LearnableSigmoidOperator, LinearOperator, SigmoidOperator
-from sphereify.nn.passes import cpu as blocks
+from sphereify.nn.passes import cpu
+from sphereify.nn.precision import CHANNELS_LAST
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 CONVOLUTIONS = {1: sphere_conv1d, 2: sphere_conv2d, 3: sphere_conv3d}
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def operators(filters):
@@ -25,18 +25,18 @@ def everything(function, x, weight, operator, **options):
     operator.to(x.dtype)
     own = {name: options[name].detach().requires_grad_() for name in ("bias", "beta") if options.get(name) is not None}
     y = function(x, weight, operator, eps=0.1, **{**options, **own})
-    wanted = [x, weight, *operator.parameters(), *own.values()]
+    leaves = [x, weight, *operator.parameters(), *own.values()]
     upstream = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
 def compare(size, function, x, weight, operator, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", size)
+        patch.setattr(cpu, "BLOCK", size)
         got = everything(function, x, weight, operator, **options)
-        patch.setattr(blocks, "usable", lambda *_: False)
-        wanted = everything(function, x, weight, operator, **options)
-    for one, other in zip(got, wanted, strict=True):
+        patch.setattr(cpu, "usable", lambda *_: False)
+        expected = everything(function, x, weight, operator, **options)
+    for one, other in zip(got, expected, strict=True):
         assert one.dtype is other.dtype
         torch.testing.assert_close(one, other, rtol=TOLERANCE[x.dtype], atol=TOLERANCE[x.dtype])
 
@@ -47,7 +47,6 @@ def rescaling(draw, filters, dtype):
     return {name: value.to(dtype) for name, value in made.items() if draw(st.booleans())}
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_convolutions_in_blocks_equal_the_reference(data):
     draw = data.draw
@@ -60,9 +59,9 @@ def test_convolutions_in_blocks_equal_the_reference(data):
     x = torch.randn(draw(st.integers(1, 3)), channels, *[size] * dim, generator=generator).to(dtype)
     weight = torch.randn(filters, channels // groups, *[kernel] * dim, generator=generator).to(dtype)
     if dim > 1 and draw(st.booleans()):
-        x = x.contiguous(memory_format=LAYOUTS[dim + 2])
+        x = x.contiguous(memory_format=CHANNELS_LAST[dim + 2])
     if dim > 1 and draw(st.booleans()):
-        weight = weight.contiguous(memory_format=LAYOUTS[dim + 2])
+        weight = weight.contiguous(memory_format=CHANNELS_LAST[dim + 2])
     compare(
         draw(st.sampled_from([1, 16, 100, 10**6])), CONVOLUTIONS[dim], x, weight,
         draw(st.sampled_from(operators(filters))), **rescaling(draw, filters, dtype),
@@ -71,7 +70,6 @@ def test_convolutions_in_blocks_equal_the_reference(data):
     )  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.sampled_from([(5,), (7, 5), (2, 3, 5), (2, 1, 4, 5)]), st.integers(0, 4), st.sampled_from([1, 8, 10**6]),
        st.sampled_from(list(TOLERANCE)), st.data())  # fmt: skip
 def test_linear_maps_in_blocks_equal_the_reference(shape, which, size, dtype, data):
@@ -91,9 +89,9 @@ def test_a_gradient_of_another_layout_is_understood(layout):
         arranged = form.expand(y.shape)
         (got,) = torch.autograd.grad(y, x, arranged, retain_graph=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "usable", lambda *_: False)
-            (wanted,) = torch.autograd.grad(y, x, arranged, retain_graph=True)
-        torch.testing.assert_close(got, wanted)
+            patch.setattr(cpu, "usable", lambda *_: False)
+            (expected,) = torch.autograd.grad(y, x, arranged, retain_graph=True)
+        torch.testing.assert_close(got, expected)
 
 
 def test_nothing_that_the_caller_holds_is_written_to():

@@ -1,0 +1,84 @@
+"""Patches of a layer's input: what its filters are multiplied with at each position."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sphereify.calibration.layer_pairs import LayerPair
+from sphereify.nn.geometry import per_axis
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The arrangement of a layer's patches in its input.
+
+    Attributes:
+        kernel: the kernel's size; empty for a linear map.
+        sides: the padding, as `F.pad` takes it.
+        mode: the padding mode, as `F.pad` takes it.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    sides: tuple[int, ...]
+    mode: str
+    groups: int
+    eps: float
+
+    @classmethod
+    def of(cls, pair: LayerPair, call: Any = None) -> "Geometry":
+        """The geometry of a module, or of a functional call with these arguments."""
+        layer = pair.layer
+        if pair.decision.kind == "linear":
+            return cls((), (), (), (), "constant", 1, layer.eps)
+        kernel = tuple(pair.decision.shape[2:])
+        dim = len(kernel)
+        if call is None:
+            stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        else:
+            stride, padding, dilation, groups = call.geometry
+        stride, dilation = per_axis(stride, dim), per_axis(dilation, dim)
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            sides = tuple(side for t in reversed(totals) for side in (t // 2, t - t // 2))
+        elif padding == "valid":
+            sides = (0,) * (2 * dim)
+        else:
+            sides = tuple(side for p in reversed(per_axis(padding, dim)) for side in (p, p))
+        mode = getattr(layer, "padding_mode", "zeros")
+        return cls(kernel, stride, dilation, sides, "constant" if mode == "zeros" else mode, groups, layer.eps)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """A view of the input's patches.
+
+        (B, C, *space) -> (B, *positions, C, *kernel) for a convolution, (*, features) -> (rows, features) otherwise.
+        """
+        if not self.kernel:
+            return x.reshape(-1, x.shape[-1])
+        dim = len(self.kernel)
+        x = x.unsqueeze(0) if x.dim() == dim + 1 else x
+        x = F.pad(x, self.sides, mode=self.mode) if any(self.sides) else x
+        for axis in range(dim):
+            reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
+        return x.movedim(1, 1 + dim)
+
+    def unit(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """The patches at some positions, each divided by its norm: (groups, n, fan_in)."""
+        if self.kernel:
+            space = patches.shape[: 1 + len(self.kernel)]
+            rows = patches[torch.unravel_index(positions, space)].unflatten(1, (self.groups, -1)).flatten(2)
+            rows = rows.movedim(1, 0)
+        else:
+            rows = patches[positions].unsqueeze(0)
+        rows = precise(rows)
+        return rows / (rows.square().sum(2, keepdim=True) + self.eps).sqrt()
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in single precision, or in double precision if it has that."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -1,0 +1,159 @@
+"""Commands before any training: convert, inspect, suggest."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sphereify import choices
+from sphereify.calibration.options import CalibrationOptions
+from sphereify.cli.options import Fields, with_options
+from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
+from sphereify.convert.options import ConversionOptions
+from sphereify.models import SPECIFICATION, SourceOptions, open_model
+
+if TYPE_CHECKING:
+    from sphereify.convert.plan import ConversionPlan
+
+Model = Annotated[str, typer.Argument(help=SPECIFICATION, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.", rich_help_panel=OUTPUT)]
+
+
+@with_options()
+def convert(
+    model: Model,
+    conversion: ConversionOptions,
+    source: SourceOptions,
+    calibration: CalibrationOptions,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write; default: MODEL-OPERATOR.", rich_help_panel=OUTPUT),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
+    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(conversion.operator))}")
+    check_folder(folder, force)
+
+    from sphereify.artifact import save
+    from sphereify.calibration.images import calibration_images
+    from sphereify.conversion import sphereify
+    from sphereify.tables import print_calibration
+    from sphereify.terminal import console
+
+    network = open_model(model, source)
+    before = getattr(network, "conversion_plan", None)
+    batches = None if calibration.data is None else calibration_images(network, calibration)
+    converted = sphereify(network, inplace=batches is None, **conversion.keywords())
+    result = None if batches is None else _calibrate(converted, network, batches, calibration.steps)
+    save(converted, folder)
+    _print_plan(converted.conversion_plan, json)  # type: ignore[arg-type]
+    if json:
+        return
+    if result is not None:
+        print_calibration(console(), result)
+    if converted.conversion_plan == before:
+        print("nothing new was converted: other options need the plain model, not its artifact")
+    print(f"saved to {folder}/ (model.safetensors, conversion.json)")
+
+
+@with_options()
+def inspect(
+    model: Model,
+    conversion: ConversionOptions,
+    source: SourceOptions,
+    json: Json = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the model to see that each layer is called.", rich_help_panel=OUTPUT),
+    ] = False,
+    energy: Annotated[
+        bool,
+        typer.Option("--energy", help="Print the hyperspherical energy of each layer instead.", rich_help_panel=OUTPUT),
+    ] = False,
+    energy_plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw these energies to a picture, such as energy.png.", rich_help_panel=OUTPUT),
+    ] = None,
+) -> None:
+    """Show what convert would do, layer by layer and why, without writing anything."""
+    from sphereify.convert.planner import plan_conversion
+
+    network = open_model(model, source)
+    if energy or energy_plot is not None:
+        _print_energy(network, energy_plot)
+        return
+    plan = plan_conversion(network, **conversion.keywords())
+    if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
+        plan = getattr(network, "conversion_plan", plan)
+    _print_plan(plan.verify(network) if verify else plan, json)
+
+
+@with_options(flags={"loss": "--accuracy-loss"})
+def suggest(
+    model: Model,
+    conversion: ConversionOptions,
+    source: SourceOptions,
+    calibration: Annotated[CalibrationOptions, Fields(without=("steps",))],
+    accuracy_loss: Annotated[
+        float,
+        typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
+    ] = 0.02,
+) -> None:
+    """Find which layers of a trained model to exclude, so that it keeps what it knows. Nothing is written."""
+    from sphereify.calibration.images import calibration_images
+    from sphereify.calibration.suggestion import suggest as find
+    from sphereify.tables import print_suggestion
+    from sphereify.terminal import console
+
+    network = open_model(model, source)
+    batches = calibration_images(network, calibration)
+
+    def show(excluded: int, agreement: float) -> None:
+        console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
+
+    suggestion = find(network, batches, loss=accuracy_loss, on_trial=show, **conversion.keywords())
+    print_suggestion(console(), suggestion)
+
+
+def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:
+    """Calibrate with a bar in a terminal, on the GPU where there is one."""
+    import torch
+
+    from sphereify.calibration.least_squares import calibrate
+    from sphereify.progress import CalibrationProgress
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with CalibrationProgress(len(converted.conversion_plan.converted), steps) as progress:
+        result = calibrate(
+            converted.to(device),
+            original.to(device),
+            [batch.to(device) for batch in batches],
+            steps=steps,
+            on_layer=progress.layer,
+            on_step=progress.step,
+        )
+    converted.cpu()
+    return result
+
+
+def _print_plan(plan: "ConversionPlan", as_json: bool) -> None:
+    from sphereify.tables import print_plan
+    from sphereify.terminal import console
+
+    if as_json:
+        print(plan.to_json())
+    else:
+        print_plan(console(), plan)
+
+
+def _print_energy(network: Any, picture: Path | None) -> None:
+    from sphereify.nn import HypersphericalEnergy
+
+    report = HypersphericalEnergy().report(network)
+    print(report)
+    if picture is not None:
+        from sphereify.plots import plot_energy
+
+        print(f"drawn to {plot_energy(report, picture)}")

@@ -1,0 +1,168 @@
+"""Commands of training: finetune, evaluate, compare."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sphereify.cli.convert import Model
+from sphereify.cli.options import Fields, with_options
+from sphereify.cli.output import Force, check_folder
+from sphereify.convert.options import ConversionOptions
+from sphereify.errors import UsageError
+from sphereify.models import SourceOptions, is_saved, open_model
+from sphereify.training.data_options import DataOptions
+from sphereify.training.settings import Settings
+
+
+def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run that is continued, if one is; `context.obj` holds them for the record of the run."""
+    context.obj = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    folder = values["resume"]
+    if folder is None:
+        return values
+    from sphereify.training.run_folder import RunFolder
+
+    sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in values}
+    given = {name: context.obj[name] for name in values if sources[name] == "COMMANDLINE" and name != "resume"}
+    options = {n: v for n, v in RunFolder(folder).options_to_resume(given).items() if n in values}
+    paths = {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
+    return {**values, **options, **paths, "output": folder, "resume": folder}
+
+
+_PATHS = ("weights", "data_root", "teacher_weights")
+"""Options of finetune whose value is a path."""
+
+
+@with_options(_resumed)
+def finetune(
+    context: typer.Context,
+    conversion: ConversionOptions,
+    settings: Settings,
+    source: SourceOptions,
+    images: DataOptions,
+    model: Annotated[
+        str | None, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-finetuned.")] = None,
+    force: Force = False,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", show_default=False)] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher by name.")] = None,
+) -> None:
+    """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
+    if model is None:
+        raise UsageError("MODEL: is missing; an artifact, or the name of a model to convert first")
+    from sphereify.progress import TrainingProgress
+    from sphereify.terminal import is_first_process
+    from sphereify.training import finetune as train
+    from sphereify.training.run_folder import RunFolder, default_run_folder
+    from sphereify.training.start import start
+    from sphereify.training.teacher import open_teacher
+
+    run = RunFolder(output or default_run_folder(model))
+    if resume is None:
+        check_folder(run.path, force)
+    begun = start(model, images, source=source, conversion=conversion)
+    followed = open_teacher(teacher, len(begun.data.classes), weights=teacher_weights, original=begun.original)
+
+    def begin() -> None:
+        run.clear()
+        run.write_options(context.obj)
+
+    with TrainingProgress(settings.epochs) as progress:
+        result = train(
+            begun.model,
+            begun.data,
+            settings,
+            output=run.path,
+            resume=resume is not None,
+            teacher=followed,
+            on_start=begin,
+            on_step=progress.step,
+            on_epoch=progress.epoch,
+        )
+    if is_first_process():
+        best = f"best {result.best.accuracy:.2%} in epoch {result.best.number}, saved to {run.best}"
+        print(f"test accuracy {result.accuracy:.2%}, saved to {run.last}; {best}")
+
+
+@with_options()
+def evaluate(
+    model: Model,
+    source: SourceOptions,
+    images: Annotated[DataOptions, Fields(without=("augment", "train_images"))],
+    settings: Annotated[
+        Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict"), panel="")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for evaluation.json and confusion.png.")
+    ] = None,
+) -> None:
+    """Test a model, converted or not, on the held-out part of a data set."""
+    check_folder(output)
+
+    from sphereify.tables import print_evaluation
+    from sphereify.terminal import console
+    from sphereify.training import evaluate as test
+    from sphereify.training.evaluation import write_evaluation
+
+    network = open_model(model, source)
+    data = images.open(network, as_trained=True)
+    evaluation = test(network, data, settings)
+    print_evaluation(console(), evaluation, data.classes)
+    if output is not None:
+        write_evaluation(evaluation, data.classes, output)
+        print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
+
+
+@with_options()
+def compare(
+    model: Model,
+    conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions, without=("operator",))],
+    settings: Settings,
+    source: SourceOptions,
+    images: DataOptions,
+    operators: Annotated[
+        str, typer.Option(help="Operators of the conversions to compare with the original, separated by commas.")
+    ] = "cosine",
+    seeds: Annotated[int, typer.Option(help="Number of runs of each network, with seeds from --seed on.")] = 1,
+    reach: Annotated[
+        float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default: 95 % of the original's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-compared.")] = None,
+) -> None:
+    """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
+    if is_saved(model):
+        raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
+
+    from sphereify.progress import TrainingProgress
+    from sphereify.tables import comparison_table
+    from sphereify.terminal import console
+    from sphereify.training import compare as run
+    from sphereify.training.comparison import default_comparison_folder, variants
+    from sphereify.training.start import for_classes_of
+
+    folder = output or default_comparison_folder(model)
+    networks = variants(operators, conversion)
+    source = for_classes_of(images, model, source)
+    data = images.open(open_model(model, source))
+    unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
+    with TrainingProgress(settings.epochs) as progress:
+        comparison = run(
+            lambda: open_model(model, unseeded),
+            data,
+            networks,
+            settings,
+            output=folder,
+            seeds=seeds,
+            reach=reach,
+            on_run=progress.run,
+            on_step=progress.step,
+            on_epoch=progress.epoch,
+        )
+    console().print(comparison_table(comparison))
+    print(f"written to {folder}/comparison.md, .json and .png")

@@ -1,0 +1,175 @@
+"""Sites: the places in a model where a convolution or a linear map happens, as a module or as a functional call."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from sphereify.nn import AngularHead
+
+Role = Literal["input", "hidden", "shortcut", "classifier", "auxiliary"]
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.Linear: "linear",
+    nn.ConvTranspose1d: "conv-transpose1d",
+    nn.ConvTranspose2d: "conv-transpose2d",
+    nn.ConvTranspose3d: "conv-transpose3d",
+    nn.Bilinear: "bilinear",
+    nn.RNNBase: "recurrent",
+    nn.RNNCellBase: "recurrent",
+    nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
+    AngularHead: "linear",
+}
+"""Modules that are sites, subclasses included. Those that are no convolution or linear map are always kept, and the
+plan says why."""
+
+SWAPPED: dict[type[nn.Module], str] = {t: KINDS[t] for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+"""Exact types that an angular twin replaces. A subclass may compute something else, so its inner call counts."""
+
+EQUIVALENTS = {
+    # Casts to the input's dtype when scripted, and does nothing else.
+    "timm.layers.linear.Linear": "linear",
+    # An nn.Linear under a name that torch's quantization skips.
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "linear",
+}
+"""Subclasses, by qualified name, that compute exactly what their base class does."""
+
+ATTENTION = nn.MultiheadAttention
+"""A module that hands its weights to one function and never calls the layer that holds the last of them."""
+
+UNANSWERABLE = {
+    "product": "its weight is multiplied by other means (einsum, bmm, W @ x)",
+    "own-backward": "its weight is used inside an autograd.Function, whose backward is its own",
+    "beneath": "its weight is used by torch.ops or in a scripted function",
+}
+"""Kinds of calls that cannot be answered with an angle -> the reason to keep the layer that holds the weight."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A convolution or linear map that a forward makes by calling a function. Plain data."""
+
+    owner: str
+    """Innermost module whose forward makes the call; "" is the model."""
+    kind: str
+    """conv1d, conv2d, conv3d, linear, or a key of `UNANSWERABLE`."""
+    parameter: str | None
+    """Qualified name of the weight; None if it is computed from parameters."""
+    shape: tuple[int, ...]
+    """Shape of the weight, filters first."""
+    has_bias: bool
+    nth: int = 0
+    """Position among the calls with a computed weight that one forward pass of the owner makes."""
+    groups: int = 1
+    """Number of groups of a convolution."""
+    transposed: bool = False
+    """True if the filters are the columns of the parameter, as in `torch.addmm(bias, x, weight)`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One convolution or linear map of a model: a module, or a functional call."""
+
+    name: str
+    """Qualified name of the module, the first one if it is shared; for a functional call the name of the module that
+    holds the weight, or of the weight."""
+    kind: str
+    shape: tuple[int, ...]
+    """Shape of the weight, filters first."""
+    module: nn.Module | None = field(repr=False, default=None)
+    aliases: tuple[str, ...] = ()
+    """Further names of a shared module."""
+    role: Role = "hidden"
+    norm: str | None = None
+    """Name of the normalization with an affine part that directly follows."""
+    norm_seen: bool = False
+    """True if a trace shows that this normalization alone reads the output of the site, and does not change it."""
+    owns_norm: bool = False
+    """True if this normalization follows nothing else, and this site in one place only, channel by filter."""
+    called: bool | None = None
+    """True if the forward calls the site; None if neither a trace nor a forward pass can tell."""
+    call: Call | None = None
+    """Functional call to make angular, if the site is one."""
+    attention: str | None = None
+    """Name of the nn.MultiheadAttention that this projection belongs to."""
+    fixed: bool = False
+    """True for a functional call whose weight is not learned."""
+    unclear: str = ""
+    """Reason why the functional call cannot be answered; empty if it can."""
+    angular: bool = False
+    """True if the site is angular already."""
+    direct: bool | None = None
+    """True if its product is an output of the model, with nothing in between; None if no forward pass succeeded."""
+    processed: bool = False
+    """True for a classifier whose scores are processed further, in more than ways that leave each channel its class."""
+    heads: int = 0
+    """For a classifier: number of separate outputs of the model that end in a site."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the site, the first one first."""
+        return (self.name, *self.aliases)
+
+
+def is_site(module: nn.Module) -> bool:
+    """True if a module is a convolution, a linear map or of another kind that the plan accounts for."""
+    return isinstance(module, tuple(KINDS))
+
+
+def kind_of(module: nn.Module) -> str:
+    """The kind of a module that is a site."""
+    return next(kind for base, kind in KINDS.items() if isinstance(module, base))
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """True if a twin can replace this module: its exact class is a known one, and its forward is that class's."""
+    has_known_class = type(module) in SWAPPED or class_name(module) in EQUIVALENTS
+    return has_known_class and "forward" not in vars(module)
+
+
+def is_affine_norm(module: nn.Module) -> bool:
+    """True for a normalization, of torch, torchvision, timm or the user, that has a scale of its own."""
+    named = "norm" in type(module).__name__.lower() and not is_site(module)
+    return named and getattr(module, "weight", None) is not None
+
+
+def class_name(thing: Any) -> str:
+    """The qualified name of a class, or of an object's class."""
+    cls = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def weight_of(module: nn.Module) -> Any:
+    """The weight whose shape describes a site; recurrent layers have several, of which this is the first."""
+    if isinstance(module, nn.RNNBase):
+        return module.weight_ih_l0
+    return getattr(module, "weight_ih", None) if isinstance(module, nn.RNNCellBase) else module.weight
+
+
+def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """The modules of a model that are sites: first name -> the module and its further names."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_site(module):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return {all_names[0]: (modules[key], tuple(all_names[1:])) for key, all_names in names.items()}
+
+
+def in_order(sites: Iterable[Any], order: list[str]) -> list[Any]:
+    """Sites, or decisions about them, in the order in which their modules or weights first come in `order`."""
+    positions: dict[str, int] = {}
+    for position, name in enumerate(order):
+        positions.setdefault(name, position)
+
+    def first(site: Any) -> int:
+        weight = (site.call.parameter or f"{site.call.owner}.computed",) if site.call else ()
+        return min(positions.get(name, len(order)) for name in (site.name, *site.aliases, *weight))
+
+    return sorted(sites, key=first)

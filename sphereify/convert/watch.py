@@ -1,0 +1,228 @@
+"""Watching a forward pass: each product with a parameter is noted, with the module whose forward makes it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sphereify.convert.model_inputs import tensors_in
+from sphereify.convert.operations import word
+from sphereify.convert.provenance import Provenance
+from sphereify.convert.sites import Call
+from sphereify.nn.functional_calls import FUNCTIONS
+
+PRODUCT_FUNCTIONS = {
+    torch.linalg.multi_dot, torch.chain_matmul, torch.sparse.mm, torch.addmv, Tensor.addmv, Tensor.addmm_,
+    torch.addbmm, Tensor.addbmm, torch.convolution, torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm,
+    Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.einsum, torch.tensordot, torch.inner, Tensor.inner, torch.mv,
+    Tensor.mv,
+}  # fmt: skip
+"""Functions that multiply and whose calls are no linear map of rows, or cannot be seen to be one."""
+
+OF_VALUES: dict[str, Callable[..., Tensor]] = {
+    "nms": lambda boxes, *_, **__: torch.arange(len(boxes), device=boxes.device),
+    "unique": lambda x, *_, **__: x.flatten()[:1],
+}
+"""Functions, by name, whose result has a size that depends on values, each with some result of the right kind."""
+
+
+@dataclass
+class Sightings:
+    """The modules and products that were seen in one forward pass, in order and with repetitions."""
+
+    order: list[str] = field(default_factory=list)
+    """Modules whose forward was entered, and weights that were multiplied."""
+    calls: list[Call] = field(default_factory=list)
+    """Functional calls with a learned weight."""
+    fixed: list[Call] = field(default_factory=list)
+    """Functional calls with a weight that is no parameter's: a buffer, or computed from activations."""
+    finished: set[str] = field(default_factory=set)
+    """Modules whose forward came to its end."""
+
+
+class Watch(TorchFunctionMode):
+    """Notes each functional convolution and linear map, and follows what is computed from parameters alone."""
+
+    def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]):
+        super().__init__()
+        self.sightings = Sightings()
+        self.provenance = Provenance()
+        self.depth = 0
+        """Number of Python functions of torch that are running."""
+        self.stack: list[list[Any]] = [["", 0]]
+        """Modules whose forward is running: name, and number of computed weights seen so far in this forward."""
+        self.names = {id(tensor): name for name, tensor in parameters.items()}
+        self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
+        self.constant = {id(tensor) for tensor in buffers.values()}
+        self.computed: set[int] = set()
+        """Tensors, by id, that are computed from parameters and constants alone."""
+        self.alive: list[Any] = []  # an id is only good while its tensor lives
+        self.own_functions = _own_functions()
+
+    @contextmanager
+    def entering(self, model: nn.Module) -> Iterator[None]:
+        """Note which modules of `model` are entered and left."""
+        handles = []
+        for name, module in model.named_modules():
+
+            def enter(module: nn.Module, args: Any, name: str = name) -> None:
+                self.stack.append([name, 0])
+                self.sightings.order.append(name)
+
+            def leave(*_: Any) -> None:
+                self.sightings.finished.add(self.stack.pop()[0])
+
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        weight = self._note(func, args, kwargs)
+        answer = OF_VALUES.get(getattr(func, "__name__", ""))
+        if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
+            return answer(*args, **kwargs)
+        is_function = not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+        self.depth += is_function
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= is_function
+        operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._follow(func, operands, result)
+        self.provenance.note(func, operands, result, weight)
+        return result
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Note a convolution, a linear map or another product with a parameter, and return the name of its weight."""
+        function = FUNCTIONS.get(func)
+        call = function.read(args, kwargs) if function is not None else None
+        multiplies = function is not None and function.any_product
+        if function is None or call is None or (multiplies and not self._is_matrix(call.source)):
+            return self._note_product(args, kwargs) if func in PRODUCT_FUNCTIONS else ""
+        if id(call.x) in self.names or id(call.x) in self.computed or id(call.x) in self.constant:
+            return ""  # of parameters alone: a weight is computed here
+        base = call.source if id(call.source) in self.names else call.source._base
+        whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
+        name = self.names.get(id(base)) if whole else None
+        if self._in_own_function():
+            return self._note_product(args, kwargs, "own-backward")
+        columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
+        owner, nth = self.stack[-1]
+        self.stack[-1][1] += name is None
+        noted = Call(
+            owner,
+            function.kind,
+            name,
+            tuple(call.weight.shape),
+            has_bias=call.bias is not None,
+            nth=0 if name else nth,
+            groups=call.geometry[3] if call.geometry else 1,
+            transposed=columns,
+        )
+        learned = name is not None or id(call.source) in self.computed
+        (self.sightings.calls if learned else self.sightings.fixed).append(noted)
+        self.sightings.order.append(name or f"{owner}.computed")
+        return self.sightings.order[-1]
+
+    def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
+        """Note another product with a parameter: no site that can be made angular, but the plan accounts for it."""
+        operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if all(id(t) in self.names or id(t) in self.computed or id(t) in self.constant for t in operands):
+            return ""
+        for tensor in operands:
+            name = self._parameter(tensor)
+            if tensor.dim() >= 2 and (name is not None or id(tensor) in self.computed):
+                self._add_product(kind, name, tensor)
+                return ""
+        return ""
+
+    def note_beneath(self, args: tuple) -> None:
+        """Note a product with a parameter that was made where no Python function stands between."""
+        for tensor in args:
+            name = self.by_storage.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+            if name is not None and tensor.dim() >= 2:
+                self._add_product("beneath", name, tensor)
+
+    def _add_product(self, kind: str, name: str | None, tensor: Tensor) -> None:
+        owner = self.stack[-1][0]
+        self.sightings.order.append(name or f"{owner}.computed")
+        self.sightings.calls.append(Call(owner, kind, name, tuple(tensor.shape), has_bias=False))
+
+    def _parameter(self, tensor: Tensor) -> str | None:
+        """The name of the parameter that a tensor is, or is a view of."""
+        return self.names.get(id(tensor)) or (self.names.get(id(tensor._base)) if tensor._base is not None else None)
+
+    def _is_matrix(self, tensor: Tensor) -> bool:
+        """True if this is a learned matrix, as a whole."""
+        base = tensor if id(tensor) in self.names else tensor._base
+        whole = base is not None and id(base) in self.names and base.numel() == tensor.numel() and base.dim() == 2
+        return tensor.dim() == 2 and whole
+
+    def _in_own_function(self) -> bool:
+        """True if an autograd.Function of the user's makes this call, within the innermost module."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+            if frame.f_code in self.own_functions:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+    def _follow(self, func: Any, operands: list[Tensor], result: Any) -> None:
+        """Note a result as computed from parameters if all its operands are parameters, constants, or so computed."""
+        results = operands[:1] if word(func) == "setitem" else [*tensors_in(result)]
+        is_learned = [id(t) in self.names or id(t) in self.computed for t in operands]
+        has_no_features = all(yes or id(t) in self.constant for yes, t in zip(is_learned, operands, strict=True))
+        for tensor in results:
+            if not has_no_features:
+                for written in (tensor, tensor._base):  # features may be written into what was a constant
+                    self.constant.discard(id(written))
+                    self.computed.discard(id(written))
+            elif id(tensor) not in self.names:
+                (self.computed if any(is_learned) else self.constant).add(id(tensor))
+                self.alive.append(tensor)
+
+
+class WatchBeneath(TorchDispatchMode):
+    """Notes products that no Python function makes: those of `torch.ops` and of scripted functions."""
+
+    OPERATIONS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "convolution")
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not self.watch.depth and func.overloadpacket.__name__ in self.OPERATIONS:
+            self.watch.note_beneath(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_turned(view: Tensor, base: Tensor) -> bool:
+    """True if a view of a matrix, or the matrix itself, has its rows and columns swapped."""
+    if view is base or view.dim() != 2:
+        return False
+    return view.shape != base.shape or (view.shape[0] > 1 and view.shape[1] > 1 and view.stride() != base.stride())
+
+
+def _own_functions() -> set[CodeType]:
+    """The code of `forward` of each autograd.Function of the user's, which has a backward of its own."""
+    codes, waiting = set(), [torch.autograd.Function]
+    while waiting:
+        function = waiting.pop()
+        waiting += function.__subclasses__()
+        forward = getattr(function.forward, "__code__", None)
+        if forward is not None and not function.__module__.startswith(("torch.", "sphereify.")):
+            codes.add(forward)
+    return codes

@@ -1,0 +1,124 @@
+"""The formats of an exported file: for each, how to write it, and how to run it."""
+
+import importlib.util
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sphereify import choices
+from sphereify.convert.model_inputs import tensors_in
+from sphereify.errors import ExportError, UsageError, option
+
+Axes = dict[int, str]
+"""The dimensions of one input that may differ from run to run, with their names."""
+
+
+class Written(NamedTuple):
+    """The content of a file: how often it uses each operator, and the version of ONNX's operators."""
+
+    operators: Counter[str]
+    opset: int | None = None
+
+
+class Format(Protocol):
+    """A format of an exported file.
+
+    Attributes:
+        packages: the packages that write it, besides torch.
+        runtime: the package that runs it.
+    """
+
+    packages: tuple[str, ...]
+    runtime: str
+
+    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
+        """Write the file.
+
+        Raises:
+            UsageError: an opset that does not exist.
+            ExportError: the format cannot express the program.
+        """
+
+    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The outputs of the file for these inputs."""
+
+
+class Onnx:
+    """ONNX with its standard operators, in one file."""
+
+    packages: tuple[str, ...] = ("onnx", "onnxscript")
+    runtime = "onnxruntime"
+
+    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
+        import onnx
+
+        highest = onnx.defs.onnx_opset_version()
+        if opset > highest:
+            raise UsageError(
+                f"{option('opset')}: got {opset}, expected at most {highest}, the highest that this onnx has"
+            )
+        # Not optimized: onnxscript takes an ε of 1e-8 or less for 0 and leaves it out. Runtimes optimize by themselves.
+        converted: Any = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, dynamic_shapes=axes, optimize=False, verbose=False
+        )
+        nodes = converted.model.graph.all_nodes()
+        operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in nodes)
+        del operators["Constant"]
+        foreign = sorted(name for name in operators if "::" in name)
+        if foreign:
+            raise ExportError(f"the model needs operators that are not ONNX's own: {', '.join(foreign)}")
+        converted.save(str(path), external_data=False)
+        return Written(operators, converted.model.opset_imports[""])
+
+    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        feed = {slot.name: one.cpu().numpy() for slot, one in zip(session.get_inputs(), inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+
+class TorchExport:
+    """The exported program of `torch.export`, for `torch.export.load`."""
+
+    packages: tuple[str, ...] = ()
+    runtime = "torch"
+
+    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
+        buffer = io.BytesIO()  # a path would have to end in .pt2
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getbuffer())
+        nodes = (node for node in program.graph.nodes if node.op == "call_function")
+        return Written(Counter(str(node.target) for node in nodes))
+
+    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        program = torch.export.load(io.BytesIO(path.read_bytes()))
+        return list(tensors_in(program.module()(*inputs)))
+
+
+FORMATS: dict[str, Format] = {"onnx": Onnx(), "torch-export": TorchExport()}
+assert tuple(FORMATS) == choices.EXPORT_FORMATS
+
+
+def check_installed(name: str) -> Format:
+    """The format of that name, whose packages are installed.
+
+    Raises:
+        UsageError: a package that writes it is missing.
+    """
+    missing = [package for package in FORMATS[name].packages if not is_installed(package)]
+    if missing:
+        raise UsageError(
+            f"{option('format', name)}: {' and '.join(missing)} must be installed to write it: pip install "
+            f"'sphereify[export]'"
+        )
+    return FORMATS[name]
+
+
+def is_installed(package: str) -> bool:
+    """True if a package can be imported."""
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,51 @@
+"""Options of an export, each declared once. Imports no torch, so that `--help` answers at once."""
+
+from dataclasses import dataclass
+
+from sphereify import choices
+from sphereify.errors import UsageError, option
+from sphereify.options import check_options, option_field
+
+LOWEST_OPSET = 18
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+assert tuple(SUFFIXES) == choices.EXPORT_FORMATS
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The form of an exported file, and the inputs that it takes.
+
+    Raises:
+        UsageError: a value that is not valid, or that has no effect on the format.
+    """
+
+    format: str = option_field("onnx", "One of: onnx, torch-export (.pt2).", choices=choices.EXPORT_FORMATS)
+    folded: bool = option_field(
+        True,
+        "Fold normalizations and filter norms into constants, which is faster, or leave them as they are.",
+        command_line="--fold/--no-fold",
+    )
+    batch_size: int | None = option_field(
+        None, "Fix the batch to this number of images; default: the file takes any number.", at_least=1
+    )
+    dynamic_size: bool = option_field(
+        False, "Let the file take images of any size; not every model allows it.", command_line="--dynamic-size"
+    )
+    img_size: int | None = option_field(
+        None,
+        "Height and width of the images in pixels; default: those the model was trained on, else the model's.",
+        at_least=1,
+    )
+    opset: int | None = option_field(
+        None, f"Version of ONNX's operators, {LOWEST_OPSET} or more; default {LOWEST_OPSET}.", at_least=LOWEST_OPSET
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.opset is not None and self.format != "onnx":
+            raise UsageError(f"{option('opset')}: has no effect on {option('format', self.format)}; it belongs to ONNX")
+
+    @property
+    def suffix(self) -> str:
+        """The usual end of the file's name, with its dot."""
+        return SUFFIXES[self.format]

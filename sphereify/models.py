@@ -1,0 +1,100 @@
+"""Opening a network: of timm, of torchvision, of your own, or a saved artifact.
+
+Imports torch only when it opens one, so that `--help` answers at once.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sphereify.errors import UsageError, option
+from sphereify.options import check_options, option_field
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODEL = "The model"
+
+SPECIFICATION = "A timm name, torchvision:NAME, package.module:factory, path/to/file.py:factory, or a saved artifact."
+"""What `open_model` opens, in a sentence."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to build a plain model, or load a saved one.
+
+    Raises:
+        UsageError: a value that is not valid, or two sources of weights.
+    """
+
+    pretrained: bool = option_field(False, "Start from the pretrained weights of the library.", panel=MODEL)
+    weights: Path | None = option_field(
+        None, "Start from a checkpoint: a safetensors file, or a torch file of tensors.", panel=MODEL
+    )
+    num_classes: int | None = option_field(None, "Build the model for this number of classes.", panel=MODEL, at_least=1)
+    in_chans: int | None = option_field(
+        None, "Build the model for this number of input channels.", panel=MODEL, at_least=1
+    )
+    factory: str | None = option_field(
+        None,
+        "Builder of the plain model that an artifact was made of, if it is not of timm or torchvision: "
+        "package.module:factory or path/to/file.py:factory.",
+        panel=MODEL,
+    )
+    seed: int | None = option_field(0, "Random seed for newly initialised weights.", panel=MODEL)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.pretrained and self.weights is not None:
+            raise UsageError(
+                f"{option('pretrained')} and {option('weights')}: got both, expected one source of weights"
+            )
+
+
+def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
+    """The model of a name, of a factory or of an artifact, on the CPU.
+
+    Args:
+        spec: a timm name, "torchvision:NAME", "package.module:factory", "path/to/file.py:factory", or the folder of an
+            artifact.
+        options: how to build or load it. A `seed` of None leaves torch's generator as it is.
+
+    Raises:
+        UsageError: no such model, an argument that its builder does not take, or an option that does not go with an
+            artifact.
+        ArtifactError: the artifact, the checkpoint or the pretrained weights cannot be had, or do not fit.
+    """
+    import torch
+
+    from sphereify.artifact import load
+    from sphereify.sources import build_model, find_model, load_weights
+
+    options = options or SourceOptions()
+    if is_saved(spec):
+        for name in ("pretrained", "weights", "num_classes", "in_chans"):
+            if getattr(options, name):
+                raise UsageError(
+                    f"{option(name)}: does not go with the saved artifact {spec}, which has its own weights"
+                )
+        factory = functools.partial(build_model, find_model(options.factory)) if options.factory else None
+        return load(spec, factory=factory)
+    if options.factory:
+        raise UsageError(
+            f"{option('factory')}: got {options.factory!r}, but {spec!r} is not a saved artifact; give the factory as "
+            f"the model"
+        )
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    source = find_model(spec, num_classes=options.num_classes, in_chans=options.in_chans)
+    model = build_model(source, pretrained=options.pretrained)
+    if options.weights is not None:
+        load_weights(model, options.weights)
+    return model
+
+
+def is_saved(spec: str) -> bool:
+    """True if this names the folder of an artifact, sound or damaged, and not a model to build."""
+    from sphereify.artifact import is_artifact
+
+    return bool(spec) and (Path(spec).is_dir() or is_artifact(spec))

@@ -1,0 +1,79 @@
+"""Progress of long work in a terminal: a bar while it lasts, and lines that stay."""
+
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sphereify.terminal import console, is_first_process
+
+if TYPE_CHECKING:
+    from sphereify.training import Epoch, Step
+
+
+class TrainingProgress:
+    """A bar with loss, learning rate and speed in a terminal, and a line for each epoch anywhere.
+
+    Its methods `run`, `step` and `epoch` are callbacks of `finetune` and `compare`.
+    """
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+        self.console = console()
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.task = self.bar.add_task("training", total=None)
+        self.accuracy = ""
+
+    def __enter__(self) -> "TrainingProgress":
+        if is_first_process():
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def run(self, name: str, seed: int) -> None:
+        """Begin another run of a comparison."""
+        self.console.print(f"{name}, seed {seed}", style="bold", markup=False)
+        self.accuracy = ""
+
+    def step(self, step: "Step") -> None:
+        """Move the bar to an optimizer step."""
+        text = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.images_per_second:.0f} images/s{self.accuracy}"
+        self.bar.update(self.task, completed=step.number, total=step.steps, description=text)
+
+    def epoch(self, epoch: "Epoch") -> None:
+        """Print the results of an epoch."""
+        self.accuracy = f"  accuracy {epoch.accuracy:.2%}"
+        skipped = f"  {epoch.skipped} images skipped" if epoch.skipped else ""
+        line = f"epoch {epoch.number:>3}/{self.epochs}  loss {epoch.loss:.4f}  test accuracy {epoch.accuracy:.2%}"
+        self.console.print(f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")
+
+
+class CalibrationProgress:
+    """A bar over the layers of a calibration, and one over its optimizer steps if it makes any.
+
+    Its methods `layer` and `step` are callbacks of `calibrate`.
+    """
+
+    def __init__(self, layers: int, steps: int):
+        screen = console(stderr=True)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+        self.layers = self.bar.add_task("calibrating", total=layers)
+        self.steps = self.bar.add_task("steps", total=steps, visible=steps > 0)
+
+    def __enter__(self) -> "CalibrationProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def layer(self, name: str, explained: float) -> None:
+        """Move the bar past a layer."""
+        self.bar.update(self.layers, advance=1, description=f"calibrating {name}")
+
+    def step(self, step: int, loss: float) -> None:
+        """Move the bar to an optimizer step."""
+        self.bar.update(self.steps, completed=step, description=f"steps, error {loss:.3f}")

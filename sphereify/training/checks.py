@@ -1,0 +1,172 @@
+"""Everything that is refused, before a model is moved, changed or trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphereify.datasets import Data
+from sphereify.deployment.folding import is_folded
+from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option
+from sphereify.nn import AngularHead
+from sphereify.training.distributed import Processes
+from sphereify.training.freezing import frozen
+from sphereify.training.loader import training_batches
+from sphereify.training.objective import logits_of
+from sphereify.training.optim import make_optimizer, make_schedule
+from sphereify.training.run_folder import RunFolder
+from sphereify.training.settings import Settings, differences
+
+
+def check_run(
+    model: nn.Module, data: Data, settings: Settings, processes: Processes, teacher: nn.Module | None
+) -> None:
+    """Make sure that `model` can be trained on `data` with these settings. Nothing is changed.
+
+    Raises:
+        UnsupportedModelError: a folded model.
+        DataError: images that the model or the teacher does not take, other classes, or too little data.
+        UsageError: settings that do not go with the model or with the number of processes.
+    """
+    if is_folded(model):
+        raise UnsupportedModelError(
+            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
+        )
+    check_classes(model, data)
+    if teacher is not None:
+        check_classes(teacher, data, "the teacher")
+    check_mixup(model, settings)
+    _check_amount(data, processes)
+    if settings.fsdp and processes.world == 1:
+        raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
+    with frozen(model, settings.freeze):
+        _check_optimizer(model, data, settings, processes)
+
+
+def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
+    """Make sure that a model takes the images of `data` and returns one score for each class, by running it on one.
+
+    Raises:
+        DataError: it does not.
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    try:
+        with torch.no_grad(), _eval_mode(model):
+            logits = logits_of(model(torch.zeros(1, *data.image_size, device=device)))
+    except DataError:
+        raise
+    except Exception as error:  # a model may refuse a size in its own way
+        raise DataError(
+            f"{who} does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
+            f"{first_line(error)}. Try another {option('img_size')}."
+        ) from error
+    if logits.dim() != 2:
+        shape = tuple(logits.shape)
+        raise DataError(f"{who} returns Tensor of shape {shape}, expected logits of shape (batch, classes)")
+    if logits.shape[1] != len(data.classes):
+        raise DataError(
+            f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
+            f"{option('num_classes', len(data.classes))} (a plain model is built with it)"
+        )
+
+
+def check_record(record: dict[str, Any] | None, data: Data) -> None:
+    """Make sure that a model was trained on the classes of `data`, by the training record of its artifact.
+
+    Another number of classes is left to `check_classes`, which knows the remedy.
+
+    Raises:
+        DataError: as many classes, but other ones, or in another order.
+    """
+    classes = (record or {}).get("classes", data.classes)
+    if classes != data.classes and len(classes) == len(data.classes):
+        odd = sorted({*classes} ^ {*data.classes}) or ["in another order"]
+        raise DataError(f"the model was trained on other classes than {data.name} has: {', '.join(odd[:5])}")
+
+
+def check_mixup(model: nn.Module, settings: Settings) -> None:
+    """Make sure that images can be mixed, if they are to be.
+
+    Raises:
+        UsageError: a head with a margin, which belongs to one class per image; or batches of one image.
+    """
+    if not (settings.mixup or settings.cutmix):
+        return
+    both = f"{option('mixup')}, {option('cutmix')}"
+    head = next((m for m in model.modules() if isinstance(m, AngularHead) and m.has_margin), None)
+    if head is not None:
+        raise UsageError(
+            f"{both}: the head is {head.kind}, whose margin belongs to one class per image. Take "
+            f"{option('head', 'w-softmax')}, or leave them out."
+        )
+    if settings.batch_size < 2:
+        raise UsageError(f"{both}: need pairs of images; take {option('batch_size', 2)} or more")
+
+
+def check_same_run(
+    folder: RunFolder,
+    checkpoint: Path,
+    saved: dict[str, Any],
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    processes: Processes,
+) -> None:
+    """Make sure that a run is continued as it began.
+
+    Args:
+        folder: the folder of the run.
+        checkpoint: the file from which it is continued.
+        saved: the content of that file.
+
+    Raises:
+        UsageError: other settings, data, number of processes, or another model.
+    """
+    changes = differences(Settings.from_json(saved["settings"]), settings)
+    if saved["data"] != data.name:
+        changes.append(f"{option('data')}: {saved['data']} before, {data.name} now")
+    if saved["world"] != processes.world:
+        changes.append(f"processes: {saved['world']} before, {processes.world} now")
+    if changes:
+        raise UsageError(f"{folder}: cannot be continued otherwise than it began: {'; '.join(changes)}")
+    _check_same_model(model, saved["model"], checkpoint)
+
+
+def _check_same_model(model: nn.Module, saved: dict[str, Tensor], checkpoint: Path) -> None:
+    own = model.state_dict()
+    odd = [
+        name
+        for name in sorted({*own, *saved})
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    ]
+    if odd:
+        raise UsageError(f"{checkpoint}: belongs to another model; the two differ in {', '.join(odd[:3])}")
+
+
+def _check_amount(data: Data, processes: Processes) -> None:
+    train, test = len(data.train), len(data.test)  # type: ignore[arg-type]
+    if train < processes.world or not test:
+        raise DataError(f"{data.name}: {train} training and {test} test images are too few")
+    if len(data.classes) < 2:
+        raise DataError(f"{data.name}: has one class only, {data.classes[0]}; there is nothing to tell apart")
+
+
+def _check_optimizer(model: nn.Module, data: Data, settings: Settings, processes: Processes) -> None:
+    """Build the optimizer and the schedule once on trial: timm knows best what it refuses."""
+    batches = training_batches(data, settings, processes)
+    make_schedule(make_optimizer(model, settings), settings, batches.steps(settings.accumulate))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode and restore each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,17 @@
+"""Small pieces of English that messages and summaries share."""
+
+from collections.abc import Iterable
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it needs one.
+
+    >>> count(1, "layer"), count(3, "layer")
+    ('1 layer', '3 layers')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words with commas between them."""
+    return ", ".join(words)

@@ -1,0 +1,362 @@
+"""finetune, evaluate and compare: their options reach the library, what is printed, and how they fail."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from sphereify import load, save, sphereify
+from sphereify.artifact import read_document
+from sphereify.convert.options import ConversionOptions
+from sphereify.datasets import load_data
+from sphereify.nn import AngularHead
+from sphereify.options import options_of
+from sphereify.sources import build_model, find_model
+from sphereify.training import DataOptions, Epoch, Result, Settings, Terms, accuracy
+from tests.cli.words import TINY, one_line, words, written
+
+FEW = ["--train-images", 64, "--test-images", 30, "--batch-size", 32, "--epochs", 1, "--device", "cpu"]
+
+
+def test_finetune_trains_an_artifact_and_saves_it_with_its_accuracy(run, artifact):
+    before = (artifact / "model.safetensors").read_bytes()
+    code, out, err = run("finetune", artifact, "--data", "digits", "--train-images", 256, "--epochs", 2,
+                         "--batch-size", 128, "-o", "trained", "--device", "cpu")  # fmt: skip
+    assert (code, err) == (0, "")
+    *epochs, last = out.splitlines()
+    assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert all(re.search(r"loss \d+\.\d{4}  test accuracy \d+\.\d{2}%  \d+ images/s$", line) for line in epochs)
+    training = read_document("trained/last")["training"]
+    assert training["data"] == "digits, 256 train images"
+    assert training["classes"] == [str(digit) for digit in range(10)]
+    assert training["epochs"] == 2
+    assert training["image_size"] == [1, 32, 32]
+    best = read_document("trained/best")["training"]
+    assert last == (f"test accuracy {training['accuracy']:.2%}, saved to trained/last; best {best['accuracy']:.2%} in "
+                    f"epoch {best['epochs']}, saved to trained/best")  # fmt: skip
+    assert best["accuracy"] >= training["accuracy"]
+    model = load("trained/last")
+    test = torch.utils.data.DataLoader(load_data("digits", channels=1).test, 90)
+    assert accuracy(model, test) == pytest.approx(training["accuracy"])
+    assert model.conversion_plan == load(artifact).conversion_plan
+    assert not torch.equal(model.conv1[0].weight, load(artifact).conv1[0].weight)
+    assert (artifact / "model.safetensors").read_bytes() == before
+
+
+def test_finetune_converts_a_plain_model_for_the_classes_of_the_data(run, shapes):
+    code, out, err = run("finetune", TINY, "--data", shapes, "--epochs", 1, "--batch-size", 6, "--img-size", 32,
+                         "--device", "cpu")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].endswith("saved to test_resnet-finetuned/best")
+    model = load("test_resnet-finetuned/last")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 2)
+    assert isinstance(model.fc, AngularHead)
+    assert read_document("test_resnet-finetuned/last")["training"]["classes"] == ["bright", "dark"]
+
+
+def test_an_artifact_of_ones_own_is_trained_with_the_factory_that_made_it(run, own):
+    assert run("convert", f"{own}:small", "--num-classes", "10", "--in-chans", "1", "-o", "mine")[0] == 0
+    Path("plain.py").write_text(f"import {Path(own).stem}\ndef make():\n    return {Path(own).stem}.small(10, 1)\n")
+    command = ["finetune", "mine", "--data", "digits", "--img-size", 8, *FEW]
+    code, _, err = run(*command)
+    assert (code, "--factory" in err) == (2, True)
+    code, _, err = run(*command, "--factory", "plain.py:make")
+    assert (code, err) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------ options of finetune
+
+
+@pytest.fixture
+def begun(monkeypatch) -> dict:
+    """The arguments with which training would begin; it does not."""
+    seen = {}
+
+    def train(model, data, settings, **others):
+        seen.update(model=model, data=data, settings=settings, **others)
+        return Result([Epoch(1, 0.5, 0.25), Epoch(2, 0.4, 0.125)], None)
+
+    monkeypatch.setattr("sphereify.training.finetune", train)
+    return seen
+
+
+TERMS = {
+    "label_smoothing": 0.1, "margin_anneal": False, "mhe": 0.5, "mhe_s": 2.0, "mhe_half_space": True,
+    "mhe_distance": "angular", "mhe_hidden": 0.5, "mhe_output": 10.0, "orthogonality": 0.01,
+}  # fmt: skip
+SETTINGS = {
+    "epochs": 3, "epoch_batches": 4,
+    "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
+    "decay_epochs": 1.5, "milestones": (1, 2), "decay_rate": 0.5,
+    "weight_decay": 0.125, "layer_decay": 0.75, "accumulate": 2, "clip_grad": 1.5, "ema": 0.5, "mixup": 0.2,
+    "cutmix": 1.0, "amp": "bf16", "channels_last": True, "compile": True, "freeze": ("conv1", "layer1.*"),
+    "warmup_head_epochs": 1, "teacher_weight": 0.25, "teacher_temperature": 4.0, "seed": 7, "deterministic": True,
+    "workers": 2, "device": "cpu", "strict": True, "checkpoint_minutes": 0.5,
+}  # fmt: skip
+
+
+def test_each_option_of_finetune_reaches_the_training(run, artifact, begun):
+    given = words(SETTINGS | TERMS)
+    code, out, _ = run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")
+    assert code == 0
+    assert begun["settings"] == Settings(**SETTINGS, terms=Terms(**TERMS))
+    assert SETTINGS.keys() | {"fsdp"} == options_of(Settings).keys()
+    assert TERMS.keys() == options_of(Terms).keys()
+    assert not [name for name, value in (SETTINGS | TERMS).items() if name != "device"
+                and value in (getattr(Settings(), name, None), getattr(Terms(), name, None))]  # fmt: skip
+    assert begun["data"].image_size == (1, 24, 24)
+    assert (begun["output"], begun["resume"], begun["teacher"]) == (Path("out"), False, None)
+    assert out == "test accuracy 12.50%, saved to out/last; best 25.00% in epoch 1, saved to out/best\n"
+
+
+def test_the_seed_of_finetune_is_that_of_the_weights_of_a_plain_model_too(run, begun, own):
+    weights = []
+    for seed in (1, 1, 2):
+        assert run("finetune", f"{own}:small", "--data", "digits", "--seed", seed, "-o", "out", "--force")[0] == 0
+        weights.append(begun["model"][0].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("start", ["artifact", "plain model"])
+def test_images_of_a_folder_come_as_the_configuration_of_the_model_says(run, begun, shapes, folder, start):
+    config = timm.create_model(TINY).pretrained_cfg
+    if start == "artifact":
+        save(sphereify(build_model(find_model(TINY, num_classes=2))), folder / "two")
+    code, _, _ = run("finetune", folder / "two" if start == "artifact" else TINY, "--data", shapes, "-o", "out")
+    assert code == 0
+    data = begun["data"]
+    assert data.image_size == config["input_size"] == (3, 160, 160)
+    expected = (torch.tensor([230, 230, 230]) / 255 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    torch.testing.assert_close(data.test[0][0].mean((1, 2)), expected, atol=0.02, rtol=0)
+
+
+def test_a_plain_model_for_gray_images_gets_gray_images(run, begun, own):
+    code, _, _ = run("finetune", f"{own}:gray", "--data", "digits", "-o", "out")
+    assert code == 0
+    assert begun["data"].image_size[0] == 1
+
+
+def test_the_original_teaches_with_the_weights_it_was_given(run, begun, own):
+    sys.path.insert(0, "")
+    import own_networks
+
+    saved = own_networks.small(10, 3)
+    torch.save(saved.state_dict(), "mine.pt")
+    code, _, err = run("finetune", f"{own}:small", "--data", "digits", "--weights", "mine.pt", "--teacher", "original",
+                       "-o", "out")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert torch.equal(begun["teacher"][0].weight, saved[0].weight)
+    assert not isinstance(begun["teacher"][-1], AngularHead)
+
+
+# ------------------------------------------------------------------------------------------------- a run in its folder
+
+
+def test_a_run_is_continued_with_the_options_of_its_beginning(run, begun, own):
+    assert run("finetune", f"{own}:small", "--data", "digits", "--img-size", 8, "--lr", 0.5, "--freeze", "0",
+               "--seed", 3, "--mhe", 1, "-o", "out")[0] == 0  # fmt: skip
+    first = dict(begun)
+    first["on_start"]()  # writes the options of the run
+    begun.clear()
+    code, _, err = run("finetune", "--resume", "out", "--workers", 1)
+    assert (code, err) == (0, "")
+    assert begun["settings"] == Settings(lr=0.5, freeze=("0",), seed=3, workers=1, terms=Terms(mhe=1.0))
+    assert (begun["resume"], begun["output"]) == (True, Path("out"))
+    torch.testing.assert_close(begun["model"].state_dict(), first["model"].state_dict(), rtol=0, atol=0)
+    code, _, err = run("finetune", "--resume", "out", "--lr", "0.25")
+    assert code == 2
+    assert "cannot be continued otherwise than it began: --lr: 0.5 before, 0.25 now" in one_line(err)
+
+
+def test_what_is_no_run_is_not_continued(refused):
+    refused(
+        ["finetune", "--resume", "nowhere"], 2, "--resume: nowhere is not the folder of a run, there is no run.json"
+    )
+
+
+def test_a_new_run_by_force_leaves_nothing_of_the_old_one(run, own):
+    begin = ["finetune", f"{own}:small", "--data", "digits", "--img-size", 8, *FEW, "-o", "out"]
+    assert run(*begin)[0] == 0
+    assert Path("out/summary.json").is_file()
+    assert run(*begin, "--force", "--lr", "1e30")[0] == 1
+    assert not {"summary.json", "metrics.csv", "curves.png", "last"} & {path.name for path in Path("out").iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- evaluate and compare
+
+
+@pytest.fixture
+def tested(monkeypatch) -> dict:
+    """The arguments with which a test would begin; it does not."""
+    seen = {}
+
+    def test(model, data, settings):
+        seen.update(model=model, data=data, settings=settings)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("sphereify.training.evaluate", test)
+    return seen
+
+
+def test_evaluate_takes_the_size_that_the_network_was_trained_at(run, own, tested):
+    assert run("finetune", f"{own}:small", "--data", "digits", "--img-size", 16, *FEW, "-o", "out")[0] == 0
+    for given, size in (([], 16), (["--img-size", 24], 24)):
+        evaluate = ["evaluate", "out/last", "--factory", f"{own}:of_ten_classes", "--data", "digits"]
+        assert run(*evaluate, *given)[0] == 0
+        assert tested["data"].image_size == (3, size, size)
+
+
+def test_evaluate_on_other_classes_is_a_failure(run, shapes, own):
+    finetune = ["finetune", f"{own}:small", "--data", shapes, "--epochs", 1, "--batch-size", 6, "--img-size", 8]
+    assert run(*finetune, "-o", "out")[0] == 0
+    for part in ("train", "val"):
+        (shapes / part / "bright").rename(shapes / part / "light")
+    code, out, err = run("evaluate", "out/last", "--factory", f"{own}:of_two_classes", "--data", shapes)
+    assert (code, out) == (1, "")
+    assert "was trained on other classes than" in one_line(err)
+    assert "bright, light" in one_line(err)
+
+
+def test_an_evaluation_is_written_as_plain_json(run, artifact):
+    code, out, err = run("evaluate", artifact, "--data", "digits", "--test-images", 5, "--img-size", 24, "-o", "report")
+    assert (code, err) == (0, "")
+    assert "of 5 images" in out
+    assert "written to report/evaluation.json, drawn to report/confusion.png" in out
+    numbers = json.loads(Path("report/evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert None in numbers["per_class"]
+    assert numbers["images"] == 5
+    assert Path("report/confusion.png").is_file()
+
+
+def test_each_option_of_evaluate_reaches_the_test(run, artifact, tested):
+    options = {"batch_size": 7, "workers": 1, "device": "cpu", "amp": "bf16", "channels_last": True, "strict": True}
+    assert run("evaluate", artifact, "--data", "digits", *words(options))[0] == 0
+    assert tested["settings"] == Settings(**options)
+
+
+def test_compare_trains_the_original_and_conversions_alike(run, own, monkeypatch):
+    seen = {}
+
+    def compare(build, data, variants, settings, **others):
+        seen.update(build=build, data=data, variants=variants, settings=settings, **others)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("sphereify.training.compare", compare)
+    code, _, err = run("compare", f"{own}:small", "--data", "digits", "--operators", "sigmoid,Learnable_Sigmoid",
+                       "--k", 0.25, "--rescale", "always", "--seeds", 3, "--reach", 0.5, "--lr", 0.5)  # fmt: skip
+    assert (code, err) == (0, "")
+    assert [variant.name for variant in seen["variants"]] == ["original", "sigmoid", "learnable-sigmoid"]
+    assert seen["variants"][0].options is None
+    expected = ConversionOptions(operator="sigmoid", k=0.25, rescale="always")
+    assert ConversionOptions(**seen["variants"][1].options) == expected
+    assert (seen["settings"], seen["seeds"], seen["reach"]) == (Settings(lr=0.5), 3, 0.5)
+    assert seen["output"] == Path("small-compared")
+    assert seen["build"]()[-1].out_features == 10
+    torch.manual_seed(3)
+    first = seen["build"]()[0].weight
+    assert not torch.equal(first, seen["build"]()[0].weight), "the seed is that of each run"
+
+
+def test_compare_starts_from_a_plain_model(refused, artifact):
+    refused(["compare", artifact, "--data", "digits"], 2, "is a saved artifact; compare starts from the plain model")
+    refused(
+        ["compare", TINY, "--data", "digits", "--operators", " ,"], 2, "--operators: got none, expected some of linear"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--lr", "0"], "--lr: got 0.0, expected a number above 0"),
+        (["--epochs", "0"], "--epochs: got 0, expected a number of at least 1"),
+        (["--img-size", "0"], "--img-size: got 0, expected a number of at least 1"),
+        (["--device", "cuda"], "--device: got 'cuda', but torch sees no CUDA device. Leave it out, or take 'cpu'."),
+        (["--mhe-s", "2"], "--mhe-s: no effect without --mhe"),
+        (["--fsdp", "--amp", "fp16"], "--fsdp: does not go with --amp fp16"),
+        (["--train-images", "9999"], "--train-images: got 9999, expected 1 to 1437"),
+        (["--augment", "rand-m9"], "--augment: the digits are not photographs"),
+        (["--teacher-weights", "nowhere.pt"], "--teacher-weights: belong to a --teacher by name"),
+        (["--head", "a-softmax"], "--head: does not go with the artifact"),
+    ],
+)
+def test_a_wrong_option_of_finetune_is_wrong_use(refused, monkeypatch, artifact, given, text):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(["finetune", artifact, "--data", "digits", *given], 2, text)
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare"])
+def test_without_data_is_wrong_use(refused, command):
+    refused(
+        [command, TINY], 2, "--data: is missing; digits, a folder with train/ and val/ (or test/), or a data set of"
+    )
+
+
+def test_without_a_model_is_wrong_use(refused):
+    refused(["finetune", "--data", "digits"], 2, "MODEL: is missing")
+
+
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_an_unknown_model_is_told_before_the_data_is_read(refused, command):
+    refused([command, "resnet81", "--data", "nowhere"], 2, "model 'resnet81': not found")
+
+
+def test_data_that_does_not_exist_is_a_failure(refused, artifact):
+    refused(["finetune", artifact, "--data", "nowhere"], 1, "data 'nowhere': neither 'digits' nor a folder",
+            "A folder needs train/ and val/ (or test/) inside")  # fmt: skip
+
+
+def test_data_without_classes_is_a_failure(refused, artifact):
+    Path("empty/train").mkdir(parents=True)
+    Path("empty/val").mkdir()
+    refused(
+        ["finetune", artifact, "--data", "empty"], 1, "empty/train", "Expected one folder a class with images in it"
+    )
+
+
+def test_data_without_a_held_out_part_is_a_failure(refused, artifact, shapes):
+    (shapes / "val").rename(shapes / "old")
+    refused(["finetune", artifact, "--data", "shapes"], 1, "data 'shapes': expected train/ and val/ (or test/) inside, "
+            "found old, train")  # fmt: skip
+
+
+def test_data_of_other_classes_than_the_model_is_a_failure(refused, artifact, shapes):
+    refused(["finetune", artifact, "--data", "shapes", "--img-size", 32, "-o", "out"], 1,
+            "the model has 10 classes, shapes has 2: convert it again with --num-classes 2")  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(run, artifact):
+    code, out, err = run("finetune", artifact, "--data", "digits", "--lr", "1e20", "--epochs", 1, "-o", "out",
+                         "--device", "cpu")  # fmt: skip
+    assert (code, out) == (1, "")
+    assert re.search(r"^error: the loss is (nan|inf) at step \d+; the first layer with a value that is not finite is "
+                     r"\S+ \(its \w+\)\. The checkpoint of step 0 is kept\. "
+                     r"Try a smaller --lr, or --clip-grad 1\.$", one_line(err))  # fmt: skip
+    assert written(Path("out")) == {"run.json", "checkpoints", "checkpoints/000000000.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--teacher", "original"], "--teacher original: it has not been trained; bring its weights with --weights"),
+        (["--teacher", "own_networks.py:small"], "--teacher: own_networks.py:small needs --teacher-weights"),
+    ],
+)
+def test_a_teacher_that_knows_nothing_is_refused(refused, own, given, text):
+    refused(["finetune", f"{own}:small", "--data", "digits", *given], 2, text)
+
+
+def test_each_option_of_the_images_is_an_option_of_finetune():
+    import typer.main
+
+    from sphereify import cli
+
+    names = {parameter.name for parameter in typer.main.get_command(cli.app).commands["finetune"].params}
+    assert set(options_of(DataOptions)) <= names

@@ -1,0 +1,65 @@
+"""One protocol, three makers of it, and which of them serves."""
+
+import inspect
+
+import pytest
+import torch
+
+from sphereify.nn import passes
+from sphereify.nn.functional import sphere_conv2d
+from sphereify.nn.operators import LinearOperator
+from sphereify.nn.passes import cpu, reference, triton
+from sphereify.nn.passes.protocol import Passes
+from tests.nn.oracle import normal
+
+METHODS = {name: method for name, method in vars(Passes).items() if name[0] != "_" and inspect.isfunction(method)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("maker", [reference, cpu, triton], ids=lambda maker: maker.__name__.rpartition(".")[2])
+def test_every_maker_has_the_passes_of_the_protocol(maker, name):
+    _, *parameters = inspect.signature(METHODS[name]).parameters
+    assert list(inspect.signature(getattr(maker, name)).parameters) == parameters
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The makers that served, in order."""
+    names = []
+    for maker in (reference, cpu):
+        pass_, name = maker.normalize_filters, maker.__name__.rpartition(".")[2]
+        monkeypatch.setattr(maker, "normalize_filters", lambda *a, _p=pass_, _n=name: names.append(_n) or _p(*a))
+    return names
+
+
+def test_blocks_serve_a_cpu_and_the_reference_what_is_differentiated_again_or_mapped(served):
+    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3).requires_grad_()
+    value = sphere_conv2d(x, weight, LinearOperator()).sum()
+    torch.autograd.grad(value, x, retain_graph=True)
+    assert served == ["cpu", "cpu"]
+    torch.autograd.grad(value, x, create_graph=True)
+    assert served[2:] == ["reference"]
+    torch.func.vmap(lambda x: sphere_conv2d(x, weight.detach(), LinearOperator()))(x.detach())
+    assert served[3:] == ["reference"]
+
+
+def test_the_reference_serves_tensors_that_no_block_can_cut(served):
+    with torch.no_grad():
+        sphere_conv2d(normal(2, 2, 4, 4).transpose(2, 3), normal(3, 2, 3, 3), LinearOperator())
+        sphere_conv2d(normal(0, 2, 4, 4), normal(3, 2, 3, 3), LinearOperator())
+    assert served == ["reference", "reference"]
+
+
+def test_four_frames_at_most_lie_between_a_layer_and_its_forward(monkeypatch):
+    from sphereify.nn import SphereConv2d
+
+    depths = []
+
+    def count(method, *arguments):
+        frames = [frame.function for frame in inspect.stack() if "/sphereify/nn/" in frame.filename]
+        depths.append(frames[1 : frames.index("forward", frames.index("forward") + 1)])
+        return passes.with_passes(method, *arguments)
+
+    monkeypatch.setattr("sphereify.nn.functional.with_passes", count)
+    SphereConv2d(2, 3, 3)(torch.zeros(1, 2, 4, 4))
+    assert len(depths[0]) <= 4

@@ -1,0 +1,101 @@
+"""Comparisons: networks are trained alike, each once, and told apart."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sphereify.datasets import Data
+from sphereify.errors import UsageError
+from sphereify.training import Variant, accuracy, compare, train_once, trained, variants
+from tests.training.small import (
+    images,
+    linear_net,
+    usual,
+)
+
+
+def both(**options) -> list[Variant]:
+    return [Variant("plain", None), Variant("cosine", options)]
+
+
+def test_each_seed_begins_with_weights_of_its_own(tmp_path):
+    compare(linear_net, images(), both(), usual(epochs=1, lr=1e-12), output=tmp_path, seeds=2)
+    first, second = (load_file(tmp_path / f"plain-seed{i}" / "last.safetensors") for i in (0, 1))
+    assert (first["1.weight"] - second["1.weight"]).abs().max() > 0.01
+
+
+def test_runs_of_something_else_are_not_taken_for_finished(tmp_path):
+    def compared(build=linear_net, data=None, **settings):
+        return compare(build, data or images(), both(), usual(epochs=1, **settings), output=tmp_path)
+
+    before = compared()
+    assert compared(workers=1).markdown() == before.markdown()
+    with pytest.raises(UsageError, match="holds a run with another model; take another output"):
+        compared(build=lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3, bias=False)))
+    with pytest.raises(UsageError, match="holds a run with another lr;"):
+        compared(lr=0.5)
+    others = Data("others", images().train, images().test, images().classes, images().image_size)
+    with pytest.raises(UsageError, match="holds a run with another data;"):
+        compared(data=others)
+
+
+@pytest.mark.parametrize("variant", both())
+def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
+    heard = []
+    data, settings = images(), usual(epochs=2)
+    results = [
+        train_once(linear_net, data, variant, settings, output=tmp_path / "run", on_step=heard.append) for _ in range(2)
+    ]
+    assert [len(result.epochs) for result in results] == [2, 2]
+    assert results[0].accuracy == results[1].accuracy
+    assert len(heard) == heard[-1].steps  # of the first time only
+    shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)  # it is the last one that counts
+    (tmp_path / "run" / "best.safetensors").unlink(missing_ok=True)
+    model = trained(linear_net, variant, tmp_path / "run")
+    assert accuracy(model, DataLoader(data.test, 5)) == results[0].accuracy
+    assert hasattr(model, "conversion_plan") == (variant.options is not None)
+
+
+@pytest.mark.parametrize(
+    ("variants", "settings", "reach", "text"),
+    [
+        (both(operator="cosin"), {}, None, "operator: got 'cosin'"),
+        (both(head="a-softmax"), {"mixup": 0.2}, None, "mixup, cutmix: the head is a-softmax"),
+        (both(), {}, 95, "reach: got 95, expected an accuracy above 0 and at most 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path, variants, settings, reach, text):
+    with pytest.raises(UsageError, match=text):
+        compare(linear_net, images(), variants, usual(epochs=1, **settings), output=tmp_path, reach=reach)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_table_of_a_comparison_is_what_the_runs_gave(tmp_path):
+    found = compare(linear_net, images(), both(), usual(epochs=2), output=tmp_path, seeds=2)
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    for runs in found.runs:
+        accuracies = [run[-1]["accuracy"] for run in written["runs"][runs.name]]
+        assert runs.mean == pytest.approx(sum(accuracies) / 2)
+        assert runs.deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert found.columns() == ["", "test accuracy, %", f"steps to {found.reach:.1%}", "images/s", "ratio"]
+    assert (tmp_path / "comparison.md").read_text() == found.markdown()
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_variants_of_some_operators_share_their_options():
+    first, *others = variants(["Learnable_Sigmoid", "linear"], {"head": "keep", "operator": "cosine"})
+    assert (first.name, first.options) == ("original", None)
+    assert [variant.name for variant in others] == ["learnable-sigmoid", "linear"]
+    assert [variant.options for variant in others] == [
+        {"head": "keep", "operator": "learnable-sigmoid"},
+        {"head": "keep", "operator": "linear"},
+    ]
+    assert variants("linear, cosine,") == variants(["linear", "cosine"])
+    for nothing in ("", " , ", []):
+        with pytest.raises(UsageError, match="operators: got none, expected some of linear, cosine"):
+            variants(nothing)
