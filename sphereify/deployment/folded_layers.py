@@ -163,7 +163,7 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 class _FoldedConv(FoldedLayer, ConvGeometry):
     """Base of the three convolutions; a learned radius has become a number."""
 
-    radius: float
+    radius: Any
 
     def forward(self, input: Tensor) -> Tensor:
         padded, padding = self._padded(input)
