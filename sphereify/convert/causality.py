@@ -5,6 +5,7 @@ noted: an input padded in front only, along an axis, by all that the kernel reac
 cut off that symmetric padding has added; and a layer that is called again and again with a longer sequence.
 """
 
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from sphereify.nn.functional_calls import Arguments
 from sphereify.nn.geometry import per_axis
 
+GROWING = "it is called with growing inputs"
 PADS = (F.pad, torch._C._nn.pad, torch.constant_pad_nd)
 
 
@@ -60,9 +62,9 @@ class CausalityWitness:
         if dim == 1:
             lengths = self._lengths[weight]
             lengths.append(call.x.shape[-1])
-            if len(lengths) > 1 and all(a < b for a, b in zip(lengths, lengths[1:], strict=False)):
-                self.causal[weight] = "it is called with growing inputs"
-            elif self.causal.get(weight) == "it is called with growing inputs":
+            if len(lengths) > 1 and all(a < b for a, b in itertools.pairwise(lengths)):
+                self.causal.setdefault(weight, GROWING)
+            elif self.causal.get(weight) == GROWING:
                 del self.causal[weight]
 
     def _remember(self, table: dict[int, Any], tensor: Any, value: Any) -> None:

@@ -116,11 +116,11 @@ class ConversionOptions:
     )
     overrides: Overrides = option_field(
         None,
-        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never,radius:2; the first match wins; repeatable.",
+        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never,radius:2; first match wins; repeatable.",
         panel=WHERE,
         command_line="--override",
-        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …} or "keep"}. The '
-        "first match wins, and it wins over include, exclude and skip_shortcuts.",
+        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …} or '
+        '"keep"}. The first match wins, and it wins over include, exclude and skip_shortcuts.',
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 
@@ -130,8 +130,8 @@ class ConversionOptions:
         self._check_operators()
         if self.learn_radius and self.radius == 0:
             raise UsageError(
-                f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a start, "
-                f"such as {option('radius', 1.0)}"
+                f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
+                f"start, such as {option('radius', 1.0)}"
             )
         for name in ("include", "exclude"):
             patterns = Patterns(name, getattr(self, name)).patterns

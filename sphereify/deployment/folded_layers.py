@@ -337,7 +337,7 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
     if isinstance(layer, HasRadius):
         twin._parameters.pop("log_radius")
         del twin._radius
-        twin.radius = layer.radius_value
+        vars(twin)["radius"] = layer.radius_value
     assert isinstance(layer, AngularLayer)
     scale, shift = _double(layer.beta), _double(layer.bias if layer.bias is not None else layer.gamma)
     if affine is not None:
