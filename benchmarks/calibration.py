@@ -1,4 +1,4 @@
-"""What a conversion keeps of a trained network: accuracy without training, with steps, and in the first iterations.
+"""How much a converted network keeps of a trained one: without training, with steps, and in the first iterations.
 
     python benchmarks/plain_networks.py --data CIFAR10 --output data/plain        # trains the networks, once
     python benchmarks/calibration.py --data CIFAR10 --plain data/plain            # the tables
@@ -25,7 +25,7 @@ from sphereify.calibration.distillation import distill
 
 
 def statistics_only(network: nn.Module, batches: list[torch.Tensor]) -> None:
-    """BatchNorm statistics of the inputs, all else as it is."""
+    """Take the BatchNorm statistics of the inputs, and change nothing else."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()

@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """He et al. 2016, section 4.2, with 1×1 convolutions where a shortcut changes its width."""
+    """The network of He et al. 2016, section 4.2, with 1×1 convolutions where a shortcut changes its width."""
 
     def __init__(self, classes: int = 10):
         super().__init__()
@@ -61,7 +61,7 @@ class ResNet20(nn.Module):
 
 
 def vgg(classes: int = 10) -> nn.Module:
-    """Seven convolutions with BatchNorm, halved three times."""
+    """Seven convolutions with BatchNorm; the resolution is halved three times."""
     layers: list[nn.Module] = []
     inputs = 3
     for width in (32, 32, 0, 64, 64, 0, 128, 128, 128, 0):
@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """Patches of 4×4 pixels, four blocks of width 64, the mean of the tokens."""
+    """A vision transformer: patches of 4×4 pixels, four blocks of width 64, the mean of the tokens."""
 
     def __init__(self, classes: int = 10, width: int = 64):
         super().__init__()
@@ -173,7 +173,7 @@ NETWORKS = {"resnet20": ResNet20, "vgg": vgg, "mobilenet": mobilenet, "convnext"
 
 
 def cifar(folder: Path) -> Images:
-    """All images of a folder, decoded once."""
+    """The images of a folder, decoded once."""
     parts = []
     for part in ("train", "test"):
         files = sorted((folder / part).glob("*/*"))
@@ -197,7 +197,7 @@ def digits() -> Images:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Each image moved by up to 4 pixels and half of them mirrored."""
+    """Shift each image by up to 4 pixels and mirror half of them."""
     padded = F.pad(images, (4, 4, 4, 4))
     moves = torch.randint(0, 9, (2,)).tolist()
     images = padded[:, :, moves[0] : moves[0] + 32, moves[1] : moves[1] + 32]
@@ -206,7 +206,7 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def train(network: nn.Module, images: Images, *, epochs: int, lr: float, adam: bool = False, move: bool = True) -> None:
-    """One cycle of SGD with momentum, or of AdamW."""
+    """Train by one cycle of SGD with momentum, or of AdamW."""
     weights = list(network.parameters())
     optimizer = (
         torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
@@ -231,7 +231,7 @@ def train(network: nn.Module, images: Images, *, epochs: int, lr: float, adam: b
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Images) -> float:
-    """Share of the test images that are classified rightly."""
+    """Share of the test images that are classified correctly."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     right = sum(

@@ -1,4 +1,4 @@
-"""What a converted network costs, as ratios to its original: time, memory, and what the hardware allows.
+"""The cost of a converted network, as ratios to its original: time, memory, and what the hardware allows.
 
     python -m benchmarks.speed                                             # on the CPU
     python -m benchmarks.speed --device cuda --dtype bfloat16 --batch 256  # on a GPU
@@ -128,7 +128,7 @@ class Bench:
         return infer
 
     def race(self, variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        """Seconds of each in each round; the first two rounds warm up."""
+        """Seconds of each task in each round; the first two rounds warm up."""
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds + 2):
             for name, run in variants.items():
@@ -222,7 +222,7 @@ def inference(bench: Bench) -> Iterator[list[str]]:
 
 
 def saved_bytes(bench: Bench, network: nn.Module) -> int:
-    """What autograd keeps of a forward for the backward, parameters left out."""
+    """Bytes that autograd keeps of a forward for the backward, without parameters."""
     network = bench.placed(network).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(network.parameters(), network.buffers())}
     kept: dict[int, int] = {}

@@ -1,8 +1,8 @@
-"""How fast `finetune` trains beside a bare loop of PyTorch on the same network, images and optimizer.
+"""Speed of `finetune` relative to a bare PyTorch loop with the same network, images and optimizer.
 
     python benchmarks/training_loop.py [--device cuda] [--model resnet18 --img-size 224]
 
-Both run in turns in one process, several rounds; the ratio of the medians is what counts.
+Both run in turns in one process for several rounds; the result is the ratio of the medians.
 """
 
 import argparse
@@ -50,13 +50,13 @@ def main() -> None:
             torch.cuda.synchronize()
         return args.images / (time.perf_counter() - began)
 
-    def ours() -> float:
+    def through_finetune() -> float:
         settings = Settings(epochs=1, batch_size=args.batch_size, device=args.device)
         return finetune(model, data, settings).epochs[0].images_per_second
 
     speeds: dict[str, list[float]] = {"bare": [], "finetune": []}
     for turn in range(args.rounds + 1):
-        for name, way in (("bare", bare), ("finetune", ours)):
+        for name, way in (("bare", bare), ("finetune", through_finetune)):
             speed = way()
             if turn:  # the first round warms up
                 speeds[name].append(speed)

@@ -1,4 +1,4 @@
-"""What an angular margin does to features, seen in a plane.
+"""The effect of an angular margin on features, drawn in a plane.
 
 A small CNN squeezes handwritten digits through two numbers before it classifies them. Its plain softmax classifier is
 converted into angular heads, every network is trained in the same way from the same start, and the two numbers of each
@@ -6,7 +6,7 @@ test image are drawn: a panel for each head, a colour for each class, a ray alon
 
     python examples/angular_features.py                 # five heads, three seeds; draws angular_features.png
     python examples/angular_features.py --imbalanced    # two rare classes, with and without hyperspherical energy
-    python examples/angular_features.py --quick         # two epochs, one seed: it runs, and has learned little
+    python examples/angular_features.py --quick         # two epochs, one seed: shows that it runs
 """
 
 import argparse
@@ -89,7 +89,7 @@ class PlaneNet(nn.Module):
 
 
 def some_rare(classes: Tensor) -> Tensor:
-    """Which training images stay: all of the common classes, every tenth of each rare one."""
+    """The mask of the training images to use: all of the common classes, every tenth of each rare one."""
     kept = classes >= RARE
     for rare in range(RARE):
         kept[(classes == rare).nonzero()[::10]] = True
@@ -139,7 +139,7 @@ def measure(model: PlaneNet, images: Tensor, classes: Tensor) -> dict[str, float
 
 
 def nearest(directions: Tensor) -> Tensor:
-    """The angle of each direction to the nearest other one."""
+    """The angle between each direction and the nearest other one."""
     return degrees((directions @ directions.T).fill_diagonal_(-1)).min(1).values
 
 

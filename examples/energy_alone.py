@@ -4,7 +4,7 @@ A plain CNN learns handwritten digits from few images, once without and once wit
 classifier (MHE, NIPS 2018) beside the cross-entropy. The same start and the same batches for both, several seeds.
 
     python examples/energy_alone.py            # five seeds
-    python examples/energy_alone.py --quick    # one seed, two epochs: it runs, and has learned little
+    python examples/energy_alone.py --quick    # one seed, two epochs: shows that it runs
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sphereify import HypersphericalEnergy
 from sphereify.datasets import load_data
 
 ENERGY = HypersphericalEnergy(s=1, hidden_weight=1, output_weight=1)
-WEIGHTS = (0.0, 1.0)  # of the energy in the loss
+WEIGHTS = (0.0, 1.0)  # weight of the energy in the loss
 TRAINING_IMAGES = 200
 
 

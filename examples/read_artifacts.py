@@ -1,4 +1,4 @@
-"""Load converted models from disk and say what they are: `python examples/read_artifacts.py FOLDER…`"""
+"""Load converted models from disk and describe them: `python examples/read_artifacts.py FOLDER…`"""
 
 import sys
 

@@ -70,9 +70,9 @@ def load_data(
     """
     size = _size(img_size, config or {})
     if spec != "digits" and size > SMALL and (in_memory or not shift):
-        asked = option("in_memory", True) if in_memory else option("shift", False)
+        name = "in_memory" if in_memory else "shift"
         raise UsageError(
-            f"{asked}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
+            f"{option(name)}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
         )
     data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift)
     for part, count in (("train", train_images), ("test", test_images)):

@@ -102,13 +102,20 @@ LIBRARY_MODELS = {
          "overrides": {"blocks.0.*": "keep", "blocks.1.*": {"operator": "linear", "rescale": "always"}}},
     ),
     "vit": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=4), 224, {"operator": "linear"}),
-    "vit for small images": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), 64, {}),
+    "vit for small images": (lambda: timm.create_model("test_vit", img_size=64), 64, {}),
+    "torchvision's squeezenet with 5 classes": (lambda: torchvision.models.squeezenet1_1(num_classes=5), 64, {}),
     "torchvision's resnet18 with 5 classes": (lambda: torchvision.models.resnet18(num_classes=5), 32, {}),
     "torchvision's googlenet": (lambda: torchvision.models.googlenet(init_weights=False, num_classes=4), 64, {}),
 }  # fmt: skip
+LARGE = {"vit", "torchvision's resnet18 with 5 classes", "torchvision's googlenet", "a larger image", "dilated",
+         "resnet18 of one channel", "mobilenetv3 with one k"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIBRARY_MODELS)
+def with_large_ones_in_the_zoo(names):
+    return [pytest.param(name, marks=pytest.mark.zoo if name in LARGE else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", with_large_ones_in_the_zoo(LIBRARY_MODELS))
 def test_a_model_of_a_library_comes_back_bit_for_bit_from_the_folder_alone(name, tmp_path):
     make, size, options = LIBRARY_MODELS[name]
     torch.manual_seed(0)
@@ -149,7 +156,7 @@ def _with(model, **modules):
     return model
 
 
-@pytest.mark.parametrize("name", SAME_SHAPES)
+@pytest.mark.parametrize("name", with_large_ones_in_the_zoo(SAME_SHAPES))
 def test_a_library_model_that_cannot_be_told_by_its_shapes_comes_back_or_says_that_it_needs_a_factory(name, tmp_path):
     make, size = SAME_SHAPES[name]
     torch.manual_seed(0)
@@ -200,7 +207,7 @@ def test_a_bfloat16_model_with_a_buffer_outside_its_state_comes_back_in_one_dtyp
 
 def test_a_channels_last_model_comes_back_in_its_memory_format(tmp_path):
     torch.manual_seed(0)
-    model = scramble(sphereify(timm.create_model("convnext_atto").to(memory_format=torch.channels_last)))
+    model = scramble(sphereify(timm.create_model("test_convnext").to(memory_format=torch.channels_last)))
     save(model, tmp_path)
     loaded = load(tmp_path)
     for name, parameter in model.named_parameters():
@@ -210,7 +217,7 @@ def test_a_channels_last_model_comes_back_in_its_memory_format(tmp_path):
 
 
 def test_frozen_parameters_come_back_frozen_and_the_others_learn(tmp_path):
-    model = timm.create_model("resnet18")
+    model = timm.create_model("test_resnet")
     model.layer1.requires_grad_(False)
     model = sphereify(model)
     save(model, tmp_path)
@@ -274,7 +281,7 @@ def test_parameters_that_share_memory_without_being_tied_come_back_or_are_refuse
 
 def test_a_loaded_model_saves_again_and_comes_back_the_same(tmp_path):
     torch.manual_seed(0)
-    model = scramble(sphereify(timm.create_model("resnet18", num_classes=3), operator="learnable-sigmoid"))
+    model = scramble(sphereify(timm.create_model("test_resnet", num_classes=3), operator="learnable-sigmoid"))
     save(model, tmp_path / "first")
     save(load(tmp_path / "first"), tmp_path / "second")
     assert_identical(load(tmp_path / "second"), model, images(size=32))

@@ -16,7 +16,7 @@ OPTIONS = [field.name for field in dataclasses.fields(ConversionOptions)]
 OWN = {
     sphereify: ["calibration", "calibration_steps", "example_inputs", "inplace"],
     plan_conversion: ["example_inputs"],
-    suggest: ["loss", "on_trial"],
+    suggest: ["loss", "example_inputs", "on_trial"],
 }
 
 

@@ -224,7 +224,7 @@ def test_parts_of_different_classes_name_the_odd_ones(folder):
 @pytest.mark.parametrize("spec", ["digits", "folder"])
 @pytest.mark.parametrize("size", [0, -3])
 def test_an_impossible_size(folder, spec, size):
-    with pytest.raises(UsageError, match=f"--img-size: got {size}, expected at least 1 pixel"):
+    with pytest.raises(UsageError, match=f"img_size: got {size}, expected a number of at least 1"):
         load_data(spec if spec == "digits" else str(folder), img_size=size)
 
 

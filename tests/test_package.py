@@ -1,64 +1,86 @@
-"""What `import sphereify` promises: its names, its version, and that it costs nothing."""
+"""The promises of `import sphereify`: its names, its version, that it costs nothing, and how its messages speak."""
 
+import ast
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import sphereify
-from sphereify.errors import Interrupted
+from sphereify import errors
+from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning, UsageError, option
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "rich", "matplotlib", "PIL", "numpy"}
 
-# design.md's public contract, as far as it exists. The margin losses and the hyperspherical energy come later.
+# The public contract: code outside of the package relies on these names.
 PUBLIC = {
-    "sphereify": "sphereify plan_conversion apply_plan load save param_groups ConversionPlan Decision calibrate fold",
+    "sphereify": (
+        "sphereify plan_conversion apply_plan ConversionOptions ConversionPlan Decision calibrate suggest fold export "
+        "load save finetune evaluate compare Settings AngularLoss HypersphericalEnergy OrthogonalityPenalty "
+        "param_groups"
+    ),
     "sphereify.nn": (
         "LinearOperator CosineOperator SigmoidOperator LearnableSigmoidOperator "
-        "SphereConv1d SphereConv2d SphereConv3d SphereLinear AngularHead"
+        "SphereConv1d SphereConv2d SphereConv3d SphereLinear AngularHead "
+        "AngularLoss HypersphericalEnergy OrthogonalityPenalty"
     ),
     "sphereify.nn.functional": "sphere_conv1d sphere_conv2d sphere_conv3d sphere_linear",
-    "sphereify.training": "finetune Settings Epoch accuracy",
+    "sphereify.training": "finetune evaluate compare Settings Terms Epoch accuracy param_groups",
+    "sphereify.models": "SourceOptions open_model",
 }
+COMMANDS = ["convert", "inspect", "suggest", "finetune", "evaluate", "compare", "export"]
 
 
-def loaded_after(code: str) -> set[str]:
-    """Which of the heavy packages a fresh interpreter has loaded after `code`."""
-    script = f"import sys\n{code}\nprint(*(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
+def loaded_after(*steps: str) -> list[set[str]]:
+    """The heavy packages that a fresh interpreter has loaded after each step."""
+    look = f"print(*(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
+    script = "\n".join(["import sys", *(f"{step}\n{look}" for step in steps)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(done.stderr.split())
+    return [set(line.split()) for line in done.stderr.splitlines()]
 
 
 def test_importing_the_package_loads_no_other():
-    assert loaded_after("import sphereify; dir(sphereify); sphereify.__version__; sphereify.__all__") == set()
+    assert loaded_after("import sphereify; dir(sphereify); sphereify.__version__; sphereify.__all__") == [set()]
+
+
+def test_options_need_no_torch():
+    names = "ConversionOptions, Settings"
+    assert loaded_after(f"from sphereify import {names}; from sphereify.models import SourceOptions") == [set()]
 
 
 def test_help_loads_nothing_but_the_terminal():
-    code = "sys.argv[1:] = ['convert', '--help']\nfrom sphereify.cli import main\ntry: main()\nexcept SystemExit: 0"
-    loaded = loaded_after(code)
+    code = textwrap.dedent(f"""
+        from sphereify.cli import main
+        for command in {COMMANDS!r}:
+            sys.argv[1:] = [command, "--help"]
+            try:
+                main()
+            except SystemExit as end:
+                assert not end.code
+    """)
+    (loaded,) = loaded_after(code)
     assert "typer" in loaded
     assert loaded <= {"typer", "rich"}
 
 
-def test_the_layers_need_nothing_but_torch():
-    assert loaded_after("import sphereify.nn") <= {"torch", "numpy"}
-
-
-def test_converting_needs_no_terminal_and_no_timm():
-    code = (
-        "from torch import nn; from sphereify import sphereify\n"
-        "sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))"
+def test_layers_parameter_groups_and_conversions_load_what_they_need():
+    layers, groups, conversion = loaded_after(
+        "import sphereify.nn",
+        "import sphereify; sphereify.param_groups",
+        "from torch import nn\n"
+        "small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))\n"
+        "sphereify.sphereify(small)",
     )
-    assert not loaded_after(code) & {"timm", "typer", "rich", "matplotlib", "sklearn"}
-
-
-def test_parameter_groups_need_nothing_but_torch():
-    assert loaded_after("from sphereify import param_groups") <= {"torch", "numpy"}
+    assert layers <= {"torch", "numpy"}
+    assert groups <= {"torch", "numpy"}
+    assert not conversion & {"timm", "typer", "rich", "matplotlib", "sklearn"}
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in PUBLIC.items() for name in names.split()])
@@ -125,3 +147,55 @@ def test_the_package_says_that_it_is_typed():
 def test_an_interruption_comes_unchanged_from_another_process():
     error = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
     assert (type(error), str(error), error.exit_code) == (Interrupted, "stopped by SIGTERM", 143)
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+AT_THE_TERMINAL = ("cli/", "tables.py")
+"""What speaks to the person at the terminal alone, and so may name the options of the command line."""
+
+
+def strings_of(file: Path) -> list[tuple[int, str]]:
+    """The string constants of a file that are no docstrings, with their lines."""
+    tree = ast.parse(file.read_text())
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [(node.lineno, node.value) for node in constants if id(node) not in statements]
+
+
+DECLARATIONS = {"convert/options.py", "calibration/options.py", "deployment/options.py"}
+"""Files that declare options, each with its flag."""
+
+SHELL_COMMANDS = ("pip install --upgrade", "--nproc-per-node", "finetune --resume")
+"""Commands for a shell that messages may show, whoever reads them."""
+
+
+def names_an_option(text: str) -> bool:
+    for command in SHELL_COMMANDS:
+        text = text.replace(command, "")
+    return re.search(r"(?<![\w-])--[a-z]", text) is not None
+
+
+def test_no_message_of_the_library_names_an_option_of_the_command_line():
+    package = Path(sphereify.__file__).parent
+    files = {file.relative_to(package).as_posix(): file for file in sorted(package.rglob("*.py"))}
+    library = {name: file for name, file in files.items() if not name.startswith(AT_THE_TERMINAL)}
+    assert {"artifact.py", "training/run.py", "sources.py"} <= library.keys()
+    offending = [
+        f"{name}:{line}: {text}"
+        for name, file in library.items()
+        if name not in DECLARATIONS
+        for line, text in strings_of(file)
+        if names_an_option(text)
+    ]
+    assert not offending
+
+
+def test_errors_and_warnings_never_show_the_marks_of_their_references():
+    error = UsageError(f"{option('lr')}: no effect on {option('head', 'keep')}")
+    assert str(error) == "lr: no effect on head='keep'"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(SphereifyWarning(f"give {option('factory')}")) == "give factory"
+    for member in vars(errors).values():
+        if inspect.isclass(member) and issubclass(member, SphereifyError) and member is not Interrupted:
+            assert str(member(option("lr", 1))) == "lr=1"

@@ -60,16 +60,14 @@ def test_a_name_that_is_near_to_nothing_says_what_is_accepted(spec):
         find_model(spec)
 
 
-@pytest.mark.parametrize(
-    ("option", "text"), [("num_classes", "--num-classes: got 0"), ("in_chans", "--in-chans: got 0")]
-)
+@pytest.mark.parametrize(("option", "text"), [("num_classes", "num_classes: got 0"), ("in_chans", "in_chans: got 0")])
 def test_sizes_below_one_are_refused(option, text):
-    with pytest.raises(UsageError, match=f"{text}, expected at least 1"):
+    with pytest.raises(UsageError, match=f"{text}, expected a number of at least 1"):
         find_model("resnet18", **{option: 0})
 
 
 def test_torchvision_has_no_input_channels_to_choose():
-    with pytest.raises(UsageError, match=r"torchvision:resnet18: .*no --in-chans; take a timm model"):
+    with pytest.raises(UsageError, match=r"torchvision:resnet18: .*no in_chans; take a timm model"):
         find_model("torchvision:resnet18", in_chans=1)
 
 

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -122,8 +122,16 @@ def smallest_of_each(attribute: str, surveys: Iterable[Survey], size: str) -> li
 class _WithoutValues(TorchFunctionMode):
     """Leaves out what fills a tensor of the meta device in place: there are no values, and the shape stays."""
 
-    FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.clamp_, torch.Tensor.erfinv_, torch.Tensor.mul_,
-             torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_)  # fmt: skip
+    FILLS = (
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+        torch.Tensor.clamp_,
+        torch.Tensor.erfinv_,
+        torch.Tensor.mul_,
+        torch.Tensor.add_,
+        torch.Tensor.fill_,
+        torch.Tensor.zero_,
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func in self.FILLS and args[0].is_meta:
@@ -203,10 +211,14 @@ class _Calls(TorchFunctionMode):
 
     def run(self, training: bool) -> None:
         mode = [(m, m.training) for m in self.model.modules()]
-        handles = [h for m in self.model.modules() for h in (
-            m.register_forward_pre_hook(lambda m, _: self.running.append(m), prepend=True),
-            m.register_forward_hook(lambda *_: self.running.pop() and None),
-        )]  # fmt: skip
+        handles = [
+            h
+            for m in self.model.modules()
+            for h in (
+                m.register_forward_pre_hook(lambda m, _: self.running.append(m), prepend=True),
+                m.register_forward_hook(lambda *_: self.running.pop() and None),
+            )
+        ]
         state = {n: p.to("meta") for n, p in self.model.named_parameters()}
         self.own = {id(p): n for n, p in state.items()}
         self.of_layers = {id(state[n]) for n in self._layer_weights()}
@@ -228,8 +240,16 @@ class _Calls(TorchFunctionMode):
         by_id = {id(p): n for n, p in self.model.named_parameters()}
         return [by_id[id(p)] for m in self.layers.values() for p in m.parameters(recurse=True) if id(p) in by_id]
 
-    PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm,
-                torch.baddbmm, torch.einsum)  # fmt: skip
+    PRODUCTS = (
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.mm,
+        torch.Tensor.mm,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.baddbmm,
+        torch.einsum,
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         operands = tensors_of((args, kwargs))
@@ -259,15 +279,18 @@ class _Calls(TorchFunctionMode):
 
 def run_for_real(numbered: tuple[int, Source]) -> Outcome:
     number, source = numbered
+    if any(kind in source.name for kind in ("rcnn", "retinanet", "fcos")):  # which enlarge images to 800 pixels
+        regions = {"box_detections_per_img": 4, "rpn_post_nms_top_n_test": 50} if "rcnn" in source.name else {}
+        source = replace(source, arguments={"min_size": 96, "max_size": 96, **regions})
     started = time.perf_counter()
     torch.manual_seed(0)
     try:
-        model = build_model(source)
         inputs = real_inputs(source)
-        converted = sphereify(model, operator=OPERATORS[number % 4], example_inputs=inputs)
+        converted = sphereify(build_model(source), operator=OPERATORS[number % 4], example_inputs=inputs)
         plan = converted.conversion_plan
-        unexplained = [d.name for d in plan.verify(converted, inputs).kept
-                       if d.called is False and "never called" not in d.reason]  # fmt: skip
+        unexplained = [
+            d.name for d in plan.verify(converted, inputs).kept if d.called is False and "never called" not in d.reason
+        ]
         converted.eval()
         outputs = tensors_of(converted(*inputs))
         sum(t.float().square().mean() for t in outputs if t.requires_grad).backward()

@@ -1,4 +1,4 @@
-"""Every experiment, one after another, in the order of what they say for their time.
+"""Every experiment, one after another, those first that say most for their time.
 
     python -m examples.papers.all --full --jobs 6 --workers 2 --data CIFAR10 -o out
 
@@ -13,7 +13,7 @@ from examples.papers.report import parse
 ORDER = ("plain_cnn", "conditioning", "operators_and_losses", "batch_size", "depth", "sphere_resnet",
          "minimum_energy", "width", "without_relu", "learnable_k", "gan_energy", "fourier")  # fmt: skip
 UNTRAINED = ("plain_cnn", "conditioning", "gan_energy", "fourier")
-"""These take no --jobs and the like."""
+"""Programs without options such as --jobs, which train no networks of cells."""
 
 
 def main(argv: list[str] | None = None) -> None:

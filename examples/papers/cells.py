@@ -37,27 +37,27 @@ FALLS = (34 / 64, 54 / 64)
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is."""
+    """Size of an experiment."""
 
     iterations: int
     batch_size: int
     width: float
-    """Filters of each layer, as a share of the papers'."""
+    """Filters of each layer, as a share of the number in the papers."""
     train_images: int | None
-    """None: all."""
+    """Number of training images; None: all."""
     test_images: int | None
-    """Of the tests during training."""
+    """Number of images of the tests during training."""
     seeds: int
     goals: tuple[float, float]
-    """Accuracies to which iterations are counted."""
+    """Accuracies to which the table counts iterations."""
     last_images: int | None = None
-    """Of the test after training; None: all."""
+    """Number of images of the test after training; None: all."""
     tests: int = 32
-    """During training; with 32 the rate falls exactly where the authors' does."""
+    """Number of tests during training; with 32 the rate falls exactly where the authors' does."""
     name: str = "full"
 
     def settings(self, cell: "Cell", seed: int, workers: int) -> Settings:
-        """Adam with 1e-3, divided by ten after 34/64 and 54/64 of the iterations, as the authors'."""
+        """The authors' settings: Adam with a rate of 1e-3, divided by ten after 34/64 and 54/64 of the iterations."""
         iterations = cell.iterations or self.iterations
         tests = min(self.tests, iterations)
         return Settings(
@@ -83,24 +83,24 @@ QUICK = Scale(2, 8, 1 / 16, 40, 20, 1, (0.1, 0.2), last_images=20, tests=2, name
 
 @dataclass(frozen=True)
 class Cell:
-    """One network."""
+    """A network of an experiment, before it is trained."""
 
     panel: str
-    """Part of the picture."""
+    """Panel of the figure to which the network belongs."""
     label: str
-    """Name in that part."""
+    """Name of the network in that panel."""
     build: Callable[[int], nn.Module]
-    """Makes the plain network for a number of classes; may be pickled."""
+    """Builder of the plain network for a number of classes; can be pickled."""
     options: dict[str, Any] | None
-    """What `sphereify` takes; None: the network stays plain."""
+    """Options of `sphereify`; None: the network stays plain."""
     terms: Terms = SMOOTHED
     batch_size: int | None = None
-    """None: that of the scale; likewise for the iterations."""
+    """Images per batch; None: that of the scale. The same holds for the iterations."""
     iterations: int | None = None
     shift: bool = False
-    """Whether training images are moved as well as mirrored (CIFAR-10+)."""
+    """True if training images are shifted as well as mirrored (CIFAR-10+)."""
     rare: tuple[int, float] | None = None
-    """So many of the first classes keep this share of their training images only."""
+    """Number of rare classes, the first ones, and the share of their training images that is used."""
 
     @property
     def name(self) -> str:
@@ -113,24 +113,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell gave with one seed."""
+    """The result of a cell with one seed."""
 
     seed: int
     accuracy: float | None
-    """After the last iteration, in [0, 1]; None: it did not converge."""
+    """Test accuracy after the last iteration, in [0, 1]; None: training did not converge."""
     per_class: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     """Each test during training: step, accuracy, loss, images_per_second."""
     failure: str = ""
 
     def steps_to(self, goal: float) -> float | None:
-        """Iterations at the first test that reached it."""
+        """Iterations at the first test with at least this accuracy."""
         return next((point["step"] for point in self.curve if point["accuracy"] >= goal), None)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The cells of an experiment at any scale, and what the authors measured."""
+    """The cells of an experiment at any scale, and the authors' numbers."""
 
     name: str
     about: str | None
@@ -138,18 +138,18 @@ class Experiment:
     authors: dict[str, float]
     """Test accuracy in % by the name of a cell."""
     source: str
-    """Where these numbers are from, the head of their column."""
+    """Source of these numbers, the head of their column."""
     cpu: Scale = CPU
     full: Scale = FULL
     quick: Scale = QUICK
     columns: dict[str, Callable[[Outcome], float]] = field(default_factory=dict)
-    """More columns of the table, in %."""
+    """Further columns of the table, in %."""
     draw: Callable[[Callable[[str], nn.Module], Path], None] | None = None
-    """A second picture: takes what finds a trained network (of the first seed) by its cell's label, and the file."""
+    """Function that draws a second picture; it takes a getter of trained networks by label, and the file."""
 
 
 def run(experiment: Experiment, argv: list[str] | None = None) -> None:
-    """A whole experiment, from the command line to its results."""
+    """Run a whole experiment, from the command line to its results."""
     args = parse(experiment.about, argv, trains=True)
     scale: Scale = getattr(experiment, args.scale)
     given = {name: getattr(args, name) for name in ("iterations", "seeds") if getattr(args, name)}
@@ -172,7 +172,7 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
 
 
 def _train_all(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """The outcomes of each cell, one a seed; several networks at a time if so wished."""
+    """Train the networks, several at a time on request; returns the outcomes of each cell, one for each seed."""
     work = [(cell, seed, scale, args.data, args.output / "runs", args.workers)
             for cell in cells for seed in range(scale.seeds)]  # fmt: skip
     if args.jobs > 1:
@@ -184,7 +184,7 @@ def _train_all(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Out
 
 
 def _in_processes(work: list[Any], jobs: int) -> None:
-    """Several processes, each of which takes the next cell as soon as it has finished one; outcomes go to files."""
+    """Train in several processes, each of which takes the next cell when it has finished one; outcomes go to files."""
     context = get_context("spawn")
     taken = context.Value("i", 0)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -226,7 +226,7 @@ def _take_cells(work: list[Any], taken: Any, threads: int) -> None:
 
 
 def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers: int) -> Outcome:
-    """One network with one seed, or what it gave before."""
+    """Train one network with one seed, or read its outcome if it has finished before."""
     place = folder_of(folder, cell, seed)
     known = place / "outcome.json"
     asked = {"data": data, "scale": repr(scale), "cell": repr(replace(cell, build=None))}  # type: ignore[arg-type]
@@ -252,13 +252,13 @@ def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers
 
 
 def folder_of(folder: Path, cell: Cell, seed: int = 0) -> Path:
-    """Where the run of a cell lies."""
+    """The folder of a cell's run."""
     return folder / f"{re.sub(r'[^0-9A-Za-z.,=]+', '-', cell.name)}-seed{seed}"
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes the plain network of a cell."""
+    """Builder of the plain network of a cell."""
 
     cell: Cell
     classes: int
@@ -269,7 +269,7 @@ class Builder:
 
 @cache
 def _images(folder: str, shift: bool, train_images: int | None, test_images: int | None) -> Data:
-    """A folder in memory, or as many images of it as there are."""
+    """The images of a folder, in memory: at most as many as the scale says."""
     whole = load_data(folder, img_size=32, shift=shift)
     counts = [min(wanted or math.inf, len(part)) for wanted, part in  # type: ignore[arg-type]
               ((train_images, whole.train), (test_images, whole.test))]  # fmt: skip
@@ -278,7 +278,7 @@ def _images(folder: str, shift: bool, train_images: int | None, test_images: int
 
 
 def _with_rare(data: Data, classes: int, share: float) -> Data:
-    """The first classes keep a share of their training images only."""
+    """The data with only a share of the training images of the first classes."""
     targets = torch.tensor(data.train.targets)  # type: ignore[attr-defined]
     kept = targets >= classes
     for rare in range(classes):
@@ -289,12 +289,12 @@ def _with_rare(data: Data, classes: int, share: float) -> Data:
 
 
 def network_of(cell: Cell, data: str, folder: Path) -> nn.Module:
-    """A network that has been trained, with the first seed, in eval mode."""
+    """The trained network of the first seed, in eval mode."""
     return trained(Builder(cell, class_count(data)), cell.variant, folder_of(folder, cell))
 
 
 def network_trained(cell: Cell, scale: Scale, args: Any) -> tuple[nn.Module, float]:
-    """A network that is trained now unless it was before, and its test accuracy in [0, 1]."""
+    """A network, trained now unless it was before, and its test accuracy in [0, 1]."""
     outcome = _train(cell, 0, scale, args.data, args.output / "runs", 0)
     if outcome.accuracy is None:
         raise TrainingError(f"{cell.name}: {outcome.failure}")
@@ -332,7 +332,7 @@ def _percent(values: Sequence[float | None]) -> str:
 
 
 def _mean_steps(steps: Sequence[float | None]) -> str:
-    """The mean, if every seed got there."""
+    """The mean, if every seed reached the goal."""
     reached = [step for step in steps if step is not None]
     return f"{statistics.mean(reached):.0f}" if len(reached) == len(steps) else "not reached"
 

@@ -31,14 +31,14 @@ from sphereify.nn import CosineOperator
 from sphereify.nn.functional import sphere_linear
 
 NARROW, WIDE = (6, 5, 3), (3, 4, 8)
-"""(n, m, k): fewer directions than filters and inputs, and more."""
+"""Sizes (n, m, k), with fewer directions than filters and inputs, and with more."""
 ZERO = 1e-11
-"""Eigenvalues below this share of the largest are taken for 0; rounding leaves 1e-15."""
+"""Eigenvalues below this share of the largest count as 0; rounding leaves 1e-15."""
 REACHED = 1e-6
 
 
 class Problem(NamedTuple):
-    """An objective over U and V, and whether rows are kept at unit length."""
+    """An objective over U and V, with rows of free length or kept at unit length."""
 
     name: str
     sizes: tuple[int, int, int]
@@ -47,12 +47,12 @@ class Problem(NamedTuple):
 
 
 def inner(u: Tensor, v: Tensor) -> Tensor:
-    """(n, k), (m, k) -> inner products (n, m)"""
+    """The inner products (n, m) of rows (n, k) and (m, k)."""
     return u @ v.T
 
 
 def cosine(u: Tensor, v: Tensor) -> Tensor:
-    """(n, k), (m, k) -> cosines (n, m)"""
+    """The cosines (n, m) of rows (n, k) and (m, k)."""
     return F.normalize(u, dim=1) @ F.normalize(v, dim=1).T
 
 
@@ -72,13 +72,13 @@ def optimum(sizes: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def rescaled(problem: Problem, u: Tensor, v: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """(c·U, V/c), or what is left of it where rows have unit length."""
+    """The pair (c·U, V/c), normalized where rows have unit length."""
     u, v = c * u, v / c
     return (F.normalize(u, dim=1), F.normalize(v, dim=1)) if problem.on_sphere else (u, v)
 
 
 def objective(problem: Problem, target: Tensor) -> Callable[[Tensor], Tensor]:
-    """½‖F - product‖² of U and V in one vector."""
+    """The objective ½‖F - product‖² as a function of U and V in one vector."""
     n, _, k = problem.sizes
 
     def of(both: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def objective(problem: Problem, target: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def eigenvalues(problem: Problem, u: Tensor, v: Tensor, target: Tensor) -> Tensor:
-    """Of the Hessian in U and V, rising."""
+    """Eigenvalues of the Hessian in U and V, rising."""
     hessian = torch.autograd.functional.hessian(objective(problem, target), torch.cat([u, v]).flatten())
     return torch.linalg.eigvalsh(hessian)
 
@@ -131,7 +131,7 @@ def measure(problem: Problem, c: float, seed: int, most: int) -> dict[str, Any]:
 
 
 def exponent(scales: list[float], found: list[float]) -> float:
-    """p of κ ~ c^p, between the two largest scales."""
+    """The exponent p of κ ~ c^p, between the two largest scales."""
     return math.log(found[-1] / found[-2]) / math.log(scales[-1] / scales[-2])
 
 

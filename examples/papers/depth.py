@@ -22,7 +22,7 @@ AUTHORS = {
     "CNN-60": (88.15, 89.91, 89.28, 87.67, 87.85, 88.42),
     "ResNet-32": (90.40, 91.25, 91.38, 90.94, 91.70, 91.19),
 }
-"""Plain, linear, cosine, sigmoid with k = .1, .3, .7; the paper's figure 3(d) says "nearly 90 %" of cosine CNN-69."""
+"""Accuracies of plain, linear, cosine, sigmoid with k = .1, .3, .7. Figure 3(d) says "nearly 90 %" of cosine CNN-69."""
 SIX = [name for name in OPERATORS if name != "learnable"]
 NETWORKS: dict[str, Any] = {f"CNN-{depth}": depth for depth in (3, 9, 18, 45, 60, 69)} | {"ResNet-32": None}
 FEW = {"quick": ("CNN-69",), "cpu": ("CNN-9", "CNN-69")}
@@ -38,14 +38,14 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def network(name: str, width: float) -> Any:
-    """What builds it, with a share of its filters."""
+    """Builder of a network with a share of its filters."""
     if name == "ResNet-32":
         return partial(resnet32, filters=wide((96, 192, 384), width))
     return partial(cnn, depth=NETWORKS[name], filters=wide((64, 96, 128), width), features=wide((256,), width)[0])
 
 
 def head(operator: str) -> dict[str, Any] | None:
-    """The plain network keeps its softmax, as in the paper."""
+    """Options of `sphereify`; the plain network keeps its softmax, as in the paper."""
     return None if operator == "plain" else options_of(operator, "cosine W-Softmax")
 
 

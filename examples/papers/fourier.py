@@ -1,4 +1,4 @@
-"""Phase against magnitude: the observation that "Deep Hyperspherical Learning" begins with.
+"""Phase against magnitude: the first observation of "Deep Hyperspherical Learning".
 
     python -m examples.papers.fourier --data CIFAR10 -o out/fourier
 
@@ -20,17 +20,17 @@ from sphereify.datasets import load_data
 
 SCALES = {"quick": QUICK, "cpu": CPU, "full": FULL}
 ASKED = 5_000
-"""Test images, if there are as many."""
+"""Largest number of test images."""
 
 
 def mixed(phases: Tensor, magnitudes: Tensor) -> Tensor:
-    """Images (B, C, H, W) of the phases of some and the magnitudes of others."""
+    """Images with the phases of one batch (B, C, H, W) and the magnitudes of another."""
     ours, theirs = torch.fft.fft2(phases), torch.fft.fft2(magnitudes)
     return torch.fft.ifft2(torch.polar(theirs.abs(), ours.angle())).real
 
 
 def partners(targets: Tensor) -> Tensor:
-    """For each image the number of another one, of another class, drawn once and for all."""
+    """For each image the index of one of another class, the same in each run."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
     found = []
     for own, start in enumerate(order):
@@ -41,7 +41,7 @@ def partners(targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answers(network: nn.Module, images: Tensor) -> Tensor:
-    """Classes (B,)"""
+    """The predicted classes (B,)."""
     device = next(network.parameters()).device
     return torch.cat([network(part.to(device)).argmax(1).cpu() for part in images.split(500)])
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(phases: Tensor, magnitudes: Tensor, odd: Tensor) -> object:
-    """Eight images, those whose magnitudes they get, and what comes of it."""
+    """Draw eight images, those whose magnitudes they get, and the mixed ones."""
     figure, axes = picture(width=8, height=3.6, nrows=3)
     rows = {"phases of": phases, "magnitudes of": magnitudes, "together": odd}
     step = max(1, len(odd) // 8)

@@ -1,4 +1,4 @@
-"""Hyperspherical energy in a discriminator: table 14 of "Learning towards Minimum Hyperspherical Energy", in small.
+"""Hyperspherical energy in a discriminator: table 14 of "Learning towards Minimum Hyperspherical Energy", smaller.
 
     python -m examples.papers.gan_energy --data CIFAR10 -o out/gan_energy
 
@@ -34,24 +34,24 @@ KINDS = {"plain": (False, 0.0), "SN": (True, 0.0), "MHE": (False, 1.0), "MHE + S
 AUTHORS = {"SN": 7.42, "MHE": 7.32, "MHE + SN": 7.59}
 """Inception scores, table 14."""
 NOISE = 64
-"""Numbers that an image is made of."""
+"""Length of the noise vector from which an image is generated."""
 SAVED_EVERY = 1_000
-"""Iterations between two states of a run, from which it goes on if it is interrupted."""
+"""Iterations between two saved states, from which an interrupted run continues."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the experiment is."""
+    """Size of the experiment."""
 
     classifier: Scale
     iterations: int
     batch_size: int
     width: int
-    """Channels of the discriminator's first layer, and of the generator's last but one."""
+    """Channels of the discriminator's first layer and of the generator's last but one."""
     images: int
-    """To train on, if there are as many."""
+    """Largest number of training images."""
     scored: int
-    """Generated and real images that are compared."""
+    """Number of generated and of real images that are compared."""
     seeds: int
 
 
@@ -87,7 +87,7 @@ def discriminator(width: int, spectral: bool) -> nn.Sequential:
 
 
 def train(kind: str, size: Size, seed: int, images: Tensor, folder: Path) -> nn.Module:
-    """A generator; the run is continued from its last state in `folder`, if there is one."""
+    """Train a generator, from the last state in `folder` if there is one."""
     spectral, weight = KINDS[kind]
     torch.manual_seed(seed)
     makes, judges = (net.to(images.device) for net in (generator(size.width), discriminator(size.width, spectral)))
@@ -112,7 +112,7 @@ def train(kind: str, size: Size, seed: int, images: Tensor, folder: Path) -> nn.
 
 
 def _restore(saved: Path, parts: dict[str, Any]) -> int:
-    """The iterations that are behind us."""
+    """Load the last saved state, and return the number of iterations that led to it."""
     state = torch.load(saved, weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -131,7 +131,7 @@ def _noise(count: int, device: torch.device) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2·(Σ_a·Σ_b)^½) of two sets of features (images, features), in fp64."""
+    """The distance ‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2·(Σ_a·Σ_b)^½) of two sets of features (images, features), in fp64."""
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
@@ -140,7 +140,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def features(network: nn.Module, images: Tensor) -> Tensor:
-    """(images, 3, 32, 32) -> what the classifier's last layer takes"""
+    """The features of images (count, 3, 32, 32): the inputs of the classifier's last layer."""
     hidden = network[:-1]  # type: ignore[index]
     return torch.cat([hidden(part).cpu() for part in images.split(500)])
 
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _scored(kind: str, size: Size, seed: int, images: Tensor, folder: Path, network: nn.Module,
             wanted: Tensor) -> tuple[float, Tensor]:  # fmt: skip
-    """The distance of a generator's images, and ten of them; what has finished is read."""
+    """The distance of a generator's images, and ten of them; read from its file if the run has finished."""
     known, asked = folder / "outcome.json", repr(size)
     before = json.loads(known.read_text()) if known.is_file() else {}
     if before.get("size") == asked:
@@ -205,7 +205,7 @@ def _mean(values: list[float]) -> str:
 
 
 def draw(pictures: dict[str, Tensor]) -> Any:
-    """Ten images a row, a row a kind."""
+    """Draw a row of ten images for each kind."""
     figure, axes = picture(width=8, height=0.95 * len(pictures), nrows=len(pictures))
     for panel, (name, images) in zip(axes, pictures.items(), strict=True):
         panel.imshow(torch.cat(list((images.cpu() + 1) / 2), 2).clamp(0, 1).permute(1, 2, 0).numpy())

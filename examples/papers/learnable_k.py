@@ -35,7 +35,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def draw_histogram(network_of: Callable[[str], Any], path: Path) -> None:
-    """How often each k occurs, a panel a layer."""
+    """Draw a histogram of k for each layer."""
     network = network_of("k of each filter")
     figure, panels = new_figure(width=9, height=3, ncols=len(LAYERS), sharey=True)
     for axes, layer in zip(panels, LAYERS, strict=True):

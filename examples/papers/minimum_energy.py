@@ -25,7 +25,7 @@ ENERGIES: dict[str, dict[str, Any]] = {
     "half-space A-MHE": {"mhe_distance": "angular", "mhe_half_space": True},
 }
 OUTPUT_WEIGHT = 10.0
-"""Of the output layer's energy, with 1 for the hidden ones, as in the authors' code for s = 1."""
+"""Weight of the output layer's energy; that of the hidden layers is 1, as in the authors' code for s = 1."""
 TABLE_1 = {"MHE": (6.22, 6.74, 6.44), "half-space MHE": (6.28, 6.54, 6.30), "A-MHE": (6.21, 6.77, 6.45),
            "half-space A-MHE": (6.52, 6.49, 6.44)}  # fmt: skip
 TABLE_2 = {"baseline": (47.72, 38.64, 28.13, 24.95, 25.45), "MHE": (36.84, 30.05, 26.75, 24.05, 23.14),
@@ -33,7 +33,7 @@ TABLE_2 = {"baseline": (47.72, 38.64, 28.13, 24.95, 25.45), "MHE": (36.84, 30.05
 TABLE_3 = {"baseline": (32.08, 28.13, None), "MHE": (28.16, 26.75, 26.90), "half-space MHE": (27.56, 25.96, 25.84)}
 TABLE_4 = {"output": (26.85, None, 27.80, None), "hidden": (26.55, 26.28, 26.56, 26.64),
            "both": (26.16, 25.61, 26.17, 26.03)}  # fmt: skip
-"""Errors in %; of the variants in the order of ENERGIES; None: not converged, or there is none."""
+"""Errors in % of the variants, in the order of ENERGIES; None: not converged, or not published."""
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
 DEPTHS = (6, 9, 15)
 FEW = {
@@ -108,7 +108,7 @@ def authors() -> dict[str, float]:
 
 
 def of_rare(outcome: Outcome) -> float:
-    """Mean accuracy of the first classes, which are rare where some are."""
+    """Mean accuracy of the first classes, which are the rare ones."""
     return sum(outcome.per_class[: RARE[0]]) / RARE[0]
 
 

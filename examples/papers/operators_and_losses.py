@@ -40,7 +40,7 @@ AUTHORS = {
     "cosine": (90.89, 90.88, 91.08, 91.22, 91.17, 90.99, 91.94, 92.19),
     "plain": (90.58, 90.58, 90.73, 90.78, 91.08, 90.68, 91.78, 91.80),
 }
-"""In the order of LOSSES, at the best iteration of 64,000."""
+"""Accuracies in the order of LOSSES, at the best of 64,000 iterations."""
 ON_CPU = ("softmax", "cosine W-Softmax", "linear GA-Softmax m=4")
 
 
@@ -56,7 +56,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def options_of(operator: str, loss: str) -> dict[str, Any] | None:
-    """What `sphereify` takes for an operator and a loss; a plain network may have an angular head."""
+    """Options of `sphereify` for an operator and a loss; a plain network may have an angular head."""
     given = OPERATORS[operator]
     if given is None:
         return None if loss == "softmax" else {"include": "classifier", **LOSSES[loss]}
@@ -64,7 +64,7 @@ def options_of(operator: str, loss: str) -> dict[str, Any] | None:
 
 
 def terms_of(operator: str) -> Terms:
-    """The authors' label smoothing, and their orthogonality where filters are angular."""
+    """The authors' label smoothing, and their orthogonality penalty where filters are angular."""
     return Terms(label_smoothing=0.01, orthogonality=0.0 if OPERATORS[operator] is None else 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The plain networks of the papers, and what a conversion makes of them.
+"""The plain networks of the papers, and their conversions.
 
     python -m examples.papers.plain_cnn -o out/plain_cnn
 
@@ -19,8 +19,8 @@ from sphereify import sphereify
 from sphereify.convert import ConversionPlan
 
 BATCHNORM = {"eps": 1e-3}
-"""As the authors, but for the averages: theirs have a momentum of .001 (in torch's sense), and lag a thousand steps
-behind the weights, so that tests before the first fall of the rate say little. Here it is torch's own, 0.1."""
+"""The authors' BatchNorm, except for the running averages: theirs have a momentum of .001 (in torch's sense) and lag a
+thousand steps behind the weights, so that tests before the first fall of the rate say little. Here it is 0.1."""
 
 
 def cnn(
@@ -107,7 +107,7 @@ def resnet32(classes: int = 10, *, filters: Sequence[int] = (96, 192, 384)) -> n
 
 
 def _started(network: nn.Module) -> nn.Module:
-    """Filters from N(0, 2/fan_in), as the authors draw them."""
+    """Draw filters from N(0, 2/fan_in), as the authors do."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)
@@ -115,13 +115,13 @@ def _started(network: nn.Module) -> nn.Module:
 
 
 def wide(filters: Sequence[int], factor: float) -> tuple[int, ...]:
-    """As many filters, times a factor; at least two."""
+    """The numbers of filters times a factor; at least two."""
     return tuple(max(2, round(factor * number)) for number in filters)
 
 
 NETWORKS = {f"CNN-{depth}": partial(cnn, depth=depth) for depth in (3, 9, 18, 45, 60, 69)} | {"ResNet-32": resnet32}
 CONVERSIONS = {"v1": {"operator": "cosine"}, "v2": {"operator": "cosine", "skip_shortcuts": True}}
-"""The two of the paper's section 4.6; they differ where there are shortcuts with a convolution."""
+"""Options of the two versions in section 4.6, which differ where a shortcut has a convolution."""
 
 
 def main(argv: list[str] | None = None) -> None:

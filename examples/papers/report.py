@@ -1,4 +1,4 @@
-"""What each program of this folder is asked with, and what it leaves: a table, a picture, a JSON file."""
+"""The arguments and the results of the programs in this folder: a table, a picture, a JSON file."""
 
 import argparse
 import json
@@ -49,12 +49,12 @@ def finish(args: Any, name: str, table: str, figure: Any, document: dict[str, An
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
 
 
 def hardware() -> dict[str, Any]:
-    """What the program runs on."""
+    """Versions and hardware on which the program runs."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -25,7 +25,7 @@ NETWORKS = {
     "S-G": ("sigmoid .3", "linear GA-Softmax m=4"),
 }
 AUTHORS = {"plain": 93.26, "linear, softmax": 94.68, "S-SW": 94.47, "L-LW": 94.33, "C-CW": 94.64, "S-G": 95.01}
-"""The second one is the README's, whose own baseline has 93.09."""
+"""Accuracies in %; the second one is from the README, whose own baseline has 93.09."""
 FEW = {"quick": ("plain", "linear, softmax, v1"), "cpu": ("plain", "C-CW")}
 
 
@@ -36,7 +36,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def options(name: str) -> dict[str, Any] | None:
-    """What `sphereify` takes."""
+    """Options of `sphereify`."""
     operator, loss = NETWORKS[name]
     given = OPERATORS[operator]
     return None if given is None else {**given, **LOSSES[loss], "skip_shortcuts": not name.endswith("v1")}

@@ -1,4 +1,4 @@
-"""A converted network in a loop of PyTorch's own: a margin head needs `AngularLoss`, all else is as always."""
+"""A converted network in a plain PyTorch loop: a margin head needs `AngularLoss`, everything else is as usual."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""A converted network in a LightningModule: nothing in it knows of angles but the loss and the parameter groups."""
+"""A converted network in a LightningModule: only the loss and the parameter groups differ from a plain network's."""
 
 import argparse
 
@@ -37,9 +37,13 @@ lightning.seed_everything(0, verbose=False)
 data = load_data("digits", channels=1)
 model = sphereify(timm.create_model("test_resnet", num_classes=10, in_chans=1), head="a-softmax", margin=3)
 trainer = lightning.Trainer(
-    max_epochs=epochs, accelerator="auto", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    max_epochs=epochs,
+    accelerator="auto",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
     enable_model_summary=False,
-)  # fmt: skip
+)
 train, test = DataLoader(data.train, 64, shuffle=True, drop_last=True), DataLoader(data.test, 360)
 trainer.fit(Classifier(model), train, test)
 print(f"test accuracy {trainer.callback_metrics['test accuracy']:.1%}")

@@ -1,4 +1,4 @@
-"""A converted network in Hugging Face's Trainer, which takes a model that returns its loss beside its logits."""
+"""A converted network in the Trainer of Hugging Face, which takes a model that returns its loss and its logits."""
 
 import argparse
 import tempfile
@@ -37,17 +37,28 @@ epochs = parser.parse_args().epochs
 data = load_data("digits", channels=1)
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
-        folder, num_train_epochs=epochs, per_device_train_batch_size=64, dataloader_drop_last=True, seed=0,
-        report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
-    )  # fmt: skip
+        folder,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+        dataloader_drop_last=True,
+        seed=0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
     torch.manual_seed(0)
     model = sphereify(timm.create_model("test_resnet", num_classes=10, in_chans=1), head="a-softmax", margin=3)
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), lr=2e-3)
     trainer = Trainer(
-        WithLoss(model), arguments, data_collator=collate, train_dataset=data.train, eval_dataset=data.test,
-        optimizers=(optimizer, None), compute_metrics=lambda found: {
-            "accuracy": (found.predictions.argmax(1) == found.label_ids).mean()
-        },
-    )  # fmt: skip
+        WithLoss(model),
+        arguments,
+        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        optimizers=(optimizer, None),
+        compute_metrics=lambda output: {"accuracy": (output.predictions.argmax(1) == output.label_ids).mean()},
+    )
     trainer.train()
     print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.1%}")

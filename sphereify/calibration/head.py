@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.calibration.patches import precise
 from sphereify.calibration.regression import regress
 from sphereify.calibration.results import LayerFit
 from sphereify.calibration.rows import Batch
 from sphereify.nn import AngularHead
+from sphereify.nn.precision import accumulated
 
 DESCENT_STEPS = 60
 
@@ -24,14 +24,14 @@ def set_head(pair: LayerPair, batches: list[Batch]) -> LayerFit:
     head: AngularHead = pair.layer
     features = [batch.x.reshape(-1, batch.x.shape[-1]) for batch in batches]
     x = torch.cat(
-        [precise(f if b.positions is None else f[b.positions]) for f, b in zip(features, batches, strict=True)]
+        [accumulated(f if b.positions is None else f[b.positions]) for f, b in zip(features, batches, strict=True)]
     )
     target = torch.cat([batch.target for batch in batches])
     before = _explained_scores(head, x, target)
     candidates = [_parameters(head)]
     if not pair.tied:
         lengths = head.weight.norm(dim=1, keepdim=True)
-        solved = regress(x, target, precise(head.weight))
+        solved = regress(x, target, accumulated(head.weight))
         head.weight.copy_(solved * (lengths / solved.norm(dim=1, keepdim=True).clamp_min(1e-12)))
         candidates.append(_parameters(head))
     candidates.sort(key=lambda parameters: _divergence_with(head, parameters, x, target))
@@ -59,7 +59,7 @@ def _set_parameters(head: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _explained_scores(head: nn.Module, x: Tensor, target: Tensor) -> float:
     """R² of the class scores, up to one factor and a constant for each row."""
-    scores = precise(head.forward(x))
+    scores = accumulated(head.forward(x))
     error = centred(target) - _best_scale(scores, target) * centred(scores)
     return 1 - float(error.square().sum() / centred(target).square().sum().clamp_min(1e-12))
 
@@ -81,7 +81,7 @@ def _divergence_with(head: nn.Module, parameters: dict[str, Tensor], x: Tensor, 
 
 def _divergence(head: nn.Module, x: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the class probabilities; for one score, the mean squared error."""
-    scores = precise(head.forward(x)) * scale
+    scores = accumulated(head.forward(x)) * scale
     if target.shape[1] == 1:
         return F.mse_loss(scores, target)
     return F.kl_div(scores.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)

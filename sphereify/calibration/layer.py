@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.norms import keeps_statistics, refit_affine, scale_of, set_batch_norm, shift_of
-from sphereify.calibration.patches import Geometry, precise
+from sphereify.calibration.patches import Geometry
 from sphereify.calibration.regression import Fit, fit
 from sphereify.calibration.results import LayerFit
 from sphereify.calibration.rows import Batch, cached, chunks
 from sphereify.nn import LearnableSigmoidOperator
+from sphereify.nn.precision import accumulated
 
 SHORTEST_FILTER = 0.3
 """Least length of a solved filter, which else has the length of the copied one: shorter filters would feel ε."""
@@ -22,7 +23,7 @@ def set_layer(pair: LayerPair, batches: list[Batch]) -> LayerFit:
     bias = call.bias if call is not None else layer.bias
     solvable = not pair.tied and (call is None or _is_part_of_parameter(weight, pair.owner))
     geometry = Geometry.of(pair, call)
-    copied = precise(weight.flatten(1))
+    copied = accumulated(weight.flatten(1))
     operator = layer.operator
     whole = part == slice(None)
     solution = fit(
@@ -74,7 +75,7 @@ def _current_scale(pair: LayerPair, bias: Tensor | None, part: slice) -> tuple[T
         if not keeps_statistics(norm):
             return None
         beta, gamma = scale_of(norm).flatten() * beta, scale_of(norm).flatten() * gamma + shift_of(norm).flatten()
-    return precise(beta), precise(gamma)
+    return accumulated(beta), accumulated(gamma)
 
 
 def _set_scale(pair: LayerPair, solution: Fit, bias: Tensor | None, part: slice, batches: list[Batch]) -> None:

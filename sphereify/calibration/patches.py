@@ -10,6 +10,7 @@ from torch import Tensor
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.nn.geometry import Projection, per_axis
 from sphereify.nn.passes.reference import patch_norm
+from sphereify.nn.precision import accumulated
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,9 @@ class Geometry:
         if self.kernel:
             places = torch.unravel_index(positions, patches.shape[: 1 + len(self.kernel)])
             rows = patches[places].unflatten(1, (self.groups, -1)).flatten(2)
-            rows = precise(rows.movedim(1, 0))
+            rows = accumulated(rows.movedim(1, 0))
             if norms is not None:
                 return rows / norms[places].t().unsqueeze(2)
         else:
-            rows = precise(patches[positions].unsqueeze(0))
+            rows = accumulated(patches[positions].unsqueeze(0))
         return rows / (rows.square().sum(2, keepdim=True) + self.eps).sqrt()
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor in single precision, or in double precision if it has that."""
-    return tensor if tensor.dtype is torch.float64 else tensor.float()

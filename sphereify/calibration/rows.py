@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.moments import Rows
-from sphereify.calibration.patches import Geometry, precise
+from sphereify.calibration.patches import Geometry
+from sphereify.nn.precision import accumulated
 
 MOST_ROWS = 65_536
 """Positions that a layer is fitted to, drawn from all of them."""
@@ -83,10 +84,10 @@ def rows_at(pair: LayerPair, output: Tensor, positions: Tensor | None) -> Tensor
         output = output.unsqueeze(0) if output.dim() == dim + 1 else output
         if positions is not None:
             output = output.movedim(1, -1)
-            return precise(output[torch.unravel_index(positions, output.shape[:-1])])
+            return accumulated(output[torch.unravel_index(positions, output.shape[:-1])])
         output = output.movedim(1, -1)
     rows = output.reshape(-1, output.shape[-1])
-    return precise(rows.clone() if positions is None else rows[positions])
+    return accumulated(rows.clone() if positions is None else rows[positions])
 
 
 def chunks(geometry: Geometry, batches: list[Batch]) -> Iterator[Rows]:

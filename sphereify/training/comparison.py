@@ -169,7 +169,7 @@ def compare(
     Writes comparison.md, comparison.json and comparison.png (with matplotlib) beside the folder of each run.
 
     Raises:
-        UsageError: no variant, two of one name, fewer than one seed, or runs in `output` that were made otherwise.
+        UsageError: no variant, two of one name, fewer than one seed, or runs of another kind in `output`.
     """
     settings = settings or Settings()
     folder = Path(output)

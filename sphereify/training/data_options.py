@@ -17,7 +17,7 @@ IMAGES = "Images"
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which labelled images, and how they are prepared.
+    """A choice of labelled images, and their preparation.
 
     Raises:
         UsageError: no data set, or a value that is not valid.

@@ -18,7 +18,7 @@ TRAINING = "Training"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train.
+    """Settings of a training run.
 
     Raises:
         UsageError: a value that is not valid, two that do not go together, or a device that torch does not have.

@@ -18,7 +18,7 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Original:
-    """The plain network of which the trained one was made, and where its weights come from."""
+    """The plain network before its conversion, and the origin of its weights."""
 
     model: nn.Module
     pretrained: bool = False

@@ -300,7 +300,7 @@ def test_an_output_below_a_file_is_a_failure(refused, small):
 
 
 def test_convert_calibrates_and_prints_how_well_each_layer_did(run, own):
-    code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 100,
+    code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 40,
                          "--calibrate-steps", 2, "-o", "calibrated")  # fmt: skip
     assert code == 0, err
     assert "2 layers calibrated" in out

@@ -24,14 +24,14 @@ FEW = ["--train-images", 64, "--test-images", 30, "--batch-size", 32, "--epochs"
 
 def test_finetune_trains_an_artifact_and_saves_it_with_its_accuracy(run, artifact):
     before = (artifact / "model.safetensors").read_bytes()
-    code, out, err = run("finetune", artifact, "--data", "digits", "--train-images", 256, "--epochs", 2,
-                         "--batch-size", 128, "-o", "trained", "--device", "cpu")  # fmt: skip
+    code, out, err = run("finetune", artifact, "--data", "digits", "--train-images", 64, "--test-images", 90,
+                         "--epochs", 2, "--batch-size", 32, "-o", "trained", "--device", "cpu")  # fmt: skip
     assert (code, err) == (0, "")
     *epochs, last = out.splitlines()
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert all(re.search(r"loss \d+\.\d{4}  test accuracy \d+\.\d{2}%  \d+ images/s$", line) for line in epochs)
     training = read_document("trained/last")["training"]
-    assert training["data"] == "digits, 256 train images"
+    assert training["data"] == "digits, 64 train images, 90 test images"
     assert training["classes"] == [str(digit) for digit in range(10)]
     assert training["epochs"] == 2
     assert training["image_size"] == [1, 32, 32]
@@ -40,7 +40,7 @@ def test_finetune_trains_an_artifact_and_saves_it_with_its_accuracy(run, artifac
                     f"epoch {best['epochs']}, saved to trained/best")  # fmt: skip
     assert best["accuracy"] >= training["accuracy"]
     model = load("trained/last")
-    test = torch.utils.data.DataLoader(load_data("digits", channels=1).test, 90)
+    test = torch.utils.data.DataLoader(load_data("digits", channels=1, test_images=90).test, 90)
     assert accuracy(model, test) == pytest.approx(training["accuracy"])
     assert model.conversion_plan == load(artifact).conversion_plan
     assert not torch.equal(model.conv1[0].weight, load(artifact).conv1[0].weight)

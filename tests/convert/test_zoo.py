@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
-from tests.convert.models import plain
+from tests.convert.models import classifier_of, conv
 
 # name: (builder, height and width of its input, its classifier, the shortcuts it has)
 SMALL = {
@@ -249,13 +249,13 @@ def test_resnet18_is_17_convolutions_converted_3_shortcuts_kept_and_the_head_swa
 
 
 def compiling(*names):
-    """The small network of each kind of layer, and in the zoo those of these names."""
-    return pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.zoo) for name in names)])
+    """A small network, and in the zoo those of these names."""
+    return pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.zoo) for name in names)])
 
 
 def build_by_name(name):
     torch.manual_seed(0)
-    return plain() if name == "plain" else timm.create_model(name, num_classes=10)
+    return classifier_of(conv(4, 6, bias=False)) if name == "small" else timm.create_model(name, num_classes=10)
 
 
 @compiling("test_resnet", "resnet18", "mobilenetv3_small_100")

@@ -17,8 +17,14 @@ ROOT = Path(__file__).parents[2]
 def run(example: str, *arguments: str, folder: Path) -> str:
     """What an example prints, run in a folder of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, ROOT / "examples" / example, *arguments], capture_output=True, text=True,
-                          cwd=folder, env=environment, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / example, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

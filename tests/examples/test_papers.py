@@ -20,8 +20,16 @@ from sphereify.datasets import load_data
 from sphereify.training import Objective
 from sphereify.training.comparison import build_variant
 
-TRAINED = ("operators_and_losses", "depth", "without_relu", "width", "batch_size", "learnable_k", "sphere_resnet",
-           "minimum_energy")  # fmt: skip
+TRAINED = (
+    "operators_and_losses",
+    "depth",
+    "without_relu",
+    "width",
+    "batch_size",
+    "learnable_k",
+    "sphere_resnet",
+    "minimum_energy",
+)
 # Without the marked tests one experiment stands for all.
 EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.papers] * (name != "without_relu")) for name in TRAINED]
 
@@ -108,8 +116,10 @@ class Broken(nn.Module):
 
 def test_a_network_that_does_not_converge_is_told_and_stops_nothing(tmp_path, photos):
     width = (2, 4, 6)
-    two = [cells.Cell("one", "broken", Broken, None),
-           cells.Cell("one", "sound", partial(plain_cnn.cnn, filters=width, features=8), None)]  # fmt: skip
+    two = [
+        cells.Cell("one", "broken", Broken, None),
+        cells.Cell("one", "sound", partial(plain_cnn.cnn, filters=width, features=8), None),
+    ]
     experiment = cells.Experiment("test", "", lambda scale: two, {"one: sound": 12.5}, "authors")
     cells.run(experiment, ["--quick", "--data", str(photos), "-o", str(tmp_path)])
     rows = table(tmp_path / "table.md")
@@ -177,8 +187,10 @@ def test_a_network_has_as_many_layers_as_its_name_says(name, build):
 
 def test_shortcuts_are_kept_in_the_second_version_only():
     network = plain_cnn.resnet32(filters=(2, 3, 4))
-    kept = {version: [d.name for d in sphereify(network, **options).conversion_plan.decisions if d.action == "keep"]
-            for version, options in plain_cnn.CONVERSIONS.items()}  # fmt: skip
+    kept = {
+        version: [d.name for d in sphereify(network, **options).conversion_plan.decisions if d.action == "keep"]
+        for version, options in plain_cnn.CONVERSIONS.items()
+    }
     assert kept == {"v1": [], "v2": ["units.5.shortcut", "units.10.shortcut"]}
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sphereify.choices import OPERATORS
@@ -48,6 +48,10 @@ def geometries(draw):
     return (*batch, groups * inputs, *size), (groups * outputs, inputs, *kernel), how
 
 
+EVEN = {"stride": (1, 1), "padding": "same", "dilation": (1, 1), "groups": 2}
+
+
+@example(geometry=((1, 4, 3, 5), (2, 2, 2, 2), EVEN), with_bias=True, seed=0, eps=1e-4)
 @given(geometry=geometries(), with_bias=st.booleans(), seed=st.integers(0, 9), eps=st.sampled_from([1e-4, 0.5]))
 def test_convolution_agrees_with_the_per_patch_oracle(geometry, with_bias, seed, eps):
     shape, weight_shape, how = geometry
@@ -309,6 +313,8 @@ def conv2d(x=(1, 2, 4, 4), w=(3, 2, 3, 3), x_dtype=torch.float32, w_dtype=torch.
             r"padding='same' needs a stride of 1, got \(2, 2\)\. Give the padding as numbers\.",
         ),
         (conv2d(padding="full"), "padding: got 'full', expected numbers, 'same' or 'valid'"),
+        (conv2d(bias=torch.zeros(2)), r"bias: got shape \(2,\), expected \(3,\), one a filter"),
+        (conv2d(beta=torch.ones(1)), r"beta: got shape \(1,\), expected \(3,\), one a filter"),
     ],
 )
 def test_wrong_call_is_refused_with_what_arrived_and_what_to_do(call, text):

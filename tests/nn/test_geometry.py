@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sphereify.nn.geometry import (
@@ -35,6 +35,11 @@ def geometries(draw):
     return size, kernel, Projection(stride, padding, dilation, draw(st.sampled_from([1, 1, 2])))
 
 
+# The adjoint has a way of its own for a stride of 1 and padding within reach, with dilation too.
+@example(((6,), (2,), Projection((1,), (0,), (2,), 1)))
+@example(((5, 6), (3, 2), Projection((1, 1), (1, 0), (2, 1), 2)))
+@example(((2, 3), (2, 2), Projection((1, 1), (3, 2), (1, 1), 1)))
+@example(((5, 6), (3, 2), Projection((2, 1), (0, 1), (1, 1), 1)))
 @given(geometries())
 def test_box_sum_is_a_convolution_with_ones_and_box_spread_its_adjoint(geometry):
     size, kernel, projection = geometry

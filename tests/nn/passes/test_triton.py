@@ -58,9 +58,16 @@ def test_maps_of_any_geometry_agree_with_the_reference(maps, interpreted):
     run_kernels(maps, interpreted)
 
 
-def test_importing_the_layers_does_not_import_triton():
-    run("-c", "import sys, torch; before = set(sys.modules); import sphereify.nn, sphereify.nn.passes.triton\n"
-              "assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']")  # fmt: skip
+def test_importing_the_layers_does_not_import_triton_and_the_environment_switches_the_kernels_off():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import sphereify.nn
+from sphereify.nn.passes import triton as kernels
+assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']
+print(kernels._Switch.on)
+"""
+    assert run("-c", code, SPHEREIFY_KERNELS="0").strip() == "False"
 
 
 @pytest.fixture
@@ -127,7 +134,8 @@ def test_switch_holds_until_the_end_of_a_with_or_from_now_on(on_cpu):
     assert usable()
 
 
-@pytest.mark.parametrize(("value", "on"), [("0", "False"), ("1", "True")])
+@pytest.mark.triton
+@pytest.mark.parametrize(("value", "on"), [("off", "False"), ("1", "True")])
 def test_switch_in_the_environment(value, on):
     code = "from sphereify.nn.passes import triton as kernels; print(kernels._Switch.on)"
     assert run("-c", code, SPHEREIFY_KERNELS=value).strip() == on
