@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.nn.geometry import per_axis
+from sphereify.nn.geometry import Projection, per_axis
+from sphereify.nn.passes.reference import patch_norm
 from sphereify.nn.precision import accumulated
 
 
@@ -29,6 +30,7 @@ class Geometry:
     mode: str
     groups: int
     eps: float
+    radius: float = 0.0
 
     @classmethod
     def of(cls, pair: LayerPair, call: Any = None) -> "Geometry":
@@ -51,7 +53,27 @@ class Geometry:
         else:
             sides = tuple(side for p in reversed(per_axis(padding, dim)) for side in (p, p))
         mode = getattr(layer, "padding_mode", "zeros")
-        return cls(kernel, stride, dilation, sides, "constant" if mode == "zeros" else mode, groups, layer.eps)
+        return cls(
+            kernel,
+            stride,
+            dilation,
+            sides,
+            "constant" if mode == "zeros" else mode,
+            groups,
+            layer.eps,
+            layer.radius_value,
+        )
+
+    def norms(self, x: Tensor) -> Tensor | None:
+        """The pooled norm of each patch, (B, *positions, groups); None without a radius, where a patch is enough."""
+        if not self.radius:
+            return None
+        unpadded = Projection(self.stride, (0,) * len(self.kernel), self.dilation, self.groups)
+        return patch_norm(self._padded(x), self.kernel, self.eps, unpadded, self.radius).movedim(1, -1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+        return F.pad(x, self.sides, mode=self.mode) if any(self.sides) else x
 
     def patches(self, x: Tensor) -> Tensor:
         """A view of the input's patches.
@@ -61,20 +83,23 @@ class Geometry:
         if not self.kernel:
             return x.reshape(-1, x.shape[-1])
         dim = len(self.kernel)
-        x = x.unsqueeze(0) if x.dim() == dim + 1 else x
-        x = F.pad(x, self.sides, mode=self.mode) if any(self.sides) else x
+        x = self._padded(x)
         for axis in range(dim):
             reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
             x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
         return x.movedim(1, 1 + dim)
 
-    def unit(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """The patches at some positions, each divided by its norm: (groups, n, fan_in)."""
+    def unit(self, patches: Tensor, positions: Tensor, norms: Tensor | None = None) -> Tensor:
+        """The patches at some positions, each divided by its norm: (groups, n, fan_in).
+
+        `norms` are those of `norms`; without them each patch has its own.
+        """
         if self.kernel:
-            space = patches.shape[: 1 + len(self.kernel)]
-            rows = patches[torch.unravel_index(positions, space)].unflatten(1, (self.groups, -1)).flatten(2)
-            rows = rows.movedim(1, 0)
+            places = torch.unravel_index(positions, patches.shape[: 1 + len(self.kernel)])
+            rows = patches[places].unflatten(1, (self.groups, -1)).flatten(2)
+            rows = accumulated(rows.movedim(1, 0))
+            if norms is not None:
+                return rows / norms[places].t().unsqueeze(2)
         else:
-            rows = patches[positions].unsqueeze(0)
-        rows = accumulated(rows)
+            rows = accumulated(patches[positions].unsqueeze(0))
         return rows / (rows.square().sum(2, keepdim=True) + self.eps).sqrt()

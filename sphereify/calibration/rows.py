@@ -93,13 +93,13 @@ def rows_at(pair: LayerPair, output: Tensor, positions: Tensor | None) -> Tensor
 def chunks(geometry: Geometry, batches: list[Batch]) -> Iterator[Rows]:
     """The rows of all batches, in chunks of bounded size."""
     for batch, weight in zip(batches, _importance(batches), strict=True):
-        patches = geometry.patches(batch.x)
+        patches, norms = geometry.patches(batch.x), geometry.norms(batch.x)
         n, width = len(batch.target), math.prod(geometry.kernel) * (batch.x.shape[1] if geometry.kernel else 1)
         positions = batch.positions if batch.positions is not None else torch.arange(n, device=batch.x.device)
         step = max(256, CHUNK_BYTES // (4 * max(width, patches.shape[-1])))
         for start in range(0, n, step):
             piece = slice(start, start + step)
-            unit = geometry.unit(patches, positions[piece])
+            unit = geometry.unit(patches, positions[piece], norms)
             yield Rows(unit, batch.target[piece], weight[piece], None if batch.added is None else batch.added[piece])
 
 

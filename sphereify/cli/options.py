@@ -222,5 +222,5 @@ def _number_or_word(key: str, text: str) -> float | str:
         raise UsageError(f"--override: {key}: got {text!r}, expected a number") from None
 
 
-_NUMBERS = ("k",)
+_NUMBERS = ("k", "radius")
 """Keys of an override whose value is a number."""

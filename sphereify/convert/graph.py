@@ -123,6 +123,7 @@ def _module_site(
         called=called,
         angular=isinstance(module, (AngularLayer, AngularHead)),
         direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
+        causal=_causal_sign(names, module, model, seen),
         heads=facts.outputs,
     )
     if not traced and site.norm is None:
@@ -130,6 +131,20 @@ def _module_site(
         if site.role == "hidden":
             site = replace(site, role=_role_by_name(site))
     return site
+
+
+def _causal_sign(names: tuple[str, ...], module: nn.Module, model: nn.Module, seen: Observation) -> str:
+    """The sign that a convolution is causal, from a forward pass, or from class names where none succeeded."""
+    for name in names:
+        for weight in (f"{name}.weight", f"{name}.computed"):
+            if weight in seen.causal:
+                return seen.causal[weight]
+    if not seen.error or "conv" not in kind_of(module):
+        return ""
+    parents = names[0].split(".")
+    around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents) + 1)]
+    causal = next((type(one).__name__ for one in around if "causal" in type(one).__name__.lower()), "")
+    return f"it lies in a {causal}" if causal else ""
 
 
 def _only_reads(norm: str, model: nn.Module) -> bool:
@@ -197,7 +212,7 @@ def _add_calls(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Obs
         if holder in table.by_name:
             _add_call_to_module(table, holder, call, unclear, seen)
         else:
-            _add_call_site(table, call, unclear, facts)
+            _add_call_site(table, call, unclear, facts, seen)
     for call in seen.fixed:
         if call.owner not in table.by_name:
             name = join(call.owner, "fixed")
@@ -236,7 +251,7 @@ def _add_call_to_module(table: _SiteTable, holder: str, call: Call, unclear: str
     table.update(holder, call=call, called=True, unclear=site.unclear or unclear)
 
 
-def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFacts) -> None:
+def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFacts, seen: Observation) -> None:
     """Make a site of a functional call whose weight no module that is a site holds."""
     name = call.parameter or join(call.owner, "computed")
     while name in table.extra and call.parameter is None:
@@ -252,6 +267,7 @@ def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFact
         called=True,
         call=call,
         unclear=unclear,
+        causal=seen.causal.get(name, ""),
         heads=facts.outputs,
     )
 

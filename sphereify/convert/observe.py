@@ -39,6 +39,8 @@ class Observation:
     """Calls that one of the two passes makes and the other does not, though it runs the owner."""
     direct: frozenset[str] = frozenset()
     """Weights whose products are outputs, with nothing in between; in training, if that pass succeeded."""
+    causal: dict[str, str] = field(default_factory=dict)
+    """Weights of convolutions that are causal -> the sign of it."""
     by_values: bool = False
     """True if values decide what is called, so that another input may call what these inputs did not."""
     error: str = ""
@@ -76,6 +78,7 @@ def _merged(passes: dict[str, Observation]) -> Observation:
     merged = replace(evaluation) if evaluation is not None else Observation()
     for name in ("order", "calls", "fixed"):
         setattr(merged, name, list(dict.fromkeys(x for one in passes.values() for x in getattr(one, name))))
+    merged.causal = {weight: sign for one in passes.values() for weight, sign in one.causal.items()}
     if training is not None:
         merged.direct = training.direct
     if evaluation is not None and training is not None:
@@ -119,6 +122,7 @@ def _observe_pass(model: nn.Module, arguments: tuple[Any, ...], on_shapes: bool)
         ends=provenance.ends(output),
         outputs=sum(1 for _ in tensors_in(output)),
         direct=provenance.direct(output),
+        causal=watch.causality.causal,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose, invalid, option
-from sphereify.options import check_options, option_field
+from sphereify.options import check_options, option_field, options_of
 from sphereify.patterns import PatternList, Patterns
 from sphereify.wording import listed
 
@@ -24,7 +24,7 @@ Overrides = Mapping[str, Mapping[str, Any] | str] | None
 """Settings for single layers: a pattern over names -> a dict of operator, k and rescale, or "keep"."""
 
 ANGLES, WHERE = "Angular layers", "Which layers"
-SETTINGS = ("operator", "k", "rescale")
+SETTINGS = ("operator", "k", "rescale", "radius")
 """Options that an override may set for single layers."""
 
 
@@ -53,6 +53,16 @@ class ConversionOptions:
         f"Extent over which a learnable k is shared: {listed(choices.SHARE_K)}.",
         panel=ANGLES,
         choices=choices.SHARE_K,
+    )
+    radius: float = option_field(
+        0.0,
+        "Pooled radius ρ ≥ 0 of converted convolutions; 0: the paper's operator; usual: 1 to 4.",
+        panel=ANGLES,
+        at_least=0,
+        usual="1 to 4",
+    )
+    learn_radius: bool = option_field(
+        False, "Learn the radius of each convolution, starting from the given one.", panel=ANGLES
     )
     skip_shortcuts: bool = option_field(
         False, "Keep 1×1 convolutions on residual shortcuts, as SphereResNet-v2 does.", panel=WHERE
@@ -106,11 +116,11 @@ class ConversionOptions:
     )
     overrides: Overrides = option_field(
         None,
-        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never; the first match wins; repeatable.",
+        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never,radius:2; first match wins; repeatable.",
         panel=WHERE,
         command_line="--override",
-        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …} or "keep"}. The first '
-        "match wins, and it wins over include, exclude and skip_shortcuts.",
+        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …} or '
+        '"keep"}. The first match wins, and it wins over include, exclude and skip_shortcuts.',
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 
@@ -118,6 +128,11 @@ class ConversionOptions:
         check_options(self)
         self._check_head()
         self._check_operators()
+        if self.learn_radius and self.radius == 0:
+            raise UsageError(
+                f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
+                f"start, such as {option('radius', 1.0)}"
+            )
         for name in ("include", "exclude"):
             patterns = Patterns(name, getattr(self, name)).patterns
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -229,6 +244,10 @@ def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
         setting["rescale"] = choices.canonical(str(setting["rescale"]))
         if setting["rescale"] not in choices.RESCALE:
             raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
+    if "radius" in setting:
+        about = options_of(ConversionOptions)["radius"]
+        if not about.allows(setting["radius"]):
+            raise UsageError(f"{place}: radius: got {setting['radius']!r}, expected {about.expected}")
     if "operator" in setting:
         from sphereify.nn.operators import make_operator
 
@@ -242,6 +261,8 @@ class ConversionKeywords(TypedDict, total=False):
     operator: OperatorLike
     k: float | None
     share_k: str
+    radius: float
+    learn_radius: bool
     skip_shortcuts: bool
     head: str
     head_operator: OperatorLike | None

@@ -38,6 +38,10 @@ class Decision:
     """Curvature of a sigmoid, or start of a learnable one."""
     share_k: str | None = None
     """The set of filters that share one learnable k: filter, layer, network, or network-2 … of a later conversion."""
+    radius: float = 0.0
+    """Pooled radius ρ of a convolution, or its start; 0 is the paper's operator."""
+    learn_radius: bool = False
+    """True if ρ is a parameter of the layer."""
     rescale: bool = False
     """True if the layer gets SphereNorm's β and γ."""
     eps: float | None = None

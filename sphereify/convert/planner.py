@@ -107,7 +107,24 @@ class _Planner:
             self._check_head(decisions)
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
+        self._check_radius(decisions)
         return ConversionPlan(class_name(self.model), decisions, self._notes(), self.objects)
+
+    def _check_radius(self, decisions: list[Decision]) -> None:
+        """Make sure that a radius that was asked for is somebody's."""
+        if self.options.radius and not any(decision.radius for decision in decisions):
+            raise UsageError(
+                f"{option('radius', self.options.radius)}: has no effect, since no convolution that may pool is "
+                f"converted: linear maps have no patches, and causal convolutions must not look ahead. Leave it out."
+            )
+        for pattern, setting in self.settings.items():
+            if isinstance(setting, dict) and setting.get("radius"):
+                matched = [d for d in decisions if self.overrides.match((d.name, *d.aliases)) == pattern]
+                if matched and not any(decision.radius for decision in matched):
+                    raise UsageError(
+                        f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name} and whatever "
+                        f"else it matches: no convolution among them is converted"
+                    )
 
     def _notes(self) -> list[str]:
         """Remarks on the model as a whole."""
@@ -174,9 +191,12 @@ class _Planner:
             margin = self.options.margin if kind in choices.MARGIN_HEADS else None
             return replace(decision, reason=HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
         rescale, drops_norm, reason = self._rescale(site, setting)
+        radius, without = self._radius(site, setting)
         return replace(
             decision,
-            reason=reason,
+            reason=f"{reason}; no radius: {without}" if without else reason,
+            radius=radius,
+            learn_radius=self.options.learn_radius and radius > 0,
             rescale=rescale,
             drops_norm=drops_norm,
             eps=self.options.eps,
@@ -258,6 +278,15 @@ class _Planner:
             self.objects[name] = g
             return name, None
         return g.name, _as_number(g.k)
+
+    def _radius(self, site: Site, setting: Any) -> tuple[float, str]:
+        """The radius of a site, and the reason why it has none although one was asked for."""
+        asked = setting.get("radius", self.options.radius)
+        if asked and site.kind == "linear":
+            return 0.0, "a linear map has no patches to pool"
+        if asked and site.causal and "radius" not in setting:
+            return 0.0, f"causal, {site.causal}"
+        return float(asked), ""
 
     def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
         """True if the layer gets β and γ, True if the following norm is dropped, and the reason."""

@@ -148,7 +148,10 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         values = {"scale": decision.scale, "margin": decision.margin}
         values = {name: value for name, value in values.items() if value is not None}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **values)  # type: ignore[arg-type]
-    twin: AngularLayer = TWINS[decision.kind](plain, operator=operator, rescale=decision.rescale, eps=decision.eps)
+    settings: dict[str, Any] = {"operator": operator, "rescale": decision.rescale, "eps": decision.eps}
+    if decision.kind != "linear":
+        settings |= {"radius": decision.radius, "learn_radius": decision.learn_radius}
+    twin: AngularLayer = TWINS[decision.kind](plain, **settings)
     twin.output_read_only = decision.output_read_only
     if twin.beta is not None:
         _start_beta(twin.beta, weight, operator)
@@ -171,6 +174,8 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
         rescale=decision.rescale,
         has_bias=decision.call.has_bias,
         eps=decision.eps or DEFAULT_EPS,
+        radius=decision.radius,
+        learn_radius=decision.learn_radius,
         columns=decision.call.transposed,
         groups=decision.call.groups,
         device=weight.device,

@@ -107,6 +107,8 @@ class Site:
     """True if its product is an output of the model, with nothing in between; None if no forward pass succeeded."""
     processed: bool = False
     """True for a classifier whose scores are processed further, in more than ways that leave each channel its class."""
+    causal: str = ""
+    """Sign that a convolution must not look at later positions; empty if there is none."""
     heads: int = 0
     """For a classifier: number of separate outputs of the model that end in a site."""
 

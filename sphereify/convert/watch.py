@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sphereify.convert.causality import CausalityWitness
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.convert.operations import word
 from sphereify.convert.provenance import Provenance
@@ -54,6 +55,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.sightings = Sightings()
         self.provenance = Provenance()
+        self.causality = CausalityWitness()
         self.depth = 0
         """Number of Python functions of torch that are running."""
         self.stack: list[list[Any]] = [["", 0]]
@@ -102,6 +104,10 @@ class Watch(TorchFunctionMode):
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._follow(func, operands, result)
         self.provenance.note(func, operands, result, weight)
+        self.causality.note_result(func, args, kwargs, result)
+        function = FUNCTIONS.get(func) if weight else None
+        if function is not None and function.kind.startswith("conv") and (call := function.read(args, kwargs)):
+            self.causality.note_convolution(weight, call, result)
         return result
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ from sphereify.nn.precision import (
     is_plain,
     no_autocast,
 )
+from sphereify.nn.radius import HasRadius, pool
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -160,7 +161,9 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 
 class _FoldedConv(FoldedLayer, ConvGeometry):
-    """Base of the three convolutions."""
+    """Base of the three convolutions; a learned radius has become a number."""
+
+    radius: Any
 
     def forward(self, input: Tensor) -> Tensor:
         padded, padding = self._padded(input)
@@ -176,7 +179,8 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(cast(x, precise), groups, weight.shape[1])
-        inverse = box_sum(squares, weight.shape[2:], projection).add(self.eps).rsqrt_()
+        squares = box_sum(squares, weight.shape[2:], projection)
+        inverse = squares.add(pool(squares, self.radius) + self.eps if self.radius else self.eps).rsqrt_()
         filters = (1, -1, *ones)
         if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
             bias = cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
@@ -190,6 +194,9 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
             return grouped.flatten(1, 2)
         dot.unflatten(1, (groups, -1)).mul_(inverse.unsqueeze(2))
         return self._finish(dot, None, filters)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", radius={self.radius:g}" if self.radius else "")
 
 
 def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
@@ -327,6 +334,10 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
         return twin
     if isinstance(twin, FoldedLinear):
         twin.rows_only = affine is not None
+    if isinstance(layer, HasRadius):
+        twin._parameters.pop("log_radius")
+        del twin._radius
+        vars(twin)["radius"] = layer.radius_value
     assert isinstance(layer, AngularLayer)
     scale, shift = _double(layer.beta), _double(layer.bias if layer.bias is not None else layer.gamma)
     if affine is not None:

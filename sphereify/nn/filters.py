@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from sphereify.errors import UsageError, option, wrong_type
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name, weight_of_call
 from sphereify.nn.heads import AngularHead
+from sphereify.nn.precision import gathered
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """torch's layers with filters."""
@@ -72,11 +73,6 @@ def _filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Ten
             matrix = gathered(weight)
             rows = matrix.t() if call.columns else matrix.flatten(1)
             yield parameter_name(key), weight, rows.unflatten(0, (call.groups, -1))
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is spread over processes (a DTensor, as FSDP makes parameters); any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---- The output

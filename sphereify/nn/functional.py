@@ -11,6 +11,8 @@ With d = ∂L/∂cos, N the norms and ŵ = w/N_w:
 
     ∂L/∂x = conv_transpose(d/N_x, ŵ) - x · spread(Σ_filters d·cos / N_x²)
     ∂L/∂w = (v - ŵ (ŵ·v)) / N_w,    v = conv_weight(d/N_x, x)
+
+A radius pools the patch norms of each input, and the sum over filters in ∂L/∂x likewise: see `radius`.
 """
 
 import math
@@ -27,6 +29,7 @@ from sphereify.nn.operators import broadcast_k, is_built_in
 from sphereify.nn.passes import reference, with_passes
 from sphereify.nn.passes.protocol import Passes
 from sphereify.nn.precision import accumulate_dtype, compute_dtype, fit_into, no_autocast
+from sphereify.nn.radius import Radius, check_radius, is_pooled, pool_backward, radius_backward
 
 Operator = Callable[[Tensor], Tensor]
 Size = int | Sequence[int]
@@ -44,9 +47,10 @@ def sphere_conv1d(
     groups: int = 1,
     eps: float = DEFAULT_EPS,
     beta: Tensor | None = None,
+    radius: Radius = 0.0,
 ) -> Tensor:
     """SphereConv over (B, C, L) or (C, L); see `sphere_conv2d`."""
-    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
+    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
 
 
 def sphere_conv2d(
@@ -60,6 +64,7 @@ def sphere_conv2d(
     groups: int = 1,
     eps: float = DEFAULT_EPS,
     beta: Tensor | None = None,
+    radius: Radius = 0.0,
 ) -> Tensor:
     """g(θ) of the angle between every filter and every patch, plus `bias` (NIPS 2017, eq. 1).
 
@@ -72,20 +77,22 @@ def sphere_conv2d(
         eps: > 0, added to both squared norms inside the roots. A patch of zeros has no angle: its output is
             g(π/2) = 0 and its gradient is finite.
         beta: (O,) or None: SphereNorm's β, which multiplies g (NIPS 2017, section 3.5).
+        radius: ρ ≥ 0, a number or a tensor of one element that learns: the pooled radius (see `sphereify.nn.radius`).
+            0 is the paper's operator; usual: 1 to 4. Each sample and group has a pool of its own.
 
     Returns:
         (B, O, H', W') in the dtype that `F.conv2d` returns, under autocast too; norms and angles are taken in fp32.
         Without bias and β it is the tensor that the backward needs: do not change it in place (see `writable`).
 
     Raises:
-        UsageError: a shape, dtype or eps that does not fit.
+        UsageError: a shape, dtype, eps or radius that does not fit.
 
     >>> from sphereify.nn import CosineOperator
     >>> x = torch.ones(1, 2, 4, 4)
     >>> round(sphere_conv2d(x, torch.ones(3, 2, 3, 3), CosineOperator())[0, 0, 0, 0].item(), 4)
     1.0
     """
-    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
+    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
 
 
 def sphere_conv3d(
@@ -99,9 +106,10 @@ def sphere_conv3d(
     groups: int = 1,
     eps: float = DEFAULT_EPS,
     beta: Tensor | None = None,
+    radius: Radius = 0.0,
 ) -> Tensor:
     """SphereConv over (B, C, D, H, W) or (C, D, H, W); see `sphere_conv2d`."""
-    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta)
+    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
 
 
 def sphere_linear(
@@ -166,6 +174,7 @@ def _sphere_conv(
     groups: int,
     eps: float,
     beta: Tensor | None,
+    radius: Radius,
 ) -> Tensor:
     if weight.dim() != dim + 2 or x.dim() not in (dim + 1, dim + 2) or x.shape[-dim - 1] != weight.shape[1] * groups:
         raise UsageError(
@@ -173,7 +182,7 @@ def _sphere_conv(
             f"groups={groups}, expected {dim + 1} or {dim + 2} dimensions of x, and weight.shape[1] * groups channels"
         )
     batch, projection = resolve(x, weight.shape[2:], stride, padding, dilation, groups)
-    y = _angular(batch, weight, operator, bias, eps, beta, projection)
+    y = _angular(batch, weight, operator, bias, eps, beta, projection, radius)
     return y if x.dim() == dim + 2 else y.squeeze(0)
 
 
@@ -185,21 +194,23 @@ def _angular(
     eps: float,
     beta: Tensor | None,
     projection: Projection | None,
+    radius: Radius = 0.0,
 ) -> Tensor:
-    """β·g + bias of a batch; the border where ε, dtype, autocast and the kind of operator are settled."""
+    """β·g + bias of a batch; the border where ε, ρ, dtype, autocast and the kind of operator are settled."""
     if not eps > 0:
         raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
     for name, values in (("bias", bias), ("beta", beta)):
         if values is not None and values.shape != weight.shape[:1]:
             raise UsageError(f"{name}: got shape {tuple(values.shape)}, expected ({weight.shape[0]},), one a filter")
     x = fit_into(compute_dtype(x, weight), x, math.prod(weight.shape[1:]))
+    radius = radius.to(accumulate_dtype(x.dtype)) if isinstance(radius, Tensor) else check_radius(radius)
     with no_autocast(x.device.type):
         if not is_built_in(operator):  # an operator of the user's own follows the map of the cosine
-            cos, _ = _SphereMap.apply(x, weight, None, None, None, "cosine", eps, projection)
+            cos, _ = _SphereMap.apply(x, weight, None, None, None, radius, "cosine", eps, projection)
             return reference.rescale(operator(cos), beta, bias, projection)
         # The filters of a linear map are its last dimension, those of a convolution dimension 1.
         k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-        y, *_ = _SphereMap.apply(x, weight, k, beta, bias, operator.name, eps, projection)
+        y, *_ = _SphereMap.apply(x, weight, k, beta, bias, radius, operator.name, eps, projection)
         return y
 
 
@@ -218,36 +229,40 @@ class _SphereMap(torch.autograd.Function):
         k: Any,
         beta: Tensor | None,
         shift: Tensor | None,
+        radius: Radius,
         curve: str,
         eps: float,
         projection: Projection | None,
     ) -> tuple[Tensor, ...]:
-        return with_passes(_forward, x, weight, projection, k, beta, shift, curve, eps)
+        return with_passes(_forward, x, weight, projection, k, beta, shift, radius, curve, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, k, beta, shift, ctx.curve, ctx.eps, ctx.projection = inputs
+        x, weight, k, beta, shift, radius, ctx.curve, ctx.eps, ctx.projection = inputs
         g, norm = output[-1] if len(output) > 2 else output[0], output[1]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.k = None if isinstance(k, Tensor) else k
         ctx.shift_dtype = None if shift is None else shift.dtype
-        ctx.has_k_and_beta = isinstance(k, Tensor), beta is not None
-        ctx.save_for_backward(x, weight, g, norm, *(value for value in (k, beta) if isinstance(value, Tensor)))
+        ctx.constants = [None if isinstance(value, Tensor) else value for value in (k, beta, radius)]
+        ctx.is_tensor = [isinstance(value, Tensor) for value in (k, beta, radius)]
+        ctx.save_for_backward(x, weight, g, norm, *(v for v in (k, beta, radius) if isinstance(v, Tensor)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        x, weight, g, norm, *others = ctx.saved_tensors
-        learned, rescaled = ctx.has_k_and_beta
-        k, beta = others[0] if learned else ctx.k, others[-1] if rescaled else None
+        x, weight, g, norm, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        k, beta, radius = (
+            next(saved) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        )
         with no_autocast(grad.device.type):
             if torch.is_grad_enabled():
                 # This backward is to be differentiated: what was saved is constant to autograd, what is computed here
                 # is not.
-                norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection)
+                norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection, radius)
                 if beta is not None or ctx.shift_dtype is not None:
-                    g, _ = _SphereMap.apply(x, weight, k, None, None, ctx.curve, ctx.eps, ctx.projection)
+                    g, _ = _SphereMap.apply(x, weight, k, None, None, radius, ctx.curve, ctx.eps, ctx.projection)
             gradients = with_passes(
-                _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, ctx.curve, ctx.eps,
+                _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
                 grad, g, norm, ctx.needs_input_grad,
             )  # fmt: skip
         return *gradients, None, None, None
@@ -261,13 +276,14 @@ def _forward(
     k: float | Tensor | None,
     beta: Tensor | None,
     shift: Tensor | None,
+    radius: Radius,
     curve: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
     """(y, patch norms, g), or (g, patch norms) where there is neither β nor shift."""
     unit, _ = passes.normalize_filters(weight, eps, x.dtype)
     dot = project(x, unit, projection)  # before the norms, for torch's complaints about shapes
-    norm = passes.patch_norm(x, weight.shape[2:], eps, projection)
+    norm = passes.patch_norm(x, weight.shape[2:], eps, projection, radius)
     g, y = passes.curve(dot, norm, curve, k, projection, beta, shift)
     return (g, norm) if y is None else (y, norm, g)
 
@@ -280,6 +296,7 @@ def _backward(
     k: float | Tensor | None,
     beta: Tensor | None,
     shift_dtype: torch.dtype | None,
+    radius: Radius,
     curve: str,
     eps: float,
     grad: Tensor,
@@ -287,13 +304,21 @@ def _backward(
     norm: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, k, β and the shift."""
+    """The gradients of x, weight, k, β, the shift and ρ."""
+    needs_x, needs_weight, needs_k, _, _, needs_radius, *_ = needed
     grad, grad_beta, grad_shift = passes.rescale_backward(grad, g, beta, shift_dtype, projection)
-    d_dot, radial, grad_k = passes.curve_backward(grad, g, norm, curve, k, projection, needed)
+    needs = (needs_x or needs_radius, needs_weight, needs_k)
+    d_dot, radial, grad_k = passes.curve_backward(grad, g, norm, curve, k, projection, needs)
+    grad_radius = None
+    if radial is not None and is_pooled(radius):
+        if needs_radius:
+            assert isinstance(radius, Tensor)
+            grad_radius = radius_backward(radial, norm, radius, eps)
+        radial = pool_backward(radial, radius)
     unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
     grad_x, v = project_backward(d_dot, x, unit, projection, needed[:2])
     if grad_x is not None:
         assert radial is not None
         grad_x = passes.subtract_radial(grad_x, x, radial, weight.shape[2:], projection)
     grad_weight = None if v is None else passes.filter_gradient(v, weight, filter_norm)
-    return grad_x, grad_weight, grad_k, grad_beta, grad_shift
+    return grad_x, grad_weight, grad_k, grad_beta, grad_shift, grad_radius

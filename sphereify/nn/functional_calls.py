@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from sphereify.errors import UnsupportedModelError, option
 from sphereify.nn.attention import Project, attend
 from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear, writable
+from sphereify.nn.radius import HasRadius
 
 CALLS = "angular_calls"
 """Name of the attribute in which a module holds its `AngularCall`s, by key."""
@@ -98,7 +99,7 @@ FUNCTIONS: dict[Any, Function] = {
 """The functions whose calls are sites."""
 
 
-class AngularCall(nn.Module):
+class AngularCall(HasRadius):
     """The operator, β and γ of one functional call.
 
     Args:
@@ -107,7 +108,7 @@ class AngularCall(nn.Module):
         operator: an operator object.
         rescale: learn `beta` and, unless the call passes a bias, `gamma`.
         has_bias: the call passes a bias, which then is γ.
-        eps: as `SphereConv2d`.
+        eps, radius, learn_radius: as `SphereConv2d`; a linear map has no radius.
         columns: the filters are the columns of the weight that is passed.
         groups: number of groups of the convolution.
     """
@@ -124,6 +125,8 @@ class AngularCall(nn.Module):
         rescale: bool,
         has_bias: bool,
         eps: float,
+        radius: float = 0.0,
+        learn_radius: bool = False,
         columns: bool = False,
         groups: int = 1,
         device: Any = None,
@@ -138,6 +141,7 @@ class AngularCall(nn.Module):
         self.operator = operator
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
+        self._set_radius(radius, learn_radius, ones)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         self.register_parameter("gamma", nn.Parameter(torch.zeros_like(ones)) if rescale and not has_bias else None)
 
@@ -146,7 +150,10 @@ class AngularCall(nn.Module):
         beta, gamma = (None if values is None else values[rows] for values in (self.beta, self.gamma))
         # A call may pass a bias where none was passed when the model was converted.
         shift = call.bias if gamma is None else gamma if call.bias is None else gamma + call.bias
-        y = function.angular(call.x, call.weight, self.operator, shift, *call.geometry, eps=self.eps, beta=beta)
+        pooled = {"radius": self.radius} if call.geometry else {}
+        y = function.angular(
+            call.x, call.weight, self.operator, shift, *call.geometry, eps=self.eps, beta=beta, **pooled
+        )
         return writable(y, beta, shift)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
@@ -154,7 +161,7 @@ class AngularCall(nn.Module):
         return self(FUNCTIONS[F.linear], Arguments(x, weight, bias, (), weight), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
+        return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}{self._radius_repr()}"
 
 
 class _Answer(TorchFunctionMode):

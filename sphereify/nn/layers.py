@@ -23,6 +23,7 @@ from sphereify.nn.functional import (
     writable,
 )
 from sphereify.nn.operators import make_operator
+from sphereify.nn.radius import HasRadius, check_radius
 
 Layer = TypeVar("Layer", bound="AngularLayer")
 Ints = int | tuple[int, ...]
@@ -123,7 +124,7 @@ class ConvGeometry(nn.Module):
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
 
-class _SphereConv(AngularLayer, ConvGeometry):
+class _SphereConv(AngularLayer, HasRadius, ConvGeometry):
     """Base of the three convolutions, which differ in the function that they call."""
 
     _sphere_conv: ClassVar[Callable[..., Tensor]]
@@ -144,11 +145,14 @@ class _SphereConv(AngularLayer, ConvGeometry):
         *,
         operator: str | Operator = "cosine",
         rescale: bool = False,
+        radius: float = 0.0,
+        learn_radius: bool = False,
         eps: float = DEFAULT_EPS,
     ):
         geometry: tuple[Any, ...] = (kernel_size, stride, padding, dilation, groups)
         super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self._make_angular(operator, rescale, eps)
+        self._set_radius(radius, learn_radius, self.weight)
 
     @classmethod
     def from_conv(
@@ -157,23 +161,33 @@ class _SphereConv(AngularLayer, ConvGeometry):
         *,
         operator: str | Operator = "cosine",
         rescale: bool = False,
+        radius: float = 0.0,
+        learn_radius: bool = False,
         eps: float = DEFAULT_EPS,
     ) -> Layer:
         """The angular twin of torch's convolution `conv`, with the same parameters, hooks, mode and attributes.
 
-        Nothing is copied, so an optimizer of `conv` trains the twin, except for its k, β and γ.
+        Nothing is copied, so an optimizer of `conv` trains the twin, except for its k, β, γ and ρ.
 
         Raises:
-            UsageError: an unknown operator or eps ≤ 0.
+            UsageError: an unknown operator, eps ≤ 0, or a radius that is not valid.
             ArgumentTypeError: not a convolution of as many dimensions.
         """
-        return cls._adopt(conv, operator, rescale, eps)
+        check_radius(radius, learn_radius)
+        layer: Any = cls._adopt(conv, operator, rescale, eps)
+        layer._set_radius(radius, learn_radius, layer.weight)
+        return layer  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        y = type(self)._sphere_conv(input, self.weight, self.operator, self._shift, *geometry, self.eps, self.beta)
+        y = type(self)._sphere_conv(
+            input, self.weight, self.operator, self._shift, *geometry, self.eps, self.beta, self.radius
+        )
         return self._own(y)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._radius_repr()
 
 
 class SphereConv1d(_SphereConv, nn.Conv1d):
@@ -192,13 +206,16 @@ class SphereConv2d(_SphereConv, nn.Conv2d):
         operator: a name from `sphereify.choices.OPERATORS`, or an operator object.
         rescale: SphereNorm: multiply by a learned `beta` (starts at 1) and add a learned `gamma` (starts at 0), both
             of shape (out_channels,). Where there is a bias it is γ, and `gamma` is None.
+        radius: ρ ≥ 0, the pooled radius (see `sphereify.nn.radius`). 0 is the paper's operator; with a larger ρ patches
+            keep their relative lengths within an input. Usual: 1 to 4.
+        learn_radius: learn ρ, starting at `radius`, as `log_radius`.
         eps: > 0, added to both squared norms.
 
     Shape:
         (B, C, H, W) or (C, H, W) -> as `torch.nn.Conv2d`. Values lie in [-1, 1] before bias and rescaling.
 
     Raises:
-        UsageError: an unknown operator or eps ≤ 0.
+        UsageError: an unknown operator, eps ≤ 0, or a radius that is not valid.
 
     >>> SphereConv2d(3, 8, 3, padding=1, operator="linear")(torch.zeros(1, 3, 5, 5)).shape
     torch.Size([1, 8, 5, 5])

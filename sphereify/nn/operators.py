@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose
+from sphereify.nn.precision import runs_eagerly
 
 # Below this value of sin θ the slope of arcsin is held constant. In fp32 it is the band |cos θ| > 1 - 1e-6. bf16
 # cannot tell g from 1 closer than that, so its band is as wide as its rounding.
@@ -53,16 +54,13 @@ def overwrite(tensor: Tensor, operation: str, *arguments: Any) -> Tensor:
     torch.compile fuses such passes by itself, and in torch 2.11 loses the gradient of a result written in place; where
     gradients are recorded, a second derivative may need what would be overwritten.
     """
-    return getattr(tensor, operation + "_" if _in_place() else operation)(*arguments)
+    in_place = runs_eagerly(tensor, *(value for value in arguments if isinstance(value, Tensor)))
+    return getattr(tensor, operation + "_" if in_place else operation)(*arguments)
 
 
 def clip(tensor: Tensor, low: float, high: float) -> Tensor:
     """The tensor held between two numbers, likewise; clamp_ has no rule for vmap."""
-    return F.hardtanh(tensor, low, high, inplace=_in_place())
-
-
-def _in_place() -> bool:
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    return F.hardtanh(tensor, low, high, inplace=runs_eagerly(tensor))
 
 
 def _cosine_value(cos: Tensor, k: None) -> Tensor:

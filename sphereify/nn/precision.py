@@ -117,3 +117,11 @@ def runs_eagerly(*tensors: Tensor) -> bool:
         and not torch._C._get_tracing_state()
         and all(map(is_plain, tensors))
     )
+
+
+# ---- Several processes
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over processes (a DTensor, as FSDP makes parameters); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sphereify.errors import UsageError
 from sphereify.nn import HypersphericalEnergy
-from sphereify.nn.filters import gathered
+from sphereify.nn.precision import gathered
 from sphereify.training.distributed import Processes
 
 

@@ -68,8 +68,13 @@ def conv_angles(
     dilation: Sequence[int],
     groups: int = 1,
     border: str = "zeros",
+    radius: float = 0.0,
 ) -> Tensor:
-    """(B, C, …), (O, C / groups, …) -> θ of shape (B, O, …)"""
+    """(B, C, …), (O, C / groups, …) -> θ of shape (B, O, …)
+
+    With a radius ρ each patch gets a coordinate more, ρ times the root of the mean squared length of the patches of its
+    sample and group, and each filter a 0.
+    """
     kernel = weight.shape[2:]
     padded = _pad(x.detach().double().numpy(), _sides(padding, kernel, dilation), border)
     filters = weight.detach().double().flatten(1).tolist()
@@ -77,14 +82,20 @@ def conv_angles(
         (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
     ]
     theta = torch.zeros(len(padded), len(filters), *sizes, dtype=torch.float64)
-    for b, group, *place in itertools.product(*map(range, [len(padded), groups, *sizes])):
+    per_group = len(filters) // groups
+    for b, group in itertools.product(range(len(padded)), range(groups)):
         channels = range(group * weight.shape[1], (group + 1) * weight.shape[1])
-        taps = itertools.product(*map(range, kernel))
-        places = [tuple(p * s + t * d for p, s, t, d in zip(place, stride, tap, dilation, strict=True)) for tap in taps]
-        patch = [float(padded[(b, c, *at)]) for c in channels for at in places]
-        per_group = len(filters) // groups
-        for o in range(group * per_group, (group + 1) * per_group):
-            theta[(b, o, *place)] = angle(patch, filters[o], eps)
+        patches = {}
+        for place in itertools.product(*map(range, sizes)):
+            taps = itertools.product(*map(range, kernel))
+            spots = [
+                tuple(p * s + t * d for p, s, t, d in zip(place, stride, tap, dilation, strict=True)) for tap in taps
+            ]
+            patches[place] = [float(padded[(b, c, *at)]) for c in channels for at in spots]
+        squares = [sum(value * value for value in patch) for patch in patches.values()]
+        lift = radius * math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+        for place, o in itertools.product(patches, range(group * per_group, (group + 1) * per_group)):
+            theta[(b, o, *place)] = angle([*patches[place], lift], [*filters[o], 0.0], eps)
     return theta
 
 

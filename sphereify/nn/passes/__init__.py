@@ -11,6 +11,7 @@ from torch import Tensor
 from sphereify.nn.geometry import Projection
 from sphereify.nn.passes import cpu, reference, triton
 from sphereify.nn.passes.protocol import Passes
+from sphereify.nn.precision import runs_eagerly
 
 Result = TypeVar("Result")
 
@@ -23,6 +24,8 @@ def with_passes(
     Where a Triton kernel cannot be compiled or launched, a warning says so once, and the other passes serve from then
     on.
     """
+    if not runs_eagerly(x, weight, *(value for value in arguments if isinstance(value, Tensor))):
+        return method(reference, x, weight, projection, *arguments)
     if triton.usable(x, weight, projection):
         try:
             return method(triton, x, weight, projection, *arguments)

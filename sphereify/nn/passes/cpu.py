@@ -14,6 +14,7 @@ from sphereify.nn.geometry import Projection, box_spread, box_sum
 from sphereify.nn.operators import CURVES, SIN_FLOOR, clip
 from sphereify.nn.passes.reference import rescaled
 from sphereify.nn.precision import CHANNELS_LAST, accumulate_dtype, is_channels_last, runs_eagerly
+from sphereify.nn.radius import Radius, is_pooled, pool
 
 BLOCK = 2**18
 """Elements of a block: 1 MiB of fp32. Smaller blocks fit closer caches but cost more calls and synchronisation."""
@@ -44,8 +45,10 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
     return (weight / norm).to(dtype), norm
 
 
-def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
-    """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+def patch_norm(
+    x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
+) -> Tensor:
+    """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     view = _View.of(x, projection)
     squares = view.empty_patches(x)
     for piece, total in _split(view(x), view.patches(squares)):
@@ -56,7 +59,7 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
             torch.sum(piece * piece, view.channels, keepdim=True, out=total)
     if projection is not None:
         squares = box_sum(squares, kernel, projection)
-    return squares.add_(eps).sqrt_()
+    return squares.add_(pool(squares, radius).add_(eps) if is_pooled(radius) else eps).sqrt_()
 
 
 def curve(

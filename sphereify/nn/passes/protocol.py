@@ -2,11 +2,12 @@
 
     unit, n_w = normalize_filters(w)                    ŵ = w / n_w
     dot       = project(x, unit)                        the products, which are torch's own
-    n_x       = patch_norm(x)
+    n_x       = patch_norm(x)                           pooled where there is a radius
     g, y      = curve(dot, n_x)                         cos θ = dot / n_x, g(θ), and y = β·g + γ
 
     grad      = rescale_backward(∂L/∂y)                 ∂L/∂g, and the gradients of β and γ
     d, radial = curve_backward(∂L/∂g, g, n_x)           d = ∂L/∂cos / n_x, radial = Σ_filters ∂L/∂cos · cos / n_x²
+    radial    = pool_backward(radial)                   where there is a radius
     ∂L/∂x, v  = project_backward(d)                     the adjoints of the products, torch's own again
     ∂L/∂x     = subtract_radial(∂L/∂x, x, radial)       patches have a direction and no length
     ∂L/∂w     = filter_gradient(v, w, n_w)              and so have filters
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sphereify.nn.geometry import Projection
+from sphereify.nn.radius import Radius
 
 
 class Passes(Protocol):
@@ -34,8 +36,13 @@ class Passes(Protocol):
     def normalize_filters(self, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
 
-    def patch_norm(self, x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
-        """sqrt(‖patch‖² + ε) of each patch: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    def patch_norm(
+        self, x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
+    ) -> Tensor:
+        """sqrt(‖patch‖² + ρ²·m + ε) of each patch: (B, groups, H', W') for a convolution, (*, 1) for a linear map.
+
+        m is the mean of ‖patch‖² over the patches of one sample and group; a linear map has no radius.
+        """
 
     def curve(
         self,

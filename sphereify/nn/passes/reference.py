@@ -12,6 +12,7 @@ from torch import Tensor
 from sphereify.nn.geometry import Projection, box_spread, box_sum
 from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, overwrite
 from sphereify.nn.precision import accumulate_dtype, accumulated, cast
+from sphereify.nn.radius import Radius, is_pooled, pool
 
 # ---- Forward
 
@@ -23,8 +24,10 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
     return (weight / norm).to(dtype), norm
 
 
-def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
-    """sqrt(‖patch‖² + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+def patch_norm(
+    x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
+) -> Tensor:
+    """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     squares = accumulated(x).square()
     if projection is None:
         return (squares.sum(-1, keepdim=True) + eps).sqrt()
@@ -33,7 +36,8 @@ def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Project
         squares = squares.sum(1, keepdim=True)
     elif squares.shape[1] > groups:
         squares = squares.unflatten(1, (groups, -1)).sum(2)
-    return (box_sum(squares, kernel, projection) + eps).sqrt()
+    squares = box_sum(squares, kernel, projection)
+    return (squares + (pool(squares, radius) + eps if is_pooled(radius) else eps)).sqrt()
 
 
 def curve(

@@ -23,6 +23,7 @@ from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
 from sphereify.nn.passes.reference import rescale_backward as rescale_backward
 from sphereify.nn.precision import is_channels_last, runs_eagerly
+from sphereify.nn.radius import Radius, is_pooled, pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 2048
@@ -127,10 +128,20 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
     return unit, norm
 
 
-def patch_norm(x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None) -> Tensor:
-    """sqrt(‖patch‖² + ε) in fp32: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+def patch_norm(
+    x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
+) -> Tensor:
+    """sqrt(‖patch‖² + ρ²·m + ε) in fp32: (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     if projection is None:
         return _square_sum(x, 1, _Tensor.of(x, None), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), eps)
+    if is_pooled(radius):  # the mean of all sums comes before their roots
+        squares = _patch_squares(x, kernel, None, projection)
+        return squares.add_(pool(squares, radius).add_(eps)).sqrt_()
+    return _patch_squares(x, kernel, eps, projection)
+
+
+def _patch_squares(x: Tensor, kernel: Sequence[int], eps: float | None, projection: Projection) -> Tensor:
+    """‖patch‖², or with an `eps` sqrt(‖patch‖² + ε)."""
     groups, layout = projection.groups, _Tensor.of(x, projection)
     size = x.shape[2:]
     if is_identity(kernel, projection):
@@ -245,16 +256,19 @@ def _square_sum(x: Tensor, groups: int, layout: "_Tensor", out: Tensor, eps: flo
 
 def _window_map(
     tensor: Tensor, out: Tensor, kernel: Sequence[int], projection: Projection, channels_last: bool,
-    *, eps: float = 0.0, square: bool = False, spread: bool = False,
+    *, eps: float | None = None, square: bool = False, spread: bool = False,
 ) -> Tensor:  # fmt: skip
-    """sqrt(sum over each window + eps), of squares with `square`; the adjoint of the sum with `spread`; to `out`."""
+    """The sum over each window, of squares with `square`, with an `eps` sqrt(sum + eps), written to `out`.
+
+    With `spread`, the adjoint of the sum.
+    """
     layout = _Tensor.of(out, projection, channels_last)
     columns = min(_power(layout.columns), 32, WINDOW_TILE)
     blocks = {"BLOCK_ROWS": (1 if layout.columns == 1 else 4) * WINDOW_TILE // columns, "COLUMN_BLOCK": columns}
     _launch(
         "window_map", layout.grid(blocks), tensor, out, layout.rows, layout.columns, *_sizes(tensor, out, projection),
-        eps, SPREAD=spread, SQUARE=square, CHANNELS_LAST=channels_last, ALIGN=_alignment(layout.columns),
-        **_geometry(kernel, projection), **blocks,
+        eps or 0.0, SPREAD=spread, SQUARE=square, ROOT=eps is not None, CHANNELS_LAST=channels_last,
+        ALIGN=_alignment(layout.columns), **_geometry(kernel, projection), **blocks,
     )  # fmt: skip
     return out
 

@@ -241,12 +241,12 @@ def window_spread(
 @triton.jit(do_not_specialize=["rows", "pixels", "from_h", "from_w", "to_w"])
 def window_map(
     tensor, out, rows, columns, pixels, from_h, from_w, to_w, eps,
-    SPREAD: tl.constexpr, SQUARE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SPREAD: tl.constexpr, SQUARE: tl.constexpr, ROOT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = sqrt(window sum + eps), of squares with SQUARE; with SPREAD the adjoint of the window sum."""
+    """out = the window sum, of squares with SQUARE, with ROOT sqrt(sum + eps); with SPREAD the adjoint of the sum."""
     columns = columns // ALIGN * ALIGN
     sample, first, row = rows_of(rows, BLOCK_ROWS)
     column = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
@@ -261,7 +261,8 @@ def window_map(
             tensor, sample, first + row, column, mask, pixels, columns, from_h, from_w, to_w, SQUARE, CHANNELS_LAST,
             KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
         )  # fmt: skip
-        total = tl.sqrt(total + eps)
+        if ROOT:
+            total = tl.sqrt(total + eps)
     tl.store(at(out, sample, first, row, column, rows, columns, CHANNELS_LAST), total, mask=mask)
 
 
