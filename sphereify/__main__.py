@@ -1,4 +1,4 @@
-"""`python -m sphereify`"""
+"""Run the command line with `python -m sphereify`."""
 
 from sphereify.cli import main
 

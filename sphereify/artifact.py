@@ -27,6 +27,7 @@ from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option
 from sphereify.files import replacing
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
+from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
 from sphereify.rebuilding import proven_source
 from sphereify.sources import RECORD_ATTRIBUTE, Source, build_model, versions
 
@@ -72,7 +73,9 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         "plan": json.loads(plan.to_json()),
         "folding": folding.to_json() if folding else None,
         "tied": tied,
-        "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
+        "channels_last": [
+            name for name, tensor in tensors.items() if is_channels_last(tensor) and not tensor.is_contiguous()
+        ],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in _unsaved_buffers(model).items()},
         "training": training,
@@ -218,10 +221,6 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
 
 
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
 def _write(folder: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     text = json.dumps(document, indent=1)
     # The move of the tensors is what makes the new artifact: a new folder gets its description before it, an old one
@@ -288,7 +287,7 @@ def _fill(model: nn.Module, path: Path, document: dict[str, Any]) -> None:
                     f"{path}: tensor {name} has shape {tuple(value.shape)}, the model expects {tuple(tensor.shape)}"
                 )
             if name in channels_last:
-                value = value.contiguous(memory_format=torch.channels_last)
+                value = value.contiguous(memory_format=CHANNELS_LAST[value.dim()])
             if id(tensor) in filled and name not in tied:
                 _set_parameter(model, name, nn.Parameter(value))  # tied by the builder, but not when it was saved
                 continue

@@ -9,10 +9,10 @@ RESCALE = ("auto", "always", "never")
 NORM = ("keep", "replace")
 ATTENTION = ("keep", "convert")
 HEADS = ("auto", "keep", "w-softmax", "ga-softmax", "a-softmax", "s-softmax")
-"""What `head=` takes. "auto" and "keep" are policies, the rest are kinds of `AngularHead`."""
+"""Values of `head`. "auto" and "keep" are policies, the others kinds of `AngularHead`."""
 
 FILTER_DISTANCES = ("euclidean", "angular")
-"""How the hyperspherical energy measures the distance between two filters."""
+"""Measures of the distance between two filters in the hyperspherical energy."""
 
 EXPORT_FORMATS = ("onnx", "torch-export")
 

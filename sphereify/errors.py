@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 
 _REFERENCE = re.compile("\ue000([^\ue001\ue002]*)(?:\ue001([^\ue002]*))?\ue002")
-"""How `option` writes a reference: characters of Unicode's private use, which no message contains by chance."""
+"""A reference as `option` writes it, with characters of Unicode's private use, which no message contains by chance."""
 
 
 def option(name: str, value: object = None) -> str:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 MODEL = "The model"
 
 SPECIFICATION = "A timm name, torchvision:NAME, package.module:factory, path/to/file.py:factory, or a saved artifact."
-"""What `open_model` opens, in a sentence."""
+"""A sentence that lists the forms in which `open_model` takes a model."""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to build a plain model, or load a saved one.
+    """The options with which a plain model is built, or a saved one is loaded.
 
     Raises:
         UsageError: a value that is not valid, or two sources of weights.

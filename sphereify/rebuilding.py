@@ -21,7 +21,7 @@ from sphereify.sources import Source, build_model, recognise
 _PROOF_ATTRIBUTE = "_sphereify_proof"
 
 Description = list[tuple[Any, ...]]
-"""What distinguishes two networks besides their values: of each tensor the shape, of each module class and settings."""
+"""The shape of each tensor, and the class and the settings of each module: all of a network but its values."""
 
 
 @dataclass(frozen=True)

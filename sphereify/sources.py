@@ -21,7 +21,7 @@ SOURCE_ATTRIBUTE = "conversion_source"
 """The attribute in which a model that was built by name carries its `Source`."""
 
 RECORD_ATTRIBUTE = "training_record"
-"""Where a model from an artifact carries the record of its training: the data, the classes, the size of the images."""
+"""The attribute with the record of training that an artifact brings: the data, the classes, the size of the images."""
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,18 @@ def test_a_channels_last_model_comes_back_in_its_memory_format(tmp_path):
     assert_identical(loaded, model, images(size=32).to(memory_format=torch.channels_last))
 
 
+def test_a_volumetric_model_comes_back_in_its_memory_format(tmp_path):
+    def volumes():
+        return nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    model = scramble(sphereify(volumes().to(memory_format=torch.channels_last_3d)))
+    save(model, tmp_path)
+    loaded = load(tmp_path, factory=volumes)
+    assert loaded[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not loaded[0].weight.is_contiguous()
+    assert_identical(loaded, model, torch.randn(1, 2, 4, 4, 4))
+
+
 def test_frozen_parameters_come_back_frozen_and_the_others_learn(tmp_path):
     model = timm.create_model("test_resnet")
     model.layer1.requires_grad_(False)

@@ -19,7 +19,7 @@ from sphereify.options import Option, options_of
 
 @dataclass(frozen=True)
 class Fields:
-    """Which options of a dataclass a command takes, as the annotation of its parameter.
+    """A choice among the options of a dataclass, in the annotation of a command's parameter.
 
     `Annotated[Settings, Fields(only=("device", "amp"))]` gives Settings with these two options, the others at their
     defaults; `Annotated[dict, Fields(of=ConversionOptions)]` gives the values by name, unchecked.

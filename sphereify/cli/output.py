@@ -1,4 +1,4 @@
-"""Where a command writes: the options for it, its default folder, and what is in the way."""
+"""The folder that a command writes to: the option --force, the default name, and a check of what lies in it."""
 
 from pathlib import Path
 from typing import Annotated

@@ -19,6 +19,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty file in place of a run's curves, which take longer to draw than a small run."""
+    monkeypatch.setattr("sphereify.plots.plot_run", lambda rows, path: Path(path).touch())
+
+
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted network for ten classes of gray images. Look, don't touch."""
