@@ -2,11 +2,11 @@
 
     python benchmarks/plain_networks.py --data CIFAR10 --output data/plain              # trains the networks, once
     python benchmarks/finetuning.py --data CIFAR10 --plain data/plain --output data/finetuned
-    python benchmarks/finetuning.py … --device cuda --jobs 12                          # all runs side by side on a GPU
+    python benchmarks/finetuning.py … --device cuda --jobs 12      # all runs side by side on a GPU
 
-Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a cosine schedule, flips
-and shifts. "original" is the plain network, "standardised" the same behind per-image contrast standardisation, the rest
-are conversions. A finished run is not repeated; the table is made from all of them.
+Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a cosine schedule,
+flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast standardisation,
+the rest are conversions. A finished run is not repeated; the table is made from all of them.
 """
 
 import argparse
