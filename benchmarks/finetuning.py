@@ -126,6 +126,7 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
             if step in CHECKPOINTS:
                 accuracies[f"{step} iterations"] = accuracy(model, images)
         accuracies[f"epoch {epoch + 1}"] = accuracy(model, images)
+        print(f"{variant}, seed {seed}: {accuracies}, {time.perf_counter() - began:.0f} s", flush=True)
     accuracies["seconds"] = time.perf_counter() - began
     pixels = images.test.cpu().add(1).div(2)
     for name, (corruption, strength) in PROBES.items():
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048, help="for the calibration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="run this one only, and print nothing")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="run this one only")
     parser.add_argument("--prepare", action="store_true", help="decode the images and calibrate only")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
