@@ -494,7 +494,10 @@ def test_a_second_call_of_the_same_owner_can_be_added_later():
     assert type(both[0]) is type(first[0])
 
 
-@pytest.mark.parametrize("make", [Owner, Gained, BeitQkv, lambda: StdConv2d(4, 6, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [Owner, *(pytest.param(m, marks=pytest.mark.exhaustive) for m in (Gained, BeitQkv, lambda: StdConv2d(4, 6, 3)))],
+)
 def test_a_compiled_owner_computes_the_same_without_graph_breaks(make):
     torch.manual_seed(0)
     block = make()
@@ -796,7 +799,8 @@ ZOO = {
 LARGE = ("bit", "nfnet", "mobilevit", "xcit", "tf_efficientnet")
 GIVEN = [
     *(pytest.param(name, True, marks=pytest.mark.zoo) if name in LARGE else (name, True) for name in ZOO),
-    *((name, False) for name in ("beit of another size", "swinv2", "eva02")),
+    ("beit of another size", False),
+    *(pytest.param(name, False, marks=pytest.mark.zoo) for name in ("swinv2", "eva02")),
 ]
 
 
