@@ -89,6 +89,8 @@ OPTIONS = {
     "margin": (["--head", "ga-softmax", "--margin", "2.5"], {"head": "ga-softmax", "margin": 2.5}),
     "rescale": (["--rescale", "always"], {"rescale": "always"}),
     "norm": (["--norm", "replace"], {"norm": "replace"}),
+    "radius": (["--radius", "2"], {"radius": 2.0}),
+    "learn_radius": (["--radius", "1.5", "--learn-radius"], {"radius": 1.5, "learn_radius": True}),
     "eps": (["--eps", "0.01"], {"eps": 0.01}),
     "include": (["--include", "a"], {"include": "a"}),
     "include twice": (["--include", "a", "--include", "re:[b]"], {"include": ["a", "re:[b]"]}),
@@ -96,8 +98,8 @@ OPTIONS = {
     "exclude twice": (["--exclude", "a", "--exclude", "fc"], {"exclude": ["a", "fc"]}),
     "overrides": (["--override", "a=keep"], {"overrides": {"a": "keep"}}),
     "overrides with settings": (
-        ["--override", "a=operator:sigmoid, k:0.7 ,rescale:always"],
-        {"overrides": {"a": {"operator": "sigmoid", "k": 0.7, "rescale": "always"}}}),
+        ["--override", "a=operator:sigmoid, k:0.7 ,rescale:always,radius:2"],
+        {"overrides": {"a": {"operator": "sigmoid", "k": 0.7, "rescale": "always", "radius": 2.0}}}),
     "overrides twice, first wins": (
         ["--override", "a=operator:linear", "--override", "[ab]=keep"],
         {"overrides": {"a": {"operator": "linear"}, "[ab]": "keep"}}),

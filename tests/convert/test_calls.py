@@ -821,3 +821,23 @@ def test_a_network_that_calls_functions_runs_forward_and_backward_with_every_sit
     assert result.isfinite().all()
     assert [n for n, p in angular.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [d.name for d in plan.verify(angular, x).decisions if not d.called] == []
+
+
+class SometimesBiased(nn.Module):
+    """Passes a bias on demand, which it did not when it was converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(normal(5, 4)), nn.Parameter(normal(5, seed=1))
+        self.biased = False
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.shift if self.biased else None)
+
+
+def test_a_bias_that_comes_after_the_conversion_is_added_to_gamma():
+    x = normal(3, 4, seed=2)
+    model = sphereify(nn.Sequential(SometimesBiased(), nn.Tanh()), operator="sigmoid", example_inputs=x)
+    owner, call = model[0], shake(the_call(model))
+    owner.biased = True
+    torch.testing.assert_close(owner(x), linear_answer(x, owner.weight, call.beta, call.gamma, owner.shift))

@@ -1,5 +1,6 @@
 """Files for other runtimes: they compute what the model does, for any batch size, or are not left behind."""
 
+import math
 import os
 import re
 
@@ -241,11 +242,12 @@ def test_what_cannot_be_done_is_said_and_leaves_no_file(case, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, factor):
     path = tmp_path / "m.pt2"
     path.write_text("what was there before")
     wrong = TorchExport()
-    wrong.run = lambda path, inputs: [run_program(path, *inputs) * 1.01]
+    wrong.run = lambda path, inputs: [run_program(path, *inputs) * factor]
     monkeypatch.setitem(FORMATS, "torch-export", wrong)
     with pytest.raises(ExportError, match="computes something else than the model"):
         export(sphereify(plain()), path, images(), format="torch-export")
