@@ -1,4 +1,4 @@
-"""How a network is rewritten: observe and trace it, plan, apply the plan."""
+"""The rewriting of a network: observe and trace it, plan, apply the plan."""
 
 from typing import TYPE_CHECKING
 

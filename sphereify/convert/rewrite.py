@@ -32,7 +32,7 @@ TWINS: dict[str, Any] = {
 }
 
 PLAN_ATTRIBUTE = "conversion_plan"
-"""Where a converted model carries the plan that made it."""
+"""Attribute of a converted model that holds the plan that made it."""
 
 
 def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:

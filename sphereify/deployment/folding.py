@@ -25,7 +25,7 @@ from sphereify.nn.layers import AngularLayer
 from sphereify.wording import count
 
 FOLDING_ATTRIBUTE = "folding"
-"""Where a folded model carries its `Folding`."""
+"""Attribute of a folded model that holds its `Folding`."""
 
 TOLERANCE = 3e-2
 """Largest difference of outputs, relative to the largest output, that rounding in any precision explains."""
