@@ -203,6 +203,16 @@ def test_fewer_images_than_a_batch_are_trained_on_all_the_same():
     assert len(heard) == 2
 
 
+def test_the_last_group_of_batches_weighs_as_much_as_it_has_batches():
+    """One batch in place of two makes the step that it makes alone."""
+    networks = []
+    for accumulate in (1, 2):
+        model = net()
+        finetune(model, images(8), Settings(epochs=2, batch_size=8, opt="sgd", lr=0.1, accumulate=accumulate, **CPU))
+        networks.append(state(model))
+    torch.testing.assert_close(networks[0], networks[1], rtol=0, atol=0)
+
+
 def test_without_an_output_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finetune(dropout_net(), images(), usual(epochs=1))
