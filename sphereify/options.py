@@ -21,7 +21,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sphereify.choices import canonical
 from sphereify.errors import choose, invalid, option
@@ -99,7 +100,7 @@ def check_options(values: Any) -> None:
     Raises:
         UsageError: the first value that is not valid, with what is.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    defaults, hints = {field.name: field.default for field in dataclasses.fields(values)}, get_type_hints(type(values))
     for name, about in options_of(values).items():
         value = getattr(values, name)
         if value is None and defaults[name] is None:
@@ -111,6 +112,17 @@ def check_options(values: Any) -> None:
             object.__setattr__(values, name, word)
         elif about.is_number and not about.allows(value):
             raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
+        elif about.is_number and isinstance(value, float) and float not in alternatives(hints[name]):
+            raise invalid(name, value, about.expected.replace("a number", "a whole number", 1))
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have, by its type hint.
+
+    >>> alternatives(int | None), alternatives(str)
+    ((<class 'int'>, <class 'NoneType'>), (<class 'str'>,))
+    """
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def to_json(values: Any) -> dict[str, Any]:

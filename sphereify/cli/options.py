@@ -6,15 +6,14 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from sphereify.cli.spelling import Spelling, use
 from sphereify.convert.options import Overrides
 from sphereify.errors import UsageError, spelled
-from sphereify.options import Option, options_of
+from sphereify.options import Option, alternatives, options_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _parameter(
 
 def _terminal_type(hint: Any) -> Any:
     """The type by which Typer reads the words of an option."""
-    kinds = _alternatives(hint)
+    kinds = alternatives(hint)
     if _is_repeatable(hint):
         return list[int] | None if any(int in get_args(kind) for kind in kinds) else list[str] | None
     kind = next((kind for kind in (bool, int, float, Path) if kind in kinds), str)
@@ -174,11 +173,7 @@ def _terminal_type(hint: Any) -> Any:
 
 def _is_repeatable(hint: Any) -> bool:
     """True if one of the types that a value may have is a collection."""
-    return any(issubclass(get_origin(kind) or object, Iterable) for kind in _alternatives(hint))
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return any(issubclass(get_origin(kind) or object, Iterable) for kind in alternatives(hint))
 
 
 def _value(hint: Any, default: Any, words: Any) -> Any:

@@ -26,7 +26,7 @@ def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
 
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in values}
     given = {name: context.obj[name] for name in values if sources[name] == "COMMANDLINE" and name != "resume"}
-    options = {n: v for n, v in RunFolder(folder).options_to_resume(given).items() if n in values}
+    options = RunFolder(folder).options_to_resume(given, values)
     paths = {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     return {**values, **options, **paths, "output": folder, "resume": folder}
 
@@ -119,7 +119,7 @@ def evaluate(
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
 
 
-@with_options()
+@with_options(flags={"operator": "--operators"})
 def compare(
     model: Model,
     conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions, without=("operator",))],

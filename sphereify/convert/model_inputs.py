@@ -90,10 +90,7 @@ def runnable_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...]:
             errors.append(first_line(error))
         else:
             return inputs
-    raise UsageError(
-        f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]}); give example inputs that it "
-        f"takes, or the size of its images"
-    )
+    raise UsageError(f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]})")
 
 
 def noise(shape: Iterable[int]) -> Tensor:

@@ -160,7 +160,7 @@ class ConversionOptions:
 
         operator = make_operator(self.operator, k=self.k)
         if self.head_operator is not None:
-            make_operator(self.head_operator, k=self.k_of(self.head_operator))
+            make_operator(self.head_operator, k=self.k_of(self.head_operator), option_name="head_operator")
         k = operator.k if self.k is None and is_built_in(operator) else self.k
         object.__setattr__(self, "k", k if k is None or isinstance(k, (int, float)) else float(k.detach().mean()))
 
@@ -251,7 +251,10 @@ def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
     if "operator" in setting:
         from sphereify.nn.operators import make_operator
 
-        make_operator(setting["operator"], k=setting.get("k"))
+        try:
+            make_operator(setting["operator"], k=setting.get("k"))
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from None
     return setting
 
 

@@ -270,7 +270,10 @@ class _Planner:
             default = self.options.head_operator
         operator = setting.get("operator", default)
         k = setting.get("k", self.options.k_of(operator))
-        g = make_operator(operator, k=k)
+        try:
+            g = make_operator(operator, k=k)
+        except UsageError as error:  # an override gives a k alone, and the operator does not take it
+            raise UsageError(f"{option('overrides')}: {site.name}: {error}") from None
         if not is_built_in(g):
             name = class_name(g)
             while self.objects.get(name, g) is not g:

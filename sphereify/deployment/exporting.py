@@ -180,7 +180,7 @@ def _default_inputs(model: nn.Module, options: ExportOptions) -> tuple[Tensor, .
     try:
         return runnable_inputs(model, batch)
     except UsageError as error:
-        raise UsageError(f"{error}; give example_inputs or {option('img_size')}") from error
+        raise UsageError(f"{error}; give {option('img_size')}, or in Python example_inputs") from error
 
 
 def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose
+from sphereify.errors import UsageError, choose, option
 from sphereify.nn.precision import runs_eagerly
 
 # Below this value of sin θ the slope of arcsin is held constant. In fp32 it is the band |cos θ| > 1 - 1e-6. bf16
@@ -272,7 +272,7 @@ class LearnableSigmoidOperator(AngularOperator):
 def positive_k(k: float) -> float:
     """k as a float, or the error that says what it must be."""
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not (k > 0 and math.isfinite(k)):
-        raise UsageError(f"k: got {k!r}, expected a positive finite number. Usual values are 0.1 to 0.7.")
+        raise UsageError(f"{option('k')}: got {k!r}, expected a positive finite number. Usual values are 0.1 to 0.7.")
     return float(k)
 
 
@@ -286,29 +286,40 @@ def is_built_in(operator: object) -> TypeGuard[AngularOperator]:
     return type(operator) in CLASSES.values()
 
 
-def make_operator(operator: str | Callable[[Tensor], Tensor], *, k: float | None = None, filters: int = 1) -> Any:
+def make_operator(
+    operator: str | Callable[[Tensor], Tensor],
+    *,
+    k: float | None = None,
+    filters: int = 1,
+    option_name: str = "operator",
+) -> Any:
     """An operator from its name; an operator object is returned as it is.
 
     Args:
         operator: one of `sphereify.choices.OPERATORS`, `_` and `-` alike, or a callable cos -> g.
         k: for the sigmoids; None is their default (0.3, or a start of 0.5).
         filters: how many k a learnable sigmoid has.
+        option_name: the option that the operator was given to, for errors.
 
     Raises:
         UsageError: an unknown name, or a k that the operator does not take.
     """
     if not isinstance(operator, str):
         if not callable(operator):
-            raise UsageError(f"operator: got {operator!r}, expected a name or a callable that maps cos θ to g(θ)")
+            raise UsageError(
+                f"{option(option_name)}: got {operator!r}, expected a name or a callable that maps cos θ to g(θ)"
+            )
         return operator
     name = choices.canonical(operator)
     if name not in CLASSES:
-        raise choose("operator", operator, choices.OPERATORS)
+        raise choose(option(option_name), operator, choices.OPERATORS)
     given = {} if k is None else {"k": k}
     if name == LearnableSigmoidOperator.name:
         return LearnableSigmoidOperator(filters, **given)
     if name == SigmoidOperator.name:
         return SigmoidOperator(**given)
     if k is not None:
-        raise UsageError(f"k: got {k!r} for the {name} operator, which has none. Leave k out or take a sigmoid.")
+        raise UsageError(
+            f"{option('k')}: got {k!r} for the {name} operator, which has none. Leave it out or take a sigmoid."
+        )
     return CLASSES[name]()

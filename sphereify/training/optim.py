@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.errors import UsageError, first_line, invalid, option
+from sphereify.errors import UsageError, first_line, invalid, option, wrong_type
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
@@ -30,11 +30,12 @@ def param_groups(
         lr: with `layer_decay`, also set each group's "lr" to lr · lr_scale, for optimizers and schedulers of torch.
 
     Raises:
+        ArgumentTypeError: `model` is no module.
         UsageError: weight_decay < 0, a layer_decay outside (0, 1] or for a model that does not say what its layers
             are, lr without layer_decay.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"param_groups: got {type(model).__name__}, expected a model")
+        raise wrong_type("param_groups", model, "a torch.nn.Module")
     if not weight_decay >= 0:
         raise invalid("weight_decay", weight_decay, "a number of at least 0")
     if layer_decay is not None and not 0 < layer_decay <= 1:

@@ -1,5 +1,6 @@
 """Training: timm's optimizers, schedules and averages around an angular loss, continued where it stopped."""
 
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -218,7 +219,7 @@ class TrainingRun:
         if not self.folder.options.is_file():  # not a run of the command line's
             return f"{done}; resume=True, or the same comparison again, continues it from {self.folder}"
         command = "sphereify" if world == 1 else f"torchrun --nproc-per-node {world} -m sphereify"
-        return f"{done}. Continue with: {command} finetune --resume {self.folder}"
+        return f"{done}. Continue with: {command} finetune --resume {shlex.quote(str(self.folder))}"
 
     # ------------------------------------------------------------------------------------------------- after an epoch
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,25 @@ class RunFolder:
                 f"{self.options}: cannot be read ({error}); the checkpoints beside it hold the weights"
             ) from None
 
-    def options_to_resume(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def options_to_resume(self, given: Mapping[str, Any], names: Container[str] | None = None) -> dict[str, Any]:
         """The options with which the run goes on: its own, with those of `given` that change no result.
 
         Args:
             given: options that are given anew, as plain JSON values by name.
+            names: the options that there are; default: any.
 
         Raises:
             UsageError: an option of `given` that would change the result, with both values; or as `read_options`.
-            ArtifactError: as `read_options`.
+            ArtifactError: the run has an option that is not among `names`, without which it would be another run; or
+                as `read_options`.
         """
         before = self.read_options()
+        unknown = [name for name in before if names is not None and name not in names]
+        if unknown:
+            raise ArtifactError(
+                f"{self.options}: holds {', '.join(unknown)}, which this version does not have; continue the run with "
+                f"the version that began it"
+            )
         changes = [
             f"{option(name)}: {before.get(name)} before, {given[name]} now"
             for name in sorted(given)

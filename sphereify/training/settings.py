@@ -124,7 +124,7 @@ class Settings:
     deterministic: bool = option_field(False, "Use deterministic algorithms of torch only.", panel=TRAINING)
     workers: int = option_field(0, "Number of processes that load images.", panel=TRAINING, at_least=0)
     device: str = option_field(
-        "auto", "Device to train on: auto, cpu, cuda, cuda:1, …; auto: cuda where there is one.", panel=TRAINING
+        "auto", "Device that computes: auto, cpu, cuda, cuda:1, …; auto: cuda where there is one.", panel=TRAINING
     )
     strict: bool = option_field(
         False, "Stop at an image that cannot be read; otherwise it is skipped and counted.", panel=TRAINING

@@ -381,18 +381,18 @@ def test_an_artifact_is_not_calibrated_against_itself(refused, artifact):
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 WRONG_OPTIONS = {
-    "unknown operator": (["--operator", "cosin"], "operator: got 'cosin', expected one of linear, cosine, sigmoid, "
-                         "learnable-sigmoid. Did you mean 'cosine'?"),
-    "unknown head operator": (["--head-operator", "sin"], "got 'sin', expected one of linear, cosine"),
+    "unknown operator": (["--operator", "cosin"], "error: --operator: got 'cosin', expected one of linear, cosine, "
+                         "sigmoid, learnable-sigmoid. Did you mean 'cosine'?"),
+    "unknown head operator": (["--head-operator", "sin"], "error: --head-operator: got 'sin', expected one of"),
     "unknown head": (
         ["--head", "softmax"],
         "--head: got 'softmax', expected one of auto, keep, w-softmax, ga-softmax, a-softmax, s-softmax",
     ),
     "unknown rescale": (["--rescale", "maybe"], "--rescale: got 'maybe', expected one of auto, always, never"),
     "unknown share": (["--share-k", "model"], "--share-k: got 'model', expected one of filter, layer, network"),
-    "k of 0": (["--operator", "sigmoid", "--k", "0"], "k: got 0.0, expected a positive finite number"),
+    "k of 0": (["--operator", "sigmoid", "--k", "0"], "error: --k: got 0.0, expected a positive finite number"),
     "k not finite": (["--operator", "sigmoid", "--k", "nan"], "k: got nan, expected a positive finite number"),
-    "k where there is none": (["--k", "0.3"], "k: got 0.3 for the cosine operator, which has none. Leave k out or"),
+    "k where there is none": (["--k", "0.3"], "--k: got 0.3 for the cosine operator, which has none. Leave it out or"),
     "k not a number": (["--k", "large"], "Invalid value for '--k'"),
     "margin below 1": (["--margin", "0.5"], "--margin: got 0.5, expected a number of at least 1"),
     "scale of 0": (["--scale", "0"], "--scale: got 0.0, expected a number above 0"),
@@ -421,7 +421,9 @@ def test_a_wrong_option_of_convert_is_wrong_use_and_nothing_is_written(refused, 
 
 
 def test_an_override_of_a_layer_is_checked_like_an_option(refused, small):
-    refused(["inspect", "any", "--override", "fc=operator:cos"], 2, "got 'cos', expected one of linear, cosine")
+    refused(
+        ["inspect", "any", "--override", "fc=operator:cos"], 2, "--override['fc']: operator: got 'cos', expected one of"
+    )
     refused(["inspect", "any", "--override", "fc=rescale:yes"], 2, "got 'yes', expected one of auto, always, never")
 
 

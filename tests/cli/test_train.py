@@ -268,6 +268,7 @@ def test_compare_starts_from_a_plain_model(refused, artifact):
     refused(
         ["compare", TINY, "--data", "digits", "--operators", " ,"], 2, "--operators: got none, expected some of linear"
     )
+    refused(["compare", TINY, "--data", "digits", "--operators", "cosine,sin"], 2, "--operators: got 'sin', expected")
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -354,7 +354,7 @@ def test_an_operator_object_must_be_put_back_after_json_and_then_works():
 WRONG_OPTIONS = {
     "unknown operator": ({"operator": "cosin"}, "operator: got 'cosin', expected one of .*Did you mean 'cosine'"),
     "operator of another type": ({"operator": 5}, "operator: got 5, expected a name or a callable"),
-    "unknown head operator": ({"head_operator": "liner"}, "got 'liner'.*Did you mean 'linear'"),
+    "unknown head operator": ({"head_operator": "liner"}, "^head_operator: got 'liner'.*Did you mean 'linear'"),
     "k zero": ({"operator": "sigmoid", "k": 0}, "k: got 0, expected a positive"),
     "k negative": ({"operator": "learnable-sigmoid", "k": -0.3}, "k: got -0.3, expected a positive"),
     "k not a number": ({"operator": "sigmoid", "k": float("nan")}, "k: got nan"),
@@ -380,8 +380,13 @@ WRONG_OPTIONS = {
     "override with an unknown rescale": (
         {"overrides": {"body": {"rescale": "no"}}}, r"overrides\['body'\]: rescale: got 'no'",
     ),
-    "override with an unknown operator": ({"overrides": {"body": {"operator": "cosin"}}}, "got 'cosin'"),
-    "override with k zero": ({"operator": "sigmoid", "overrides": {"body": {"k": 0}}}, "k: got 0"),
+    "override with an unknown operator": (
+        {"overrides": {"body": {"operator": "cosin"}}}, r"^overrides\['body'\]: operator: got 'cosin'",
+    ),
+    "override with k zero": ({"operator": "sigmoid", "overrides": {"body": {"k": 0}}}, "^overrides: body.*: k: got 0"),
+    "override with a k that the operator does not take": (
+        {"overrides": {"body": {"k": 0.3}}}, r"^overrides: body.*: k: got 0\.3 for the cosine operator",
+    ),
 }  # fmt: skip
 
 

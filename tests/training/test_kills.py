@@ -144,11 +144,11 @@ def test_a_killed_run_goes_on_bit_by_bit(commands, uninterrupted, workers, kills
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_program_with_its_code_and_the_command_to_go_on(commands, uninterrupted, number, code):
-    folder = commands.folder / number.name
+    folder = commands.folder / f"my {number.name}"
     got, out = commands.stop(commands.start(*BEGIN, "-o", folder.name), number, folder, 6)
     assert got == code
     assert f"stopped by {number.name} after step " in out
-    assert out.splitlines()[-1].endswith(f"Continue with: sphereify finetune --resume {folder.name}")
+    assert out.splitlines()[-1].endswith(f"Continue with: sphereify finetune --resume 'my {number.name}'")
     assert "error" not in out
     got, out = commands.wait(commands.start("finetune", "--resume", folder.name))
     assert got == 0, out

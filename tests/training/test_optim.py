@@ -307,3 +307,8 @@ def test_layer_decay_outside_zero_to_one_is_refused(layer_decay):
 def test_lr_without_layer_decay_is_refused():
     with pytest.raises(UsageError, match="lr: goes with layer_decay; without it, give the learning rate"):
         param_groups(make_model(), 0.1, lr=0.1)
+
+
+def test_what_is_no_module_has_no_groups():
+    with pytest.raises(TypeError, match=r"param_groups: got list, expected a torch\.nn\.Module"):
+        param_groups([torch.zeros(2)], 0.1)

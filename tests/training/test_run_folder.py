@@ -53,6 +53,14 @@ def test_an_option_that_changes_the_result_is_refused_with_both_values(tmp_path)
         folder.options_to_resume({"workers": 1, "lr": 0.2, "mhe": 1.0})
 
 
+def test_a_run_with_an_option_that_there_is_no_more_is_not_continued_without_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_options({**OPTIONS, "override": ["fc=keep"]})
+    with pytest.raises(ArtifactError, match=r"run\.json: holds override, which this version does not have; continue"):
+        folder.options_to_resume({}, OPTIONS)
+    assert folder.options_to_resume({}, [*OPTIONS, "override"])["override"] == ["fc=keep"]
+
+
 def test_a_folder_without_options_or_with_damaged_ones_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"resume: .* is not the folder of a run, there is no run.json in it"):
         RunFolder(tmp_path).read_options()

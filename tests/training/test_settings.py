@@ -109,6 +109,8 @@ def test_an_unknown_setting_in_json_is_told_with_the_nearest_name():
         ({"fsdp": True, "compile": True}, "fsdp: does not go with compile"),
         ({"fsdp": True, "warmup_head_epochs": 1}, "fsdp: does not go with warmup_head_epochs"),
         ({"amp": "bf61"}, "amp: got 'bf61', expected one of none, bf16, fp16. Did you mean 'bf16'"),
+        ({"epochs": 1.5}, "epochs: got 1.5, expected a whole number of at least 1"),
+        ({"epoch_batches": 2.0}, "epoch_batches: got 2.0, expected a whole number of at least 1"),
         ({"teacher_weight": 1.5}, "teacher_weight: got 1.5, expected a number of at least 0 and at most 1"),
         ({"device": "meta"}, "device: got 'meta', expected a device that holds values"),
     ],
