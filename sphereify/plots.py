@@ -62,13 +62,13 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 
 def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
-    """Plot the curves of a run: loss, accuracy, and, if there are any, the learned k and the energy of each layer.
+    """Plot the curves of a run: loss, accuracy, and, if there are any, the learned k and ρ and the energy of each layer.
 
     Args:
         rows: the epochs, as in `metrics.jsonl`.
         path: file of the picture.
     """
-    layered = [name for name in ("k", "energy") if rows[-1].get(name)]
+    layered = [name for name in ("k", "radius", "energy") if rows[-1].get(name)]
     figure, axes = new_figure(width=3.6 * (2 + len(layered)), height=3.2, ncols=2 + len(layered))
     numbers = [row["number"] for row in rows]
     style = {"marker": "." if len(rows) < 30 else ""}
@@ -76,7 +76,11 @@ def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
     axes[0].set_title("training loss")
     axes[1].plot(numbers, [100 * row["accuracy"] for row in rows], **style)
     axes[1].set_title("test accuracy, %")
-    titles = {"k": "learned k (mean of a layer)", "energy": "hyperspherical energy (s=1)"}
+    titles = {
+        "k": "learned k (mean of a layer)",
+        "radius": "learned radius ρ",
+        "energy": "hyperspherical energy (s=1)",
+    }
     for axis, name in zip(axes[2:], layered, strict=True):
         layers = list(rows[-1][name])
         colours = colour_ramp(len(layers))

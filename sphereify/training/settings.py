@@ -102,7 +102,7 @@ class Settings:
         (), "Layers that do not train: a glob over names, or re:…; repeatable.", panel=TRAINING
     )
     warmup_head_epochs: int = option_field(
-        0, "Epochs at the start in which only k, β, γ and the head train.", panel=TRAINING, at_least=0
+        0, "Epochs at the start in which only k, ρ, β, γ and the head train.", panel=TRAINING, at_least=0
     )
     teacher_weight: float = option_field(
         0.5,
