@@ -50,6 +50,27 @@ class TrainingProgress:
         self.console.print(f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")
 
 
+class ImagesProgress:
+    """A bar over images in a terminal; its method `images` is a callback of `robustness`."""
+
+    def __init__(self, what: str):
+        screen = console(stderr=True)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+        self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> "ImagesProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def images(self, done: int, total: int) -> None:
+        """Move the bar to a number of images."""
+        self.bar.update(self.task, completed=done, total=total)
+
+
 class CalibrationProgress:
     """A bar over the layers of a calibration, and one over its optimizer steps if it makes any.
 

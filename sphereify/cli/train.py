@@ -8,12 +8,14 @@ import typer
 
 from sphereify.cli.convert import Model
 from sphereify.cli.options import Fields, with_options
-from sphereify.cli.output import Force, check_folder
+from sphereify.cli.output import Force, check_folder, name_of
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
+
+ROBUSTNESS = "Robustness"
 
 
 def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,30 +95,70 @@ def finetune(
 @with_options()
 def evaluate(
     model: Model,
+    settings: Annotated[
+        Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict", "seed"), panel="")
+    ],
     source: SourceOptions,
     images: Annotated[DataOptions, Fields(without=("augment", "train_images"))],
-    settings: Annotated[
-        Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict"), panel="")
-    ],
+    corruptions: Annotated[
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="Test on corrupted images, too: contrast, brightness, darkness, gamma, fog, noise and blur at five "
+            "strengths.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Original to put beside the model, alone and behind contrast standardisation: a model, trained by its "
+            "library or with --against-weights, or an artifact.",
+            show_default=False,
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = None,
+    against_weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the original.", show_default=False, rich_help_panel=ROBUSTNESS)
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for evaluation.json and confusion.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for evaluation.json, robustness.json and their pictures."),
     ] = None,
 ) -> None:
     """Test a model, converted or not, on the held-out part of a data set."""
     check_folder(output)
+    if against is not None and not corruptions:
+        raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
+    if against_weights is not None and against is None:
+        raise UsageError(f"{option('against_weights')}: has no effect without {option('against')}")
 
-    from sphereify.tables import print_evaluation
+    from sphereify.progress import ImagesProgress
+    from sphereify.tables import print_evaluation, robustness_table
     from sphereify.terminal import console
     from sphereify.training import evaluate as test
+    from sphereify.training import robustness
     from sphereify.training.evaluation import write_evaluation
+    from sphereify.training.robustness import open_original, write_robustness
 
     network = open_model(model, source)
     data = images.open(network, as_trained=True)
+    original = None
+    if against is not None:
+        original = open_original(against, data, weights=against_weights, factory=source.factory)
     evaluation = test(network, data, settings)
     print_evaluation(console(), evaluation, data.classes)
     if output is not None:
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
+    if not corruptions:
+        return
+    with ImagesProgress("testing corrupted images") as progress:
+        found = robustness(network, data, settings, against=original, name=name_of(model), on_images=progress.images)
+    console().print(robustness_table(found))
+    if output is not None:
+        write_robustness(found, output)
+        print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
 
 
 @with_options()

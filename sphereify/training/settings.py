@@ -119,7 +119,7 @@ class Settings:
         usual="1 to 4",
     )
     seed: int = option_field(
-        0, "Random seed for new weights, the order of images and their augmentation.", panel=TRAINING
+        0, "Random seed for new weights, the order of images, their augmentation and their corruption.", panel=TRAINING
     )
     deterministic: bool = option_field(False, "Use deterministic algorithms of torch only.", panel=TRAINING)
     workers: int = option_field(0, "Number of processes that load images.", panel=TRAINING, at_least=0)
