@@ -37,6 +37,10 @@ class TrainingProgress:
         self.console.print(f"{name}, seed {seed}", style="bold", markup=False)
         self.accuracy = ""
 
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def step(self, step: "Step") -> None:
         """Move the bar to an optimizer step."""
         text = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.images_per_second:.0f} images/s{self.accuracy}"

@@ -15,7 +15,7 @@ from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
 
-ROBUSTNESS = "Robustness"
+ROBUSTNESS, CALIBRATION = "Robustness", "Calibration"
 
 
 def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +37,23 @@ _PATHS = ("weights", "data_root", "teacher_weights")
 """Options of finetune whose value is a path."""
 
 
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Keep what --pretrained or --weights bring by a calibration on training images, without their labels.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibrationImages = Annotated[
+    int, typer.Option(help="Number of these images; usual: 500 to 2,000.", rich_help_panel=CALIBRATION, min=1)
+]
+
+
+def _count(calibrate: bool, images: int) -> int:
+    return images if calibrate else 0
+
+
 @with_options(_resumed)
 def finetune(
     context: typer.Context,
@@ -54,6 +71,8 @@ def finetune(
         str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
     ] = None,
     teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher by name.")] = None,
+    calibrate: Calibrate = True,
+    calibration_images: CalibrationImages = 1024,
 ) -> None:
     """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
     if model is None:
@@ -61,6 +80,7 @@ def finetune(
     from sphereify.progress import TrainingProgress
     from sphereify.terminal import is_first_process
     from sphereify.training import finetune as train
+    from sphereify.training.distributed import local_device
     from sphereify.training.run_folder import RunFolder, default_run_folder
     from sphereify.training.start import start
     from sphereify.training.teacher import open_teacher
@@ -68,7 +88,18 @@ def finetune(
     run = RunFolder(output or default_run_folder(model))
     if resume is None:
         check_folder(run.path, force)
-    begun = start(model, images, source=source, conversion=conversion)
+    begun = start(
+        model,
+        images,
+        source=source,
+        conversion=conversion,
+        calibration_images=_count(
+            calibrate and resume is None, calibration_images
+        ),  # a checkpoint holds what came of it
+        device=local_device(settings.chosen_device),
+    )
+    if begun.kept and is_first_process():
+        print(f"{begun.kept} (--no-calibrate leaves it out)")
     followed = open_teacher(teacher, len(begun.data.classes), weights=teacher_weights, original=begun.original)
 
     def begin() -> None:
@@ -176,35 +207,54 @@ def compare(
         float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default: 95 % of the original's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-compared.")] = None,
+    calibrate: Calibrate = True,
+    calibration_images: CalibrationImages = 1024,
+    corruptions: Annotated[
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="Test on corrupted images, too, and beside them the original behind contrast standardisation.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = False,
 ) -> None:
     """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
     if is_saved(model):
         raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
 
     from sphereify.progress import TrainingProgress
-    from sphereify.tables import comparison_table
+    from sphereify.tables import comparison_table, robustness_table
     from sphereify.terminal import console
     from sphereify.training import compare as run
     from sphereify.training.comparison import default_comparison_folder, variants
+    from sphereify.training.knowledge import open_plain
     from sphereify.training.start import for_classes_of
 
     folder = output or default_comparison_folder(model)
     networks = variants(operators, conversion)
     source = for_classes_of(images, model, source)
-    data = images.open(open_model(model, source))
     unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
+    classes = images.class_count()
+    plain, learned = open_plain(model, source, classes)
+    data = images.open(plain)
     with TrainingProgress(settings.epochs) as progress:
         comparison = run(
-            lambda: open_model(model, unseeded),
+            lambda: open_plain(model, unseeded, classes)[0],
             data,
             networks,
             settings,
             output=folder,
             seeds=seeds,
             reach=reach,
+            learned=learned,
+            calibration_images=_count(calibrate, calibration_images),
+            corruptions=corruptions,
             on_run=progress.run,
+            on_calibration=progress.line,
             on_step=progress.step,
             on_epoch=progress.epoch,
         )
+    for found in comparison.robustness:
+        console().print(robustness_table(found))
     console().print(comparison_table(comparison))
     print(f"written to {folder}/comparison.md, .json and .png")

@@ -162,6 +162,25 @@ def corrupted_accuracies(
     return Robustness(found, tested, len(data.classes), skipped)
 
 
+def check_corruptible(data: Data) -> None:
+    """Make sure that there are test images which can be corrupted.
+
+    Raises:
+        DataError: there are none, or they have other than 1 or 3 channels, or their normalization is not known.
+    """
+    if data.image_size[0] not in (1, 3):
+        raise DataError(
+            f"{option('corruptions')}: {data.name} has images of {data.image_size[0]} channels, expected 1 or 3"
+        )
+    if data.mean is None or data.std is None:
+        raise DataError(
+            f"{option('corruptions')}: how {data.name} was normalized is not known, and corruptions are of pixels in "
+            f"[0, 1]; give its Data the mean and std of the channels"
+        )
+    if not len(data.test):  # type: ignore[arg-type]
+        raise DataError(f"{data.name}: has no test images")
+
+
 class _CorruptedImages(Dataset):
     """Test images with all their corrupted copies: (copies, C, H, W), the first as it is, then by kind and strength.
 
@@ -170,24 +189,14 @@ class _CorruptedImages(Dataset):
     """
 
     def __init__(self, data: Data, kinds: list[str], seed: int):
+        check_corruptible(data)
         unknown = next((kind for kind in kinds if kind not in CORRUPTIONS), None)
         if unknown is not None:
             raise choose(option("corruptions"), unknown, CORRUPTIONS)
         if not kinds:
             raise UsageError(f"{option('corruptions')}: got none, expected some of {', '.join(CORRUPTIONS)}")
-        if data.image_size[0] not in (1, 3):
-            raise DataError(
-                f"{option('corruptions')}: {data.name} has images of {data.image_size[0]} channels, expected 1 or 3"
-            )
-        if data.mean is None or data.std is None:
-            raise DataError(
-                f"{option('corruptions')}: how {data.name} was normalized is not known, and corruptions are of pixels "
-                f"in [0, 1]; give its Data the mean and std of the channels"
-            )
-        if not len(data.test):  # type: ignore[arg-type]
-            raise DataError(f"{data.name}: has no test images")
         self.images, self.kinds, self.seed = data.test, kinds, seed
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+        self.mean, self.std = (torch.tensor(values or ()).view(-1, 1, 1) for values in (data.mean, data.std))
 
     @property
     def copies(self) -> int:
@@ -258,7 +267,9 @@ class ContrastStandardized(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         mean = images.mean((2, 3), keepdim=True)
-        factors = self.deviation / _deviations(images).clamp_min(1e-6)
+        deviations = _deviations(images)
+        # One colour, but for rounding: there is no contrast to amplify.
+        factors = torch.where(deviations > 1e-4 * self.deviation, self.deviation / deviations, 1.0)
         return self.network(mean + (images - mean) * factors[:, None, None, None])
 
 
