@@ -83,7 +83,6 @@ def finetune(
     from sphereify.training.distributed import local_device
     from sphereify.training.run_folder import RunFolder, default_run_folder
     from sphereify.training.start import start
-    from sphereify.training.teacher import open_teacher
 
     run = RunFolder(output or default_run_folder(model))
     if resume is None:
@@ -93,6 +92,8 @@ def finetune(
         images,
         source=source,
         conversion=conversion,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
         calibration_images=_count(
             calibrate and resume is None, calibration_images
         ),  # a checkpoint holds what came of it
@@ -100,7 +101,6 @@ def finetune(
     )
     if begun.kept and is_first_process():
         print(f"{begun.kept} (--no-calibrate leaves it out)")
-    followed = open_teacher(teacher, len(begun.data.classes), weights=teacher_weights, original=begun.original)
 
     def begin() -> None:
         run.clear()
@@ -113,7 +113,7 @@ def finetune(
             settings,
             output=run.path,
             resume=resume is not None,
-            teacher=followed,
+            teacher=begun.teacher,
             on_start=begin,
             on_step=progress.step,
             on_epoch=progress.epoch,
@@ -168,9 +168,8 @@ def evaluate(
     from sphereify.tables import print_evaluation, robustness_table
     from sphereify.terminal import console
     from sphereify.training import evaluate as test
-    from sphereify.training import robustness
     from sphereify.training.evaluation import write_evaluation
-    from sphereify.training.robustness import open_original, write_robustness
+    from sphereify.training.robustness import open_original, robustness, write_robustness
 
     network = open_model(model, source)
     data = images.open(network, as_trained=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sphereify.training.objective import Objective
     from sphereify.training.optim import param_groups
     from sphereify.training.results import Epoch, Result, Step
-    from sphereify.training.robustness import Robustness, robustness
+    from sphereify.training.robustness import Robustness
     from sphereify.training.run import finetune
     from sphereify.training.run_folder import RunFolder
     from sphereify.training.settings import Settings
@@ -38,7 +38,6 @@ _HOMES = {
     "finetune": "sphereify.training.run",
     "open_teacher": "sphereify.training.teacher",
     "param_groups": "sphereify.training.optim",
-    "robustness": "sphereify.training.robustness",
     "train_once": "sphereify.training.comparison",
     "trained": "sphereify.training.comparison",
     "variants": "sphereify.training.comparison",
@@ -64,7 +63,6 @@ __all__ = [
     "finetune",
     "open_teacher",
     "param_groups",
-    "robustness",
     "train_once",
     "trained",
     "variants",

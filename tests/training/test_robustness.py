@@ -11,9 +11,16 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sphereify.datasets import Data
 from sphereify.errors import DataError, UsageError
-from sphereify.training import Settings, robustness
+from sphereify.training import Settings
 from sphereify.training.corruptions import CORRUPTIONS, corrupt
-from sphereify.training.robustness import RIVAL, ContrastStandardized, contrast_of, corrupted_accuracies, open_original
+from sphereify.training.robustness import (
+    RIVAL,
+    ContrastStandardized,
+    contrast_of,
+    corrupted_accuracies,
+    open_original,
+    robustness,
+)
 from sphereify.training.robustness import write_robustness as write
 from tests.training.small import CPU
 
