@@ -8,7 +8,7 @@ import typer
 
 from sphereify.cli.convert import Model
 from sphereify.cli.options import Fields, with_options
-from sphereify.cli.output import Force, check_folder, name_of
+from sphereify.cli.output import Force, check_folder
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved, open_model
@@ -184,7 +184,7 @@ def evaluate(
     if not corruptions:
         return
     with ImagesProgress("testing corrupted images") as progress:
-        found = robustness(network, data, settings, against=original, name=name_of(model), on_images=progress.images)
+        found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
     console().print(robustness_table(found))
     if output is not None:
         write_robustness(found, output)
