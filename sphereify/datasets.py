@@ -1,5 +1,6 @@
 """Labelled images by name: handwritten digits, folders, and the data sets that timm reads."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class Data:
     classes: list[str]
     image_size: tuple[int, int, int]
     """Channels, height, width of one image as the model sees it."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel by which pixels in [0, 1] were normalized; None: not known."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel by which they were normalized; None: not known."""
 
 
 def load_data(
@@ -148,13 +153,13 @@ def _load(
     size = _size(img_size, config)
     moves = [_transform(size, channels, config, training=on, augment=augment, shift=shift) for on in (True, False)]
     if spec.startswith(TIMM_READERS):
-        return _of_timm(spec, root, splits, moves, (channels, size, size))
+        return _of_timm(spec, root, splits, moves, (channels, size, size), _normalization(channels, config))
     folder = Path(spec)
     if not folder.is_dir():
         raise DataError(
             f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
         )
-    return _image_folder(folder, moves, (channels, size, size))
+    return _image_folder(folder, moves, (channels, size, size), _normalization(channels, config))
 
 
 def load_images(
@@ -198,12 +203,57 @@ def load_images(
         size = _size(img_size, config or {})
         move = _transform(size, channels, config or {}, training=False, augment=None)
         if spec.startswith(TIMM_READERS):
-            part = _of_timm(spec, data_root, (split,), [move], (channels, size, size)).train
+            shape, normalization = (channels, size, size), _normalization(channels, config or {})
+            part = _of_timm(spec, data_root, (split,), [move], shape, normalization).train
             total, image_of = len(part), lambda index: part[index][0]
         else:
             files = _image_files(spec)
             total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
     return list(torch.stack([image_of(index) for index in _random_rows(total, count)]).split(batch_size))
+
+
+def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor]:
+    """Training images of `data` without labels, prepared as its test images are, so without augmentation.
+
+    Images that cannot be read are passed over. Data sets without a `transform` of their own give images as they are.
+
+    Args:
+        count: size, ≥ 1, of a fixed random choice of images; all of them if there are fewer.
+        batch_size: images per tensor.
+
+    Returns:
+        Tensors of shape (≤ batch_size, channels, height, width).
+
+    Raises:
+        DataError: not one image can be read.
+    """
+    plain: Any = _with_transform(data.train, _transform_of(data.test))
+    images: list[Tensor] = []
+    for row in _random_rows(len(plain), len(plain)):
+        try:
+            images.append(plain[row][0])
+        except (DataError, OSError):
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise DataError(f"{data.name}: not one training image could be read")
+    return list(torch.stack(images).split(batch_size))
+
+
+def _transform_of(images: Any) -> Any:
+    return _transform_of(images.dataset) if isinstance(images, Subset) else getattr(images, "transform", None)
+
+
+def _with_transform(images: Any, transform: Any) -> Any:
+    """The images with another transform, where both have one."""
+    if isinstance(images, Subset):
+        return Subset(_with_transform(images.dataset, transform), images.indices)
+    if transform is None or getattr(images, "transform", None) is None:
+        return images
+    plain = copy.copy(images)
+    plain.transform = transform
+    return plain
 
 
 def _image_files(spec: str) -> list[Path]:
@@ -252,10 +302,13 @@ def _digits(channels: int, size: int) -> Data:
     targets = torch.from_numpy(raw.target)
     train, test = train_test_split(range(len(targets)), test_size=0.2, random_state=0, stratify=raw.target)
     part = {name: TensorDataset(images[rows], targets[rows]) for name, rows in (("train", train), ("test", test))}
-    return Data("digits", part["train"], part["test"], [str(name) for name in raw.target_names], (channels, size, size))
+    classes, half = [str(name) for name in raw.target_names], (0.5,) * channels
+    return Data("digits", part["train"], part["test"], classes, (channels, size, size), half, half)
 
 
-def _image_folder(folder: Path, moves: list[Any], image_size: tuple[int, int, int]) -> Data:
+def _image_folder(
+    folder: Path, moves: list[Any], image_size: tuple[int, int, int], normalization: "_Normalization"
+) -> Data:
     held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or held_out is None:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
@@ -264,7 +317,7 @@ def _image_folder(folder: Path, moves: list[Any], image_size: tuple[int, int, in
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"data {str(folder)!r}: train/ and {held_out}/ differ in classes: {', '.join(odd[:5])}")
-    return Data(str(folder), train, test, train.classes, image_size)
+    return Data(str(folder), train, test, train.classes, image_size, *normalization)
 
 
 def _open_folder(folder: Path, transform: Any) -> Any:
@@ -297,7 +350,14 @@ def _eight_bits(path: str) -> Any:
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
 
 
-def _of_timm(spec: str, root: Any, splits: tuple[str, ...], moves: list[Any], image_size: tuple[int, int, int]) -> Data:
+def _of_timm(
+    spec: str,
+    root: Any,
+    splits: tuple[str, ...],
+    moves: list[Any],
+    image_size: tuple[int, int, int],
+    normalization: "_Normalization",
+) -> Data:
     from timm.data import create_dataset
 
     parts = []
@@ -311,7 +371,7 @@ def _of_timm(spec: str, root: Any, splits: tuple[str, ...], moves: list[Any], im
             raise DataError(f"data {spec!r} comes as a stream, which cannot be continued inside an epoch; download it")
         part.transform = transform
         parts.append(part)
-    return Data(spec, parts[0], parts[-1], _classes_of(parts[0]), image_size)
+    return Data(spec, parts[0], parts[-1], _classes_of(parts[0]), image_size, *normalization)
 
 
 def _classes_of(part: Any) -> list[str]:
@@ -334,9 +394,7 @@ def _transform(
     from timm.data import create_transform
     from torchvision import transforms
 
-    mean, deviation = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
-    if channels == 1:
-        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
+    mean, deviation = _normalization(channels, config)
     gray = [transforms.Grayscale()] if channels == 1 else []
     if size <= SMALL:
         shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
@@ -359,6 +417,18 @@ def _transform(
         crop_mode=config.get("crop_mode"),
     )
     return transforms.Compose([*gray, photographs])
+
+
+_Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+
+def _normalization(channels: int, config: dict[str, Any]) -> _Normalization:
+    """The normalization that the configuration of a model names; for one channel, the means over the three."""
+    mean, deviation = (tuple(config.get(name, (0.5,) * 3)) for name in ("mean", "std"))
+    if channels == 1:
+        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
+    return mean, deviation
 
 
 def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:

@@ -62,13 +62,13 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 
 def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
-    """Plot the curves of a run: loss, accuracy, and, if there are any, the learned k and the energy of each layer.
+    """Plot the curves of a run: loss, accuracy, and, if there are any, the learned k and ρ, and the energies.
 
     Args:
         rows: the epochs, as in `metrics.jsonl`.
         path: file of the picture.
     """
-    layered = [name for name in ("k", "energy") if rows[-1].get(name)]
+    layered = [name for name in ("k", "radius", "energy") if rows[-1].get(name)]
     figure, axes = new_figure(width=3.6 * (2 + len(layered)), height=3.2, ncols=2 + len(layered))
     numbers = [row["number"] for row in rows]
     style = {"marker": "." if len(rows) < 30 else ""}
@@ -76,7 +76,11 @@ def plot_run(rows: list[dict[str, Any]], path: str | Path) -> Path:
     axes[0].set_title("training loss")
     axes[1].plot(numbers, [100 * row["accuracy"] for row in rows], **style)
     axes[1].set_title("test accuracy, %")
-    titles = {"k": "learned k (mean of a layer)", "energy": "hyperspherical energy (s=1)"}
+    titles = {
+        "k": "learned k (mean of a layer)",
+        "radius": "learned radius ρ",
+        "energy": "hyperspherical energy (s=1)",
+    }
     for axis, name in zip(axes[2:], layered, strict=True):
         layers = list(rows[-1][name])
         colours = colour_ramp(len(layers))
@@ -140,6 +144,40 @@ def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: 
         axes.grid(linewidth=0.4)
         if curves:
             axes.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def plot_robustness(networks: dict[str, dict[str, Any]], chance: float, path: str | Path) -> Path:
+    """Plot the accuracy over the strength of corruptions: a panel for each corruption, a line for each network.
+
+    Args:
+        networks: name -> "clean" and "corrupted", as in robustness.json; strength 0 is the clean accuracy.
+        chance: accuracy of guessing, in [0, 1]; a dotted line.
+        path: file of the picture.
+    """
+    kinds = list(next(iter(networks.values()))["corrupted"])
+    columns = min(4, len(kinds) + 1)  # the last panel holds the legend
+    rows = math.ceil((len(kinds) + 1) / columns)
+    size = {"width": 3 * columns, "height": 2.6 * rows}
+    figure, grid = new_figure(**size, nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True)
+    colours = _distinct(len(networks))
+    for axes, kind in zip(grid.flat, kinds, strict=False):
+        for (name, accuracies), colour in zip(networks.items(), colours, strict=True):
+            shares = [accuracies["clean"], *accuracies["corrupted"][kind]]
+            axes.plot(range(len(shares)), [100 * share for share in shares], ".-", color=colour, label=name)
+        axes.axhline(100 * chance, color="tab:gray", linestyle=":", linewidth=1, label="chance")
+        axes.set_title(kind, fontsize=10)
+        axes.grid(linewidth=0.4)
+        axes.set_ylim(0, 100)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy, %")
+    for axes in grid.flat[len(kinds) :]:
+        axes.axis("off")
+    figure.supxlabel("strength of the corruption; 0: none", fontsize=10)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    grid.flat[len(kinds)].legend(handles, labels, loc="center", frameon=False, fontsize=9)
     return save_figure(figure, path)
 
 

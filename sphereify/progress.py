@@ -37,6 +37,10 @@ class TrainingProgress:
         self.console.print(f"{name}, seed {seed}", style="bold", markup=False)
         self.accuracy = ""
 
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def step(self, step: "Step") -> None:
         """Move the bar to an optimizer step."""
         text = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.images_per_second:.0f} images/s{self.accuracy}"
@@ -48,6 +52,27 @@ class TrainingProgress:
         skipped = f"  {epoch.skipped} images skipped" if epoch.skipped else ""
         line = f"epoch {epoch.number:>3}/{self.epochs}  loss {epoch.loss:.4f}  test accuracy {epoch.accuracy:.2%}"
         self.console.print(f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")
+
+
+class ImagesProgress:
+    """A bar over images in a terminal; its method `images` is a callback of `robustness`."""
+
+    def __init__(self, what: str):
+        screen = console(stderr=True)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+        self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> "ImagesProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def images(self, done: int, total: int) -> None:
+        """Move the bar to a number of images."""
+        self.bar.update(self.task, completed=done, total=total)
 
 
 class CalibrationProgress:

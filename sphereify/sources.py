@@ -258,17 +258,26 @@ def _recognise_torchvision(model: nn.Module) -> list[Source]:
     return [Source("torchvision", name, arguments) for arguments in options for name in names]
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = None) -> list[str]:
     """Fill a plain model from a checkpoint: safetensors, or a torch file read with `weights_only=True`.
 
     The tensors may lie under the key `state_dict_ema`, `state_dict` or `model`, and their names may begin with
     `module.` or `_orig_mod.`, as DataParallel and torch.compile leave them.
+
+    Args:
+        classes: number of classes of the model. With it, an output layer that the file has for other classes keeps the
+            weights of the model.
+
+    Returns:
+        The names of the tensors that the model keeps; none without `classes`.
 
     Raises:
         ArtifactError: no such file, one that cannot be read, or tensors that do not fit, with names and shapes.
     """
     model_tensors = model.state_dict()
     tensors = _without_prefix(_read_tensors(Path(path)), set(model_tensors))
+    new = _of_other_classes(tensors, model_tensors, classes)
+    tensors |= {name: model_tensors[name] for name in new}
     wrong = [
         f"{name}: {tuple(tensor.shape)} in the file, {tuple(model_tensors[name].shape)} in the model"
         for name, tensor in tensors.items()
@@ -284,6 +293,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if problems:
         raise ArtifactError(f"{path}: does not fit {type(model).__name__}: {'. '.join(problems)}")
     model.load_state_dict(tensors)
+    return new
+
+
+def _of_other_classes(
+    tensors: dict[str, torch.Tensor], model_tensors: dict[str, torch.Tensor], classes: int | None
+) -> list[str]:
+    """Names of the tensors that differ in their first dimension alone: `classes` in the model, one other number in the
+    file, the same for all of them; none if others differ, too."""
+    names = [n for n, t in tensors.items() if n in model_tensors and t.shape != model_tensors[n].shape]
+    fits = all(
+        tensors[n].shape[1:] == model_tensors[n].shape[1:] and list(model_tensors[n].shape[:1]) == [classes]
+        for n in names
+    )
+    return names if fits and len({tensors[n].shape[:1] for n in names}) == 1 else []
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

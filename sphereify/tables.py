@@ -10,7 +10,7 @@ from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.deployment.exporting import Exported
-from sphereify.training import Comparison, Evaluation
+from sphereify.training import Comparison, Evaluation, Robustness
 
 COLOURS = {"convert": "green", "keep": "yellow"}
 
@@ -124,6 +124,16 @@ def comparison_table(comparison: Comparison) -> Table:
     table = Table(*comparison.columns(), header_style="bold")
     for row in comparison.rows():
         _add_row(table, *row)
+    return table
+
+
+def robustness_table(found: Robustness) -> Table:
+    """A row for each network: its accuracy on clean images, the means over the strengths, and the mean of these."""
+    table = Table(*found.columns(), header_style="bold", title="accuracy on corrupted images")
+    for row in found.rows():
+        _add_row(table, *row)
+    skipped = f"; {found.skipped} could not be read" if found.skipped else ""
+    table.caption = f"means over five strengths, {found.images} images{skipped}; chance is {found.chance:.1%}"
     return table
 
 

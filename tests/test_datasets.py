@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sphereify.convert.model_inputs import data_config
-from sphereify.datasets import load_data, load_images
+from sphereify.datasets import load_data, load_images, training_images
 from sphereify.errors import DataError, UsageError
 
 
@@ -334,3 +334,52 @@ def test_test_images_are_prepared_as_the_model_wants_them(tmp_path):
 def test_torchvision_models_want_the_images_of_imagenet():
     config = data_config(torchvision.models.resnet18())
     assert (config["mean"], config["std"]) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+
+
+# ---------------------------------------------------------------------------- normalization, and images to calibrate on
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [16, 80])
+def test_the_normalization_of_the_images_is_part_of_the_data(folder, channels, size):
+    config = {"mean": (0.1, 0.2, 0.6), "std": (0.2, 0.25, 0.3)}
+    paint(folder / "val" / "cat", 1, size=(100, 100), value=102)  # its first image is of one value
+    data = load_data(str(folder), channels=channels, img_size=size, config=config)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    assert (len(data.mean), len(data.std)) == (channels, channels)
+    torch.testing.assert_close(data.test[0][0] * std + mean, torch.full((channels, size, size), 0.4))
+    digits = load_data("digits", channels=channels, img_size=8)
+    assert digits.mean == digits.std == (0.5,) * channels
+
+
+def rows(images: torch.Tensor) -> list[tuple[float, ...]]:
+    return sorted(tuple(image.flatten().tolist()) for image in images)
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"train_images": 7}, {"augment": "rand-m9"}])
+def test_training_images_come_as_for_a_test(folder, options):
+    data = load_data(str(folder), img_size=12, **options)
+    plain = load_data(str(folder), img_size=12)
+    plain.train.transform = plain.test.transform
+    whole = rows(everything(plain.train)[0])
+    before = data.train
+    batches = training_images(data, 100, batch_size=5)
+    assert [len(batch) for batch in batches][:-1] == [5] * (len(batches) - 1)
+    found = rows(torch.cat(batches))
+    assert len(found) == options.get("train_images", 12)
+    assert set(found) <= set(whole)
+    assert data.train is before
+    assert getattr(before, "transform", None) is not data.test.transform  # it still augments
+    assert torch.equal(training_images(data, 4)[0], torch.cat(batches)[:4])
+
+
+def test_training_images_that_cannot_be_read_are_passed_over(folder):
+    for name in ("cat", "dog"):
+        for file in (folder / "train" / name).iterdir():
+            file.write_bytes(b"broken")
+    data = load_data(str(folder), img_size=12)
+    assert sum(map(len, training_images(data, 100))) == 4
+    for file in (folder / "train" / "eel").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match="not one training image could be read"):
+        training_images(data, 100)

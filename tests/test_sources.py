@@ -314,3 +314,20 @@ def test_a_file_without_a_dictionary_of_tensors_is_refused(tmp_path, content):
     path = write(tmp_path / "weights.pt", content)
     with pytest.raises(ArtifactError, match="expected a dictionary of tensors"):
         load_weights(trained(), path)
+
+
+def test_an_output_layer_of_other_classes_stays_as_the_model_has_it(tmp_path):
+    def net(classes: int, width: int = 6) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, width), nn.Linear(width, classes))
+
+    other, file = net(4), tmp_path / "four.pt"
+    torch.save(other.state_dict(), file)
+    model = net(7)
+    own = model[1].weight.clone()
+    assert load_weights(model, file, classes=7) == ["1.weight", "1.bias"]
+    assert torch.equal(model[0].weight, other[0].weight)
+    assert torch.equal(model[1].weight, own)
+    assert load_weights(net(4), file, classes=4) == []
+    for model, classes in ((net(7), None), (net(7), 8), (net(7, width=8), 7)):
+        with pytest.raises(ArtifactError, match="of another shape"):
+            load_weights(model, file, classes=classes)

@@ -53,6 +53,11 @@ def convert(
         return
     if result is not None:
         print_calibration(console(), result)
+    elif source.pretrained or source.weights is not None:
+        print(
+            "note: the weights were copied, which loses most of what they know; --calibrate IMAGES fits the layers to "
+            "the original on unlabelled images and keeps it"
+        )
     if converted.conversion_plan == before:
         print("nothing new was converted: other options need the plain model, not its artifact")
     print(f"saved to {folder}/ (model.safetensors, conversion.json)")

@@ -10,10 +10,12 @@ from sphereify.cli.convert import Model
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import Force, check_folder
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
+
+ROBUSTNESS, CALIBRATION = "Robustness", "Calibration"
 
 
 def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +37,23 @@ _PATHS = ("weights", "data_root", "teacher_weights")
 """Options of finetune whose value is a path."""
 
 
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Keep what --pretrained or --weights bring by a calibration on training images, without their labels.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibrationImages = Annotated[
+    int, typer.Option(help="Number of these images; usual: 500 to 2,000.", rich_help_panel=CALIBRATION, min=1)
+]
+
+
+def _count(calibrate: bool, images: int) -> int:
+    return images if calibrate else 0
+
+
 @with_options(_resumed)
 def finetune(
     context: typer.Context,
@@ -52,6 +71,8 @@ def finetune(
         str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
     ] = None,
     teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher by name.")] = None,
+    calibrate: Calibrate = True,
+    calibration_images: CalibrationImages = 1024,
 ) -> None:
     """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
     if model is None:
@@ -59,15 +80,27 @@ def finetune(
     from sphereify.progress import TrainingProgress
     from sphereify.terminal import is_first_process
     from sphereify.training import finetune as train
+    from sphereify.training.distributed import local_device
     from sphereify.training.run_folder import RunFolder, default_run_folder
     from sphereify.training.start import start
-    from sphereify.training.teacher import open_teacher
 
     run = RunFolder(output or default_run_folder(model))
     if resume is None:
         check_folder(run.path, force)
-    begun = start(model, images, source=source, conversion=conversion)
-    followed = open_teacher(teacher, len(begun.data.classes), weights=teacher_weights, original=begun.original)
+    begun = start(
+        model,
+        images,
+        source=source,
+        conversion=conversion,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
+        calibration_images=_count(
+            calibrate and resume is None, calibration_images
+        ),  # a checkpoint holds what came of it
+        device=local_device(settings.chosen_device),
+    )
+    if begun.kept and is_first_process():
+        print(f"{begun.kept} (--no-calibrate leaves it out)")
 
     def begin() -> None:
         run.clear()
@@ -80,7 +113,7 @@ def finetune(
             settings,
             output=run.path,
             resume=resume is not None,
-            teacher=followed,
+            teacher=begun.teacher,
             on_start=begin,
             on_step=progress.step,
             on_epoch=progress.epoch,
@@ -93,30 +126,69 @@ def finetune(
 @with_options()
 def evaluate(
     model: Model,
+    settings: Annotated[
+        Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict", "seed"), panel="")
+    ],
     source: SourceOptions,
     images: Annotated[DataOptions, Fields(without=("augment", "train_images"))],
-    settings: Annotated[
-        Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict"), panel="")
-    ],
+    corruptions: Annotated[
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="Test on corrupted images, too: contrast, brightness, darkness, gamma, fog, noise and blur at five "
+            "strengths.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Original to put beside the model, alone and behind contrast standardisation: a model, trained by its "
+            "library or with --against-weights, or an artifact.",
+            show_default=False,
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = None,
+    against_weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the original.", show_default=False, rich_help_panel=ROBUSTNESS)
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for evaluation.json and confusion.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for evaluation.json, robustness.json and their pictures."),
     ] = None,
 ) -> None:
     """Test a model, converted or not, on the held-out part of a data set."""
     check_folder(output)
+    if against is not None and not corruptions:
+        raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
+    if against_weights is not None and against is None:
+        raise UsageError(f"{option('against_weights')}: has no effect without {option('against')}")
 
-    from sphereify.tables import print_evaluation
+    from sphereify.progress import ImagesProgress
+    from sphereify.tables import print_evaluation, robustness_table
     from sphereify.terminal import console
     from sphereify.training import evaluate as test
     from sphereify.training.evaluation import write_evaluation
+    from sphereify.training.robustness import open_original, robustness, write_robustness
 
     network = open_model(model, source)
     data = images.open(network, as_trained=True)
+    original = None
+    if against is not None:
+        original = open_original(against, data, weights=against_weights, factory=source.factory)
     evaluation = test(network, data, settings)
     print_evaluation(console(), evaluation, data.classes)
     if output is not None:
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
+    if not corruptions:
+        return
+    with ImagesProgress("testing corrupted images") as progress:
+        found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
+    console().print(robustness_table(found))
+    if output is not None:
+        write_robustness(found, output)
+        print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
 
 
 @with_options(flags={"operator": "--operators"})
@@ -134,35 +206,54 @@ def compare(
         float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default: 95 % of the original's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-compared.")] = None,
+    calibrate: Calibrate = True,
+    calibration_images: CalibrationImages = 1024,
+    corruptions: Annotated[
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="Test on corrupted images, too, and beside them the original behind contrast standardisation.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = False,
 ) -> None:
     """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
     if is_saved(model):
         raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
 
     from sphereify.progress import TrainingProgress
-    from sphereify.tables import comparison_table
+    from sphereify.tables import comparison_table, robustness_table
     from sphereify.terminal import console
     from sphereify.training import compare as run
     from sphereify.training.comparison import default_comparison_folder, variants
+    from sphereify.training.knowledge import open_plain
     from sphereify.training.start import for_classes_of
 
     folder = output or default_comparison_folder(model)
     networks = variants(operators, conversion)
     source = for_classes_of(images, model, source)
-    data = images.open(open_model(model, source))
     unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
+    classes = images.class_count()
+    plain, learned = open_plain(model, source, classes)
+    data = images.open(plain)
     with TrainingProgress(settings.epochs) as progress:
         comparison = run(
-            lambda: open_model(model, unseeded),
+            lambda: open_plain(model, unseeded, classes)[0],
             data,
             networks,
             settings,
             output=folder,
             seeds=seeds,
             reach=reach,
+            learned=learned,
+            calibration_images=_count(calibrate, calibration_images),
+            corruptions=corruptions,
             on_run=progress.run,
+            on_calibration=progress.line,
             on_step=progress.step,
             on_epoch=progress.epoch,
         )
+    for found in comparison.robustness:
+        console().print(robustness_table(found))
     console().print(comparison_table(comparison))
     print(f"written to {folder}/comparison.md, .json and .png")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sphereify.training.objective import Objective
     from sphereify.training.optim import param_groups
     from sphereify.training.results import Epoch, Result, Step
+    from sphereify.training.robustness import Robustness
     from sphereify.training.run import finetune
     from sphereify.training.run_folder import RunFolder
     from sphereify.training.settings import Settings
@@ -25,6 +26,7 @@ _HOMES = {
     "Objective": "sphereify.training.objective",
     "Original": "sphereify.training.teacher",
     "Result": "sphereify.training.results",
+    "Robustness": "sphereify.training.robustness",
     "RunFolder": "sphereify.training.run_folder",
     "Settings": "sphereify.training.settings",
     "Step": "sphereify.training.results",
@@ -49,6 +51,7 @@ __all__ = [
     "Objective",
     "Original",
     "Result",
+    "Robustness",
     "RunFolder",
     "Settings",
     "Step",

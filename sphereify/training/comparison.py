@@ -17,12 +17,14 @@ from sphereify import choices
 from sphereify.artifact import load
 from sphereify.conversion import sphereify
 from sphereify.datasets import Data
-from sphereify.errors import UsageError, invalid, option
+from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.files import write_text
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.checks import check_mixup
+from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
 from sphereify.training.results import Epoch, Result, Step
+from sphereify.training.robustness import Robustness, check_corruptible, corrupted_accuracies, rival_of
 from sphereify.training.run import finetune
 from sphereify.training.run_folder import RunFolder, state_file
 from sphereify.training.settings import WITHOUT_EFFECT, Settings
@@ -103,6 +105,8 @@ class Comparison:
     """The runs of each variant, in the order of the variants."""
     reach: float
     """The accuracy to which steps are counted, in [0, 1]."""
+    robustness: list[Robustness] = field(default_factory=list)
+    """Accuracies on corrupted images, for each seed, if they were asked for."""
 
     def markdown(self) -> str:
         """The table in Markdown, a variant in each line."""
@@ -113,19 +117,38 @@ class Comparison:
     def columns(self) -> list[str]:
         """The headings of `rows`."""
         memory = ["peak memory"] if self._on_gpu else []
-        return ["", "test accuracy, %", f"steps to {self.reach:.1%}", "images/s", "ratio", *memory]
+        corrupted = ["under corruptions, %"] if self.robustness else []
+        return ["", "test accuracy, %", *corrupted, f"steps to {self.reach:.1%}", "images/s", "ratio", *memory]
 
     @property
     def _on_gpu(self) -> bool:
         return any(runs.peak_memory is not None for runs in self.runs)
 
     def rows(self) -> list[list[str]]:
-        """The cells of the table, a variant in each row; "ratio" is its speed relative to the first variant's."""
+        """The cells of the table, a variant in each row; "ratio" is its speed relative to the first variant's.
+
+        With corruptions, a network that was not trained here, the original behind contrast standardisation, has a row
+        with its accuracies alone.
+        """
+        names = [runs.name for runs in self.runs]
+        others = [name for found in self.robustness[:1] for name in found.networks if name not in names]
+        blank = [""] * (len(self.columns()) - 3)
+        clean = {name: [found.networks[name].clean for found in self.robustness] for name in others}
+        rows = [[name, _mean_and_deviation(clean[name]), *self._under_corruptions(name), *blank] for name in others]
+        trained = self._trained_rows()
+        return [*trained[:1], *rows, *trained[1:]]
+
+    def _under_corruptions(self, name: str) -> list[str]:
+        shares = [found.networks[name].mean for found in self.robustness]
+        return [_mean_and_deviation(shares)] if shares else []
+
+    def _trained_rows(self) -> list[list[str]]:
         base = self.runs[0].images_per_second
         return [
             [
                 runs.name,
-                f"{100 * runs.mean:.2f}" + ("" if runs.deviation is None else f" ± {100 * runs.deviation:.2f}"),
+                _mean_and_deviation(runs.accuracies),
+                *self._under_corruptions(runs.name),
                 "not reached" if (steps := runs.steps_to(self.reach)) is None else f"{steps:.0f}",
                 f"{runs.images_per_second:.0f}",
                 f"{runs.images_per_second / base:.2f}",
@@ -133,6 +156,12 @@ class Comparison:
             ]
             for runs in self.runs
         ]
+
+
+def _mean_and_deviation(shares: list[float]) -> str:
+    """Mean and standard deviation in percent; the mean alone of a single share."""
+    deviation = f" ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.2f}{deviation}"
 
 
 def default_comparison_folder(model: str) -> Path:
@@ -149,7 +178,11 @@ def compare(
     output: str | Path,
     seeds: int = 1,
     reach: float | None = None,
+    learned: str = NOTHING,
+    calibration_images: int = IMAGES,
+    corruptions: bool = False,
     on_run: Callable[[str, int], None] = lambda name, seed: None,
+    on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Comparison:
@@ -163,13 +196,20 @@ def compare(
         output: a folder. Finished runs in it are not repeated, unfinished ones are continued.
         seeds: number of runs of each variant, with the seeds settings.seed, settings.seed + 1, …
         reach: accuracy in (0, 1] to which steps are counted; default: 95 % of the first variant's mean.
+        learned: how much of what `build` makes has been trained: "nothing", "features" (all but the classifier) or
+            "all". Conversions keep it by a calibration on training images, without their labels.
+        calibration_images: number of these images, ≥ 0; 0: weights are copied, without a calibration.
+        corruptions: test the trained networks on corrupted images, too, and with them the first variant behind contrast
+            standardisation, if it is no conversion; see `robustness`.
         on_run: called before each run with the name of its variant and its seed.
+        on_calibration: called after each calibration with a line on it.
         on_step, on_epoch: called as by `finetune`.
 
     Writes comparison.md, comparison.json and comparison.png (with matplotlib) beside the folder of each run.
 
     Raises:
         UsageError: no variant, two of one name, fewer than one seed, or runs of another kind in `output`.
+        DataError: images that cannot be corrupted, with `corruptions`.
     """
     settings = settings or Settings()
     folder = Path(output)
@@ -180,6 +220,13 @@ def compare(
         raise invalid("seeds", seeds, "a number of at least 1")
     if reach is not None and not 0 < reach <= 1:
         raise invalid("reach", reach, "an accuracy above 0 and at most 1, such as 0.9")
+    if learned not in LEARNED:
+        raise choose(option("learned"), learned, LEARNED)
+    if calibration_images < 0:
+        raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
+    if corruptions:
+        check_corruptible(data)
+    kept: dict[str, Any] = {"learned": learned, "calibration_images": calibration_images}
     for variant in variants:  # one that cannot be converted, or trained with these settings, fails before any training
         build_variant(build, variant, settings)
     runs = []
@@ -189,9 +236,16 @@ def compare(
             on_run(variant.name, seed)
             seeded = dataclasses.replace(settings, seed=seed)
             place = folder / f"{variant.name}-seed{seed}"
-            results.append(train_once(build, data, variant, seeded, output=place, on_step=on_step, on_epoch=on_epoch))
+            heard: Any = {"on_step": on_step, "on_epoch": on_epoch, "on_calibration": on_calibration}
+            results.append(train_once(build, data, variant, seeded, output=place, **kept, **heard))
         runs.append(SeedRuns(variant.name, results))
-    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach)
+    found = []
+    for seed in range(settings.seed, settings.seed + seeds) if corruptions else ():
+        networks = {v.name: trained(build, v, folder / f"{v.name}-seed{seed}") for v in variants}
+        if variants[0].options is None:
+            networks[f"{names[0]}, contrast standardised"] = rival_of(networks[names[0]], data)
+        found.append(corrupted_accuracies(networks, data, dataclasses.replace(settings, seed=seed)))
+    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach, found)
     _write(comparison, folder)
     return comparison
 
@@ -203,13 +257,17 @@ def train_once(
     settings: Settings,
     *,
     output: str | Path,
+    learned: str = NOTHING,
+    calibration_images: int = IMAGES,
+    on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Result:
     """Train a variant in the folder `output`, once: a run that is complete there is read, another one is continued.
 
     Args:
-        build, data, settings, on_step, on_epoch: as for `compare`; the seed is settings.seed.
+        build, data, settings, learned, calibration_images, on_calibration, on_step, on_epoch: as for `compare`; the
+            seed is settings.seed.
 
     Raises:
         UsageError: `output` holds a run of another network, of other data or with other settings.
@@ -217,10 +275,17 @@ def train_once(
     """
     folder = RunFolder(output)
     model = build_variant(build, variant, settings)
-    _check_same_variant(folder, _identity(model, data, variant, settings))
+    calibrated = variant.options is not None and learned != NOTHING and calibration_images > 0
+    kept = {"learned": learned, "calibration_images": calibration_images} if calibrated else {}
+    _check_same_variant(folder, {**_identity(model, data, variant, settings), **kept})
     if folder.summary.is_file():
         return _read_result(folder)
     resume = bool(checkpoints(folder.checkpoints))
+    if calibrated and not resume:
+        original = build_variant(build, Variant("original", None), settings)
+        device = settings.chosen_device
+        result = keep_knowledge(model, original, data, learned, images=calibration_images, device=device)
+        on_calibration(summary(result, learned, data, calibration_images))
     return finetune(model, data, settings, output=folder.path, resume=resume, on_step=on_step, on_epoch=on_epoch)
 
 
@@ -295,7 +360,9 @@ def _fingerprint(model: nn.Module) -> int:
 def _write(comparison: Comparison, folder: Path) -> None:
     curves = {runs.name: [[dataclasses.asdict(e) for e in r.epochs] for r in runs.results] for runs in comparison.runs}
     write_text(folder / "comparison.md", comparison.markdown())
-    write_text(folder / "comparison.json", json.dumps({"reach": comparison.reach, "runs": curves}, indent=1) + "\n")
+    found = [seed.to_json() for seed in comparison.robustness]
+    results = {"reach": comparison.reach, "runs": curves, **({"robustness": found} if found else {})}
+    write_text(folder / "comparison.json", json.dumps(results, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         from sphereify.plots import plot_comparison
 

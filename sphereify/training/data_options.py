@@ -60,6 +60,16 @@ class DataOptions:
             )
         check_options(self)
 
+    def class_count(self) -> int:
+        """The number of classes of the data set.
+
+        Raises:
+            DataError: as `sphereify.datasets.load_data`.
+        """
+        from sphereify.datasets import class_count
+
+        return class_count(self.data or "", data_root=self.data_root)
+
     def open(self, model: "nn.Module", *, as_trained: bool = False) -> "Data":
         """The data set, with images prepared as `model` takes them.
 

@@ -62,6 +62,14 @@ class Processes:
             dist.barrier()
 
 
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: where torchrun started several, a GPU of its own unless one is named."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
     """The processes of torchrun, which sets their ranks and address in the environment; without it, this one alone."""
@@ -69,14 +77,14 @@ def join(device: torch.device) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, device)
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    own = local_device(device)
+    if own != device:
+        torch.cuda.set_device(own)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        yield Processes(dist.get_rank(), dist.get_world_size(), own)
     finally:
         if ours:
             dist.destroy_process_group()

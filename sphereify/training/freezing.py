@@ -45,7 +45,7 @@ def frozen_layers(model: nn.Module, freeze: PatternList) -> list[nn.Module]:
 
 
 def new_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that a conversion brings: k, β, γ, and all of the head."""
+    """Identities of the parameters that a conversion brings: k, ρ, β, γ, and all of the head."""
     new: set[int] = set()
     for module in model.modules():
         if isinstance(module, (AngularHead, AngularCall)):

@@ -1,4 +1,4 @@
-"""Measurements of an epoch: its loss, speed and skipped images, and the layers' k and energies after it."""
+"""Measurements of an epoch: its loss, speed and skipped images, and the layers' k, ρ and energies after it."""
 
 import time
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sphereify.errors import UsageError
 from sphereify.nn import HypersphericalEnergy
 from sphereify.nn.precision import gathered
+from sphereify.nn.radius import HasRadius
 from sphereify.training.distributed import Processes
 
 
@@ -77,6 +78,15 @@ def learned_k(model: nn.Module) -> dict[str, float]:
         name: float(gathered(module.operator.k.detach()).mean())
         for name, module in model.named_modules()
         if isinstance(getattr(getattr(module, "operator", None), "k", None), Tensor)
+    }
+
+
+def learned_radii(model: nn.Module) -> dict[str, float]:
+    """The radius ρ of each layer that learns one."""
+    return {
+        name: module.radius_value
+        for name, module in model.named_modules()
+        if isinstance(module, HasRadius) and module.log_radius is not None
     }
 
 

@@ -19,9 +19,9 @@ def param_groups(
     """The parameters of `model` in groups for any torch optimizer: with weight decay, and without.
 
     Without: filters of angular layers and class weights of angular heads (their length has no meaning, so decay only
-    changes the step size), k, β, γ, every parameter of fewer than two dimensions (biases, norms), and what the model's
-    own `no_weight_decay()` names, as timm's transformers do. Parameters that do not require a gradient are left out; a
-    shared one is listed once.
+    changes the step size), k, ρ, β, γ, every parameter of fewer than two dimensions (biases, norms), and what the
+    model's own `no_weight_decay()` names, as timm's transformers do. Parameters that do not require a gradient are left
+    out; a shared one is listed once.
 
     Args:
         weight_decay: ≥ 0, of the decayed group.

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from sphereify.files import write_text
@@ -40,8 +41,8 @@ class RunRecord:
         write_text(self.folder.metrics_table, text.getvalue())
         self.board = self.board or _tensorboard(self.folder)
         if self.board is not None:
-            for key, value in flat[-1].items():
-                self.board.add_scalar(key, value, rows[-1]["step"])
+            for tag, value in _scalars(rows[-1]):
+                self.board.add_scalar(tag, value, rows[-1]["step"])
             self.board.flush()
 
     def close(self, best: int, data: str, peak_memory: int | None) -> None:
@@ -73,6 +74,15 @@ class RunRecord:
             from sphereify.plots import plot_run
 
             plot_run(self.rows, self.folder.curves)
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The measurements of an epoch by tag; those of a layer are "k/layer", "radius/layer" and so on."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{layer}", number) for layer, number in value.items())
+        else:
+            yield name, value
 
 
 def _tensorboard(folder: RunFolder) -> Any:

@@ -41,6 +41,8 @@ class Epoch:
     """Optimizer steps until the end of this epoch."""
     k: dict[str, float] = field(default_factory=dict)
     """Mean of the learned k of each layer that has one."""
+    radius: dict[str, float] = field(default_factory=dict)
+    """Learned radius ρ of each layer that has one."""
     energy: dict[str, float] = field(default_factory=dict)
     """Hyperspherical energy of each layer."""
 

@@ -20,7 +20,7 @@ from sphereify.training.finite import first_bad_layer, first_bad_weight
 from sphereify.training.freezing import frozen
 from sphereify.training.interruption import StopRequest, stop_requests
 from sphereify.training.loader import make_loader, on_device, test_batches
-from sphereify.training.meter import energies, learned_k
+from sphereify.training.meter import energies, learned_k, learned_radii
 from sphereify.training.randomness import deterministic_algorithms, random_state, seed_all, set_random_state
 from sphereify.training.record import RunRecord
 from sphereify.training.results import Epoch, Result, Step
@@ -239,6 +239,7 @@ class TrainingRun:
                 skipped=skipped + evaluation.skipped,
                 step=state.step,
                 k=learned_k(state.tested),
+                radius=learned_radii(state.tested),
                 energy=energies(state.tested),
             )
         )

@@ -102,7 +102,7 @@ class Settings:
         (), "Layers that do not train: a glob over names, or re:…; repeatable.", panel=TRAINING
     )
     warmup_head_epochs: int = option_field(
-        0, "Epochs at the start in which only k, β, γ and the head train.", panel=TRAINING, at_least=0
+        0, "Epochs at the start in which only k, ρ, β, γ and the head train.", panel=TRAINING, at_least=0
     )
     teacher_weight: float = option_field(
         0.5,
@@ -119,7 +119,7 @@ class Settings:
         usual="1 to 4",
     )
     seed: int = option_field(
-        0, "Random seed for new weights, the order of images and their augmentation.", panel=TRAINING
+        0, "Random seed for new weights, the order of images, their augmentation and their corruption.", panel=TRAINING
     )
     deterministic: bool = option_field(False, "Use deterministic algorithms of torch only.", panel=TRAINING)
     workers: int = option_field(0, "Number of processes that load images.", panel=TRAINING, at_least=0)

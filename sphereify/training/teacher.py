@@ -25,6 +25,8 @@ class Original:
     """True if its weights are the library's own."""
     weights: Path | None = None
     """The file that its weights come from."""
+    has_new_classifier: bool = False
+    """True if its weights are for other classes than those of the data, so that its classifier is not trained."""
 
 
 def open_teacher(
@@ -77,6 +79,11 @@ def _checked_original(original: Original | None, classes: int) -> nn.Module:
         )
     if original.pretrained:
         check_classifier(original.model, classes)
+    if original.has_new_classifier:
+        raise UsageError(
+            f"{option('teacher', ORIGINAL)}: {original.weights} has other classes than the data, so its classifier is "
+            f"new and knows nothing. Train it first, and bring its weights with {option('weights')}"
+        )
     return original.model
 
 

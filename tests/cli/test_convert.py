@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -481,3 +482,21 @@ def test_a_damaged_artifact_is_a_failure(refused, artifact, command, how, text):
         document = json.loads((damaged / "conversion.json").read_text())
         (damaged / "conversion.json").write_text(json.dumps({**document, "format_version": 99}))
     refused([command[0], damaged, *command[1:]], 1, text)
+
+
+def test_copied_weights_come_with_a_line_on_what_they_lose(run, own):
+    torch.manual_seed(0)
+    sys.path.insert(0, "")
+    import own_networks
+
+    torch.save(own_networks.small().state_dict(), "mine.pt")
+    command = ["convert", f"{own}:small", "-o", "out", "--force"]
+    for given, is_told in (
+        (["--weights", "mine.pt"], True),
+        ([], False),
+        (["--weights", "mine.pt", "--calibrate", "digits", "--calibration-images", 40, "--img-size", 8], False),
+        (["--weights", "mine.pt", "--json"], False),
+    ):
+        code, out, err = run(*command, *given)
+        assert (code, err) == (0, "")
+        assert ("the weights were copied, which loses most of what they know; --calibrate" in out) == is_told

@@ -271,6 +271,94 @@ def test_compare_starts_from_a_plain_model(refused, artifact):
     refused(["compare", TINY, "--data", "digits", "--operators", "cosine,sin"], 2, "--operators: got 'sin', expected")
 
 
+# ------------------------------------------------------------------------------------- trained weights, and corruptions
+
+
+@pytest.fixture
+def trained_weights(own) -> str:
+    """The checkpoint of a network of the user's own for ten classes."""
+    sys.path.insert(0, "")
+    import own_networks
+
+    torch.manual_seed(5)
+    torch.save(own_networks.small(10, 3).state_dict(), "mine.pt")
+    return "mine.pt"
+
+
+def test_finetune_keeps_what_trained_weights_know_and_says_so(run, own, trained_weights, begun):
+    command = ["finetune", f"{own}:small", "--data", "digits", "--img-size", 8, "-o", "out"]
+    code, out, err = run(*command, "--weights", trained_weights, "--calibration-images", 70, "--radius", 2)
+    assert (code, err) == (0, "")
+    first, *_ = out.splitlines()
+    assert first.startswith("kept what was learned, on 70 training images without labels: 2 layers calibrated, R² ")
+    assert first.endswith("(--no-calibrate leaves it out)")
+    assert begun["model"][0].radius == 2.0
+    weight = torch.load(trained_weights, weights_only=True)["0.weight"]
+    assert not torch.equal(begun["model"][0].weight, weight)
+    for others in (["--weights", trained_weights, "--no-calibrate"], []):
+        code, out, _ = run(*command, *others)
+        assert "kept" not in out
+        assert torch.equal(begun["model"][0].weight, weight) == bool(others)
+
+
+def test_a_run_is_continued_without_another_calibration(run, own, trained_weights, monkeypatch):
+    command = ["finetune", f"{own}:small", "--data", "digits", "--img-size", 8, *FEW, "-o", "out"]
+    assert run(*command, "--weights", trained_weights)[0] == 0
+    Path("out/summary.json").unlink()
+    monkeypatch.setattr("sphereify.training.start.keep_knowledge", pytest.fail)
+    code, out, err = run("finetune", "--resume", "out")
+    assert (code, err) == (0, "")
+    assert "kept" not in out
+
+
+def test_compare_keeps_what_trained_weights_know(run, own, trained_weights):
+    command = ["compare", f"{own}:small", "--data", "digits", "--img-size", 8, *FEW, "-o", "out", "--corruptions"]
+    code, out, err = run(*command, "--weights", trained_weights, "--calibration-images", 70)
+    assert (code, err) == (0, "")
+    assert out.count("kept what was learned, on 64 training images without labels: 2 layers calibrated") == 1  # there are no more
+    assert "under corruptions, %" in one_line(out)
+    assert (
+        one_line(out).count("original, contrast standardised") == 2
+    )  # in the table of corruptions, and in the main one
+
+
+def test_evaluate_under_corruptions_puts_the_original_and_its_rival_beside_the_network(run, own, trained_weights):
+    assert run("convert", f"{own}:small", "--weights", trained_weights, "--num-classes", 10, "-o", "mine")[0] == 0
+    command = ["evaluate", "mine", "--factory", f"{own}:of_ten_classes", "--data", "digits", "--img-size", 8,
+               "--test-images", 20, "--corruptions", "--against", f"{own}:small"]  # fmt: skip
+    code, out, err = run(*command, "--against-weights", trained_weights, "-o", "report")
+    assert (code, err) == (0, "")
+    assert written(Path("report")) == {"evaluation.json", "confusion.png", "robustness.json", "robustness.png"}
+    found = json.loads(Path("report/robustness.json").read_text())
+    assert list(found["networks"]) == ["mine", "original", "original, contrast standardised"]
+    assert found["images"] == 20
+    assert "written to report/robustness.json, drawn to report/robustness.png" in out
+    table = one_line(out)
+    assert "means over five strengths, 20 images; chance is 10.0%" in table
+    mean = found["networks"]["original"]["mean"]
+    assert f" {100 * mean:.1f} " in table
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--against", TINY], "--against: has no effect without --corruptions"),
+        (["--corruptions", "--against-weights", "x.pt"], "--against-weights: has no effect without --against"),
+        (["--corruptions", "--against", "own_networks.py:small"], "own_networks.py:small needs --against-weights"),
+    ],
+)
+def test_a_wrong_original_is_wrong_use(refused, artifact, own, given, text):
+    refused(["evaluate", artifact, "--data", "digits", *given], 2, text)
+
+
+def test_an_artifact_may_be_the_original_but_takes_no_other_weights(run, refused, artifact):
+    command = ["evaluate", artifact, "--data", "digits", "--corruptions", "--against", artifact]
+    refused([*command, "--against-weights", "x.pt"], 2, "--against-weights: does not go with the artifact")
+    code, out, _ = run(*command, "--test-images", 3, "--img-size", 24)
+    assert code == 0
+    assert "original, contrast standardised" in one_line(out)
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -46,9 +46,8 @@ class Layered(nn.Sequential):
         return {"stem": r"^0", "blocks": r"^(\d+)"}
 
 
-def dropout_net(seed: int = 0, **options) -> nn.Module:
-    torch.manual_seed(seed)
-    plain = Layered(
+def plain_dropout_net() -> nn.Module:
+    return Layered(
         nn.Conv2d(2, 4, 3),
         nn.BatchNorm2d(4),
         nn.ReLU(),
@@ -58,7 +57,11 @@ def dropout_net(seed: int = 0, **options) -> nn.Module:
         nn.Flatten(),
         nn.Linear(24, 3),
     )
-    return sphereify(plain, inplace=True, **options)
+
+
+def dropout_net(seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return sphereify(plain_dropout_net(), inplace=True, **options)
 
 
 def linear_net() -> nn.Module:

@@ -39,7 +39,7 @@ def net(num_classes=10):
 BEGIN = shlex.split(
     "finetune own.py:net --data digits --train-images 192 --epochs 2 --img-size 12 --lr 0.01 "
     "--device cpu --operator learnable-sigmoid --head a-softmax --margin 2 --rescale always --mhe "
-    "0.5 --orthogonality 0.01 --checkpoint-minutes 0"
+    "0.5 --orthogonality 0.01 --checkpoint-minutes 0 --radius 1 --learn-radius"
 )
 
 
@@ -80,6 +80,8 @@ def assert_close(one: Path, other: Path) -> None:
         assert row["accuracy"] == same["accuracy"]
         assert row["loss"] == pytest.approx(same["loss"], abs=1e-5)
         assert row["k"] == pytest.approx(same["k"], abs=1e-5)
+        assert row["radius"] == pytest.approx(same["radius"], abs=1e-5)
+        assert len(row["radius"]) == 3
         assert row["energy"] == pytest.approx(same["energy"], abs=1e-5)
 
 

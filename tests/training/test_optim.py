@@ -24,6 +24,7 @@ def make_model():
             "stem": nn.Conv2d(3, 4, 3),
             "norm": nn.BatchNorm2d(4),
             "conv": SphereConv2d(4, 4, 3, operator="learnable-sigmoid", rescale=True, bias=False),
+            "pooled": SphereConv2d(4, 4, 3, radius=2.0, learn_radius=True),
             "linear": SphereLinear(4, 4, operator="linear", rescale=True),
             "layernorm": nn.LayerNorm(4),
             "fc": nn.Linear(4, 4),
@@ -44,6 +45,7 @@ def test_only_plain_weights_are_decayed():
     assert (decay, none) == (0.1, 0.0)
     assert set(decayed) == DECAYED
     assert {"conv.weight", "conv.operator.p", "conv.beta", "conv.gamma", "linear.bias", "head.operator.p"} <= set(kept)
+    assert {"pooled.weight", "pooled.log_radius"} <= set(kept)
     assert {"linear.weight", "head.weight", "head.bias", "stem.bias", "norm.weight", "layernorm.bias"} <= set(kept)
 
 

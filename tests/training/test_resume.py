@@ -33,6 +33,10 @@ WAYS = {
     "average and accumulation": ({}, {"ema": 0.8, "accumulate": 4}),
     "mixup and cutmix": ({}, {"mixup": 0.4, "cutmix": 1.0}),
     "learned k, a number a filter": ({"operator": "learnable-sigmoid"}, {}),
+    "learned radius, new parameters first": (
+        {"radius": 1.0, "learn_radius": True},
+        {"warmup_head_epochs": 1, "ema": 0.8},
+    ),
     "a margin that comes in": ({"head": "a-softmax", "margin": 3}, {}),
     "other terms": ({}, {"terms": Terms(label_smoothing=0.1, mhe=1.0, orthogonality=1e-3)}),
     "lamb": ({}, {"opt": "lamb"}),
@@ -47,6 +51,7 @@ WAYS = {
 
 FEW = {("average and accumulation", 2), ("mixup and cutmix", 4), ("a margin that comes in", 2)}
 FEW |= {("learned k, a number a filter", 4), ("layer decay, head first", 2), ("sgd, step", 4)}
+FEW |= {("learned radius, new parameters first", 4)}
 """The ways and steps of a crash that catch most defects together."""
 
 

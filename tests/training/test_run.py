@@ -1,5 +1,6 @@
 """Runs: they learn, repeat themselves, report what happens, and stop with a reason where they must."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from sphereify import sphereify
+from sphereify import load, sphereify
 from sphereify.datasets import load_data
 from sphereify.errors import TrainingError
 from sphereify.training import Epoch, Result, Settings, Step, finetune
@@ -19,6 +20,7 @@ from tests.training.small import (
     images,
     linear_net,
     net,
+    plain_dropout_net,
     same,
     state,
     usual,
@@ -225,3 +227,52 @@ def test_training_runs_on_a_gpu_and_leaves_the_model_there():
     result = finetune(model, images(), Settings(epochs=3, batch_size=8, lr=1e-2))
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert result.epochs[-1].loss < result.epochs[0].loss
+
+
+def test_a_learned_radius_moves_in_the_first_epoch_already_and_is_recorded(tmp_path):
+    model = dropout_net(radius=2.0, learn_radius=True)
+    weight = model[0].weight.detach().clone()
+    result = finetune(model, images(), usual(epochs=1, warmup_head_epochs=1, lr=0.05), output=tmp_path)
+    (epoch,) = result.epochs
+    assert epoch.radius == {"0": model[0].radius_value, "4": model[4].radius_value}
+    assert all(abs(radius - 2) > 1e-3 for radius in epoch.radius.values())
+    assert torch.equal(model[0].weight, weight)
+    (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["radius"] == epoch.radius
+    assert load(tmp_path / "last", factory=plain_dropout_net)[0].radius_value == epoch.radius["0"]
+
+
+def test_a_fixed_radius_is_no_measurement():
+    assert finetune(dropout_net(radius=2.0), images(), usual(epochs=1)).epochs[0].radius == {}
+
+
+def test_measurements_of_layers_go_to_tensorboard_under_their_names(tmp_path, monkeypatch):
+    written = {}
+
+    class Board:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, tag, value, step):
+            written[tag] = value
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setattr("sphereify.training.record._tensorboard", Board)
+    options = {"operator": "learnable-sigmoid", "radius": 2.0, "learn_radius": True}
+    (epoch,) = finetune(dropout_net(**options), images(), usual(epochs=1), output=tmp_path).epochs
+    assert {"loss", "accuracy", "k/0", "k/4", "k/7", "radius/0", "radius/4", "energy/0"} <= written.keys()
+    assert written["radius/4"] == epoch.radius["4"]
+    assert written["loss"] == epoch.loss
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_curves_of_a_run_have_a_panel_for_the_learned_radii(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, title, **style: titles.append(title))
+    finetune(dropout_net(radius=2.0, learn_radius=True), images(), usual(epochs=1), output=tmp_path)
+    assert titles[:2] == ["training loss", "test accuracy, %"]
+    assert titles[2] == "learned radius ρ\ndark: 0, bright: 4"

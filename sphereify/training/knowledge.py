@@ -1,0 +1,94 @@
+"""What a plain network has learned, kept by the conversion that a training begins with."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sphereify.calibration.least_squares import calibrate
+from sphereify.calibration.results import Calibration
+from sphereify.datasets import Data, training_images
+from sphereify.errors import choose, option
+from sphereify.models import SourceOptions, open_model
+from sphereify.nn import AngularHead
+from sphereify.sources import load_weights
+
+IMAGES = 1024
+"""Number of training images, without labels, on which a conversion is calibrated."""
+NOTHING, FEATURES, ALL = LEARNED = ("nothing", "features", "all")
+"""How much of a network has been trained: nothing, all but its classifier, or all."""
+
+
+def open_plain(spec: str, source: SourceOptions, classes: int) -> tuple[nn.Module, str]:
+    """A plain model to convert and train, and how much of it has been trained: a value of `LEARNED`.
+
+    A checkpoint of other classes gives its features, and the classifier stays new.
+
+    Args:
+        spec: as for `open_model`, but no artifact.
+        source: how to build the model.
+        classes: number of classes of the data.
+
+    Raises:
+        UsageError, ArtifactError: as `open_model`.
+    """
+    model = open_model(spec, dataclasses.replace(source, weights=None))
+    if source.weights is not None:
+        new = load_weights(model, source.weights, classes=source.num_classes or classes)
+        return model, FEATURES if new else ALL
+    if not source.pretrained:
+        return model, NOTHING
+    pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
+    return model, ALL if pretrained == classes else FEATURES
+
+
+def keep_knowledge(
+    model: nn.Module,
+    original: nn.Module,
+    data: Data,
+    learned: str,
+    *,
+    images: int = IMAGES,
+    device: str | torch.device | None = None,
+    on_layer: Callable[[str, float], None] = lambda name, explained: None,
+) -> Calibration:
+    """Calibrate a converted network, in place, on training images without labels or augmentation.
+
+    Args:
+        model: from a conversion of `original`.
+        original: the plain network, trained. It is not changed.
+        data: whose training images are taken.
+        learned: "all"; or "features" if the classifier is new: then the head stays as the conversion left it.
+        images: number of images.
+        device, on_layer: as for `calibrate`.
+
+    Raises:
+        UsageError, DataError: as `calibrate`.
+    """
+    if learned not in (FEATURES, ALL):
+        raise choose(option("learned"), learned, (FEATURES, ALL))
+    with _new_heads(model if learned == FEATURES else nn.Identity()) as heads:
+        result = calibrate(model, original, training_images(data, images), device=device, on_layer=on_layer)
+    for name in heads:
+        result.layers.pop(name, None)
+    return result
+
+
+@contextmanager
+def _new_heads(model: nn.Module) -> Iterator[dict[str, AngularHead]]:
+    """Put the angular heads of a model back into their state at the end of the block, which gets them by name."""
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, AngularHead)}
+    states = {name: copy.deepcopy(head.state_dict()) for name, head in heads.items()}
+    yield heads
+    for name, head in heads.items():
+        head.load_state_dict(states[name])
+
+
+def summary(result: Calibration, learned: str, data: Data, images: int = IMAGES) -> str:
+    """One line on a calibration of `keep_knowledge`."""
+    count = min(images, len(data.train))  # type: ignore[arg-type]
+    head = "; the classifier is new" if learned == FEATURES else ""
+    return f"kept what was learned, on {count:,} training images without labels: {result.summary()}{head}"
