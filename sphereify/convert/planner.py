@@ -123,8 +123,8 @@ class _Planner:
                 matched = [d for d in decisions if self.overrides.match((d.name, *d.aliases)) == pattern]
                 if matched and not any(decision.radius for decision in matched):
                     raise UsageError(
-                        f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name} and whatever "
-                        f"else it matches: no convolution among them is converted"
+                        f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name}: the pattern "
+                        f"matches no convolution that is converted, and nothing else has patches to pool"
                     )
 
     def _notes(self, decisions: list[Decision]) -> list[str]:

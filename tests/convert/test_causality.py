@@ -99,6 +99,8 @@ OTHERS = {
     "same": (lambda: Bare(nn.Conv1d(4, 4, 3, padding=1)), sequence),
     "padded on both sides": (lambda: Bare(nn.Conv1d(4, 4, 3), lambda x: F.pad(x, (1, 1))), sequence),
     "padded behind": (lambda: Bare(nn.Conv1d(4, 4, 3), lambda x: F.pad(x, (0, 2))), sequence),
+    "padded in front, and by itself on both sides": (
+        lambda: Bare(nn.Conv1d(4, 4, 3, padding=1), lambda x: F.pad(x, (2, 0))), sequence),
     "padded in front by less than it reaches": (lambda: Bare(nn.Conv1d(4, 4, 5, padding=1), lambda x: F.pad(x, (1, 0))),
                                                 sequence),
     "cut at both ends": (lambda: Bare(nn.Conv1d(4, 4, 3, padding=2), after=lambda y, x: y[:, :, 1:-1]), sequence),
