@@ -17,7 +17,10 @@ COLOURS = {"convert": "green", "keep": "yellow"}
 
 def plan_table(plan: ConversionPlan) -> Table:
     """A row for each site of the model: what happens to it, and why."""
-    table = Table("layer", "kind", "action", "operator", "role", "why", title=Text(plan.model), header_style="bold")
+    has_radius = any(decision.radius for decision in plan.decisions)
+    radius = ["radius"] if has_radius else []
+    headers = ("layer", "kind", "action", "operator", *radius, "role", "why")
+    table = Table(*headers, title=Text(plan.model), header_style="bold")
     for decision in plan.decisions:
         _add_row(
             table,
@@ -25,10 +28,16 @@ def plan_table(plan: ConversionPlan) -> Table:
             decision.kind,
             Text(decision.action, COLOURS[decision.action]),
             _operator(decision),
+            *([_radius(decision)] if has_radius else []),
             "" if decision.role == "hidden" else decision.role,
             decision.reason,
         )
     return table
+
+
+def _radius(decision: Decision) -> str:
+    learned = " learned" if decision.learn_radius else ""
+    return f"{decision.radius:g}{learned}" if decision.radius else ""
 
 
 def print_plan(out: Console, plan: ConversionPlan) -> None:

@@ -44,8 +44,10 @@ class CausalityWitness:
         elif id(args[0]) in self._excess and getattr(func, "__name__", "") in ("__getitem__", "narrow"):
             weight, excess = self._excess[id(args[0])]
             lost = [a - b for a, b in zip(args[0].shape[2:], result.shape[2:], strict=False)]
-            if result.dim() == args[0].dim() and any(e and cut >= e for e, cut in zip(excess, lost, strict=True)):
-                self.causal[weight] = "the end of its output is cut off"
+            if result.dim() == args[0].dim():
+                starts = _starts(func.__name__, args, kwargs)[2:]
+                if any(e and cut >= e and start == 0 for e, cut, start in zip(excess, lost, starts, strict=True)):
+                    self.causal[weight] = "the end of its output is cut off"
 
     def note_convolution(self, weight: str, call: Arguments, result: Any) -> None:
         """Note a convolution's padding, and its place among the calls of one layer."""
@@ -70,3 +72,19 @@ class CausalityWitness:
     def _remember(self, table: dict[int, Any], tensor: Any, value: Any) -> None:
         table[id(tensor)] = value
         self._alive.append(tensor)
+
+
+def _starts(name: str, args: tuple, kwargs: dict[str, Any]) -> list[int]:
+    """The first index on each axis of a tensor from which `narrow` or an index takes a part of as many axes."""
+    dim = args[0].dim()
+    starts = [0] * dim
+    if name == "narrow":
+        given = dict(zip(("dim", "start"), args[1:], strict=False)) | kwargs
+        starts[given["dim"]] = given["start"]
+        return starts
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    place = next((i for i, one in enumerate(index) if one is Ellipsis), len(index))
+    before, after = index[:place], index[place + 1 :]
+    for axis, one in [*enumerate(before), *((dim - len(after) + i, one) for i, one in enumerate(after))]:
+        starts[axis] = (one.start or 0) if isinstance(one, slice) else 0
+    return starts

@@ -73,7 +73,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     _add_angular_calls(table, model)
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
-    sites = [*table.sites, *table.extra.values()]
+    sites = _with_pointwise_among_causal([*table.sites, *table.extra.values()])
     if "" in facts.untraced:
         guess = seen.error or not (seen.outputs or seen.ends)
         sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
@@ -145,6 +145,20 @@ def _causal_sign(names: tuple[str, ...], module: nn.Module, model: nn.Module, se
     around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents) + 1)]
     causal = next((type(one).__name__ for one in around if "causal" in type(one).__name__.lower()), "")
     return f"it lies in a {causal}" if causal else ""
+
+
+def _with_pointwise_among_causal(sites: list[Site]) -> list[Site]:
+    """The sites, with the convolutions marked that see one position at a time in a network of causal ones.
+
+    Such a convolution is causal by itself, and a pool over all its positions would make the network look ahead.
+    """
+    kinds = {site.kind for site in sites if site.causal}
+    return [
+        replace(site, causal="it sees one position, among causal convolutions")
+        if site.kind in kinds and not site.causal and 1 in site.shape[2:]
+        else site
+        for site in sites
+    ]
 
 
 def _only_reads(norm: str, model: nn.Module) -> bool:

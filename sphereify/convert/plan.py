@@ -123,9 +123,12 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
+        radii = [f"ρ={d.radius:g}" if d.radius else "" for d in self.decisions]
+        room = max(map(len, radii), default=0)
+        room += room > 0
         lines = [
-            f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {d.reason}".rstrip()
-            for d in self.decisions
+            f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {radius:<{room}}{d.reason}".rstrip()
+            for d, radius in zip(self.decisions, radii, strict=True)
         ]
         return "\n".join([f"{self.model}: {self.summary()}", *lines, *self.notes])
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 EXCLUDED, OVERRIDDEN = "excluded by pattern", "an override keeps it"
+CAUSAL = "no radius: causal"
 
 HEAD_REASONS = {
     "w-softmax": "classifier: logits ‖x‖·g(θ)",
@@ -108,7 +109,7 @@ class _Planner:
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         self._check_radius(decisions)
-        return ConversionPlan(class_name(self.model), decisions, self._notes(), self.objects)
+        return ConversionPlan(class_name(self.model), decisions, self._notes(decisions), self.objects)
 
     def _check_radius(self, decisions: list[Decision]) -> None:
         """Make sure that a radius that was asked for is somebody's."""
@@ -122,11 +123,11 @@ class _Planner:
                 matched = [d for d in decisions if self.overrides.match((d.name, *d.aliases)) == pattern]
                 if matched and not any(decision.radius for decision in matched):
                     raise UsageError(
-                        f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name} and whatever "
-                        f"else it matches: no convolution among them is converted"
+                        f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name}: the pattern "
+                        f"matches no convolution that is converted, and nothing else has patches to pool"
                     )
 
-    def _notes(self) -> list[str]:
+    def _notes(self, decisions: list[Decision]) -> list[str]:
         """Remarks on the model as a whole."""
         model = type(self.model).__name__
         notes = [
@@ -137,7 +138,7 @@ class _Planner:
             notes.append(
                 f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
             )
-        return notes
+        return [*notes, *_radius_notes(decisions)]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""
@@ -194,7 +195,7 @@ class _Planner:
         radius, without = self._radius(site, setting)
         return replace(
             decision,
-            reason=f"{reason}; no radius: {without}" if without else reason,
+            reason=f"{reason}; {without}" if without else reason,
             radius=radius,
             learn_radius=self.options.learn_radius and radius > 0,
             rescale=rescale,
@@ -286,9 +287,9 @@ class _Planner:
         """The radius of a site, and the reason why it has none although one was asked for."""
         asked = setting.get("radius", self.options.radius)
         if asked and site.kind == "linear":
-            return 0.0, "a linear map has no patches to pool"
+            return 0.0, "no radius: a linear map has no patches to pool"
         if asked and site.causal and "radius" not in setting:
-            return 0.0, f"causal, {site.causal}"
+            return 0.0, f"{CAUSAL}, {site.causal}"
         return float(asked), ""
 
     def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
@@ -305,6 +306,24 @@ class _Planner:
         if site.norm:
             return False, False, f"{site.norm} rescales"
         return True, False, "no norm follows: SphereNorm rescaling"
+
+
+def _radius_notes(decisions: list[Decision]) -> list[str]:
+    """One line on the converted layers with a radius and those without one, where some have one."""
+    layers = [d for d in decisions if d.action == "convert" and not d.head]
+    if not any(layer.radius for layer in layers):
+        return []
+    without = [layer for layer in layers if not layer.radius]
+    linear = sum(layer.kind == "linear" for layer in without)
+    causal = sum(CAUSAL in layer.reason for layer in without)
+    unasked = len(without) - linear - causal
+    parts = [
+        f"{count(linear, 'linear map')} (no patches to pool)" if linear else "",
+        f"{count(causal, 'causal convolution')} (a pool would look ahead)" if causal else "",
+        f"{count(unasked, 'convolution')} (not asked for)" if unasked else "",
+    ]
+    rest = "; without: " + ", ".join(filter(None, parts)) if without else ""
+    return [f"pooled radius: {count(len(layers) - len(without), 'convolution')}{rest}"]
 
 
 def _cannot_convert(site: Site) -> str | None:

@@ -5,8 +5,7 @@ in a list of the user's own or from a function, refers to the angular layer.
 """
 
 import copy
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,9 +14,10 @@ from torch import nn
 
 from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.copies import copy_of
-from sphereify.convert.names import relative_parameter
+from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
+from sphereify.convert.start import Filters, Statistics, start_beta, statistics_behind, take_over_norm
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
@@ -63,7 +63,9 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     rests = {name: without_norm(norm) for name, norm in norms.items()}
     for decision in swaps:
         if decision.drops_norm and decision.norm:
-            _take_over_norm(twins[decision.name], norms[decision.norm])
+            twin = twins[decision.name]
+            take_over_norm(twin.beta, twin._shift, norms[decision.norm], _filters_of(twin))
+    statistics = {id(norm): (norm, start) for norm, start in _statistics(model, plan, twins, calls)}
     for name in {d.call.owner for d in plan.converted if d.call}:
         _check_class(name, model.get_submodule(name))
     # All parts exist; from here on nothing can fail half-way.
@@ -74,6 +76,8 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     for decision in (d for d in plan.converted if d.call):
         owner, parameter = decision.call.owner, decision.call.parameter  # type: ignore[union-attr]
         answer_call(model.get_submodule(owner), relative_parameter(owner, parameter), calls[decision.name])
+    for norm, start in statistics.values():
+        start.hand_to(norm)
     _leave_fast_paths(model)
     setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
     return model
@@ -154,7 +158,7 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
     twin: AngularLayer = TWINS[decision.kind](plain, **settings)
     twin.output_read_only = decision.output_read_only
     if twin.beta is not None:
-        _start_beta(twin.beta, weight, operator)
+        start_beta(twin.beta, _filters_of(twin))
     twin.train(plain.training)
     return twin
 
@@ -184,29 +188,46 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight
     if call.beta is not None and tuple(filters.shape) == decision.shape:
-        _start_beta(call.beta, filters, operator)
+        start_beta(call.beta, Filters(decision.shape, filters, None, operator, radius=call.radius_value))
     return call
 
 
-def _start_beta(beta: torch.Tensor, weight: torch.Tensor, operator: Any) -> None:
-    """Start β at ‖w‖·√fan_in over the slope of g at π/2, near which most angles lie.
+def _filters_of(twin: Any) -> Filters:
+    radius, groups = getattr(twin, "radius_value", 0.0), getattr(twin, "groups", 1)
+    return Filters(tuple(twin.weight.shape), twin.weight, twin.bias, twin.operator, groups, radius, twin.eps)
 
-    For inputs of unit RMS, ‖x‖ = √fan_in, and β·g(θ) is then nearly the inner product that was there before.
+
+def _filters_of_call(model: nn.Module, decision: Decision, call: AngularCall) -> Filters | None:
+    """The filters of a functional call; None where it is not clear which bias it adds."""
+    assert decision.call is not None
+    weight, bias = None, None
+    if decision.call.parameter:
+        weight = model.get_parameter(decision.call.parameter)
+        weight = weight.t() if decision.call.transposed else weight
+    if decision.call.has_bias:
+        bias = getattr(submodule(model, decision.name), "bias", None)
+        if not isinstance(bias, torch.Tensor) or len(bias) != decision.shape[0]:
+            return None
+    return Filters(decision.shape, weight, bias, call.operator, call.groups, call.radius_value, call.eps)
+
+
+def _statistics(
+    model: nn.Module, plan: ConversionPlan, twins: dict[str, Any], calls: dict[str, AngularCall]
+) -> Iterator[tuple[nn.Module, Statistics]]:
+    """The running statistics that BatchNorms behind converted layers start with.
+
+    A BatchNorm that serves other layers as well, or that is frozen in a model in training, keeps its own.
     """
-    length = weight.detach().float().flatten(1).norm(dim=1) * math.sqrt(weight[0].numel())
-    with torch.no_grad():
-        beta.copy_(length / _slope_at_right_angles(operator, beta))
-
-
-def _slope_at_right_angles(operator: Any, like: torch.Tensor) -> torch.Tensor:
-    """The slope dg/dcos at θ = π/2 for each filter; 1 where an operator of the user's own has none to divide by."""
-    with torch.inference_mode(False), torch.enable_grad():
-        cos = torch.zeros(1, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
-        try:
-            (slope,) = torch.autograd.grad(operator(cos).sum(), cos)
-        except RuntimeError:  # not differentiable, or its parameters were made in inference mode
-            slope = torch.ones_like(cos)
-    return torch.where((slope > 0) & slope.isfinite(), slope, torch.ones_like(slope))[0]
+    for decision in plan.converted:
+        norm = submodule(model, decision.norm)
+        if norm is None or not decision.owns_norm or decision.drops_norm or decision.head:
+            continue
+        part: Any = calls[decision.name] if decision.call else twins[decision.name]
+        filters = _filters_of_call(model, decision, part) if decision.call else _filters_of(part)
+        if filters is not None and norm.training == part.training:
+            start = statistics_behind(norm, filters, part.beta)
+            if start is not None:
+                yield norm, start
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:
@@ -227,20 +248,6 @@ def _check_class(name: str, owner: nn.Module) -> None:
             f"{name or 'the model'}: {type(owner).__name__} allows no subclass, which its angular calls need "
             f"({type(error).__name__}: {first_line(error)}). Keep its calls with {option('exclude')}."
         ) from error
-
-
-def _take_over_norm(twin: nn.Module, norm: nn.Module) -> None:
-    """Start SphereNorm with the scale and shift of the BatchNorm that it replaces.
-
-    For filters of random direction cos θ has the variance 1 / fan_in, so β = scale · √fan_in, over the slope of g at
-    π/2, gives the channel the spread that the normalization gave it.
-    """
-    shift = twin.bias if twin.bias is not None else twin.gamma
-    fan_in = twin.weight[0].numel()  # type: ignore[union-attr, index, operator]
-    slope = _slope_at_right_angles(twin.operator, norm.weight)  # type: ignore[arg-type]
-    with torch.no_grad():
-        twin.beta.copy_(norm.weight.detach() * math.sqrt(fan_in) / slope)  # type: ignore[union-attr, operator]
-        shift.copy_(norm.bias.detach())  # type: ignore[union-attr, operator]
 
 
 def without_norm(norm: nn.Module) -> nn.Module:

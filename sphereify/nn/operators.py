@@ -182,6 +182,15 @@ class AngularOperator(nn.Module):
         """cos θ, channels in dimension 1 where k is per filter -> g(θ)"""
         return self.with_k(cos, self.k)
 
+    def slope_at_right_angles(self) -> float | Tensor:
+        """dg/dcos at θ = π/2, without gradient: a number, or a tensor of the shape of k where k is learned."""
+        k = self.k.detach().float() if isinstance(self.k, Tensor) else self.k
+        g = torch.zeros_like(k) if isinstance(k, Tensor) else torch.zeros((), device="cpu")
+        by_cos = CURVES[self.name].slope(g, k, SIN_FLOOR[g.dtype]).by_cos
+        if by_cos is None:
+            return 1.0
+        return by_cos if isinstance(k, Tensor) else float(by_cos)
+
     def with_k(self, cos: Tensor, k: float | Tensor | None) -> Tensor:
         """`forward` for a subset of channels, given their k."""
         return _Apply.apply(cos, broadcast_k(k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]

@@ -66,6 +66,19 @@ def test_the_table_names_every_layer_with_its_reason(run):
     assert out.splitlines()[-1] == plan.summary()
 
 
+def test_the_table_has_a_radius_only_where_a_layer_has_one(run, small):
+    def columns(*given):
+        _, out, _ = run("inspect", "any", *given)
+        return [re.split(r"\s*[│┃]\s*", line) for line in out.splitlines() if re.search("[│┃]", line)]
+
+    assert "radius" not in columns()[0]
+    header, *rows = columns("--override", "b=radius:2")
+    place = header.index("radius")
+    assert {row[1]: row[place] for row in rows} == {"a": "", "b": "2", "fc": ""}
+    header, *rows = columns("--radius", "1.5", "--learn-radius")
+    assert {row[1]: row[header.index("radius")] for row in rows} == {"a": "1.5 learned", "b": "1.5 learned", "fc": ""}
+
+
 def test_brackets_in_the_name_of_a_layer_are_printed(run, own):
     code, out, err = run("inspect", f"{own}:in_brackets")
     assert (code, err) == (0, "")
@@ -91,7 +104,8 @@ OPTIONS = {
     "rescale": (["--rescale", "always"], {"rescale": "always"}),
     "norm": (["--norm", "replace"], {"norm": "replace"}),
     "radius": (["--radius", "2"], {"radius": 2.0}),
-    "learn_radius": (["--radius", "1.5", "--learn-radius"], {"radius": 1.5, "learn_radius": True}),
+    "learn_radius": (["--radius", "2", "--learn-radius"], {"radius": 2.0, "learn_radius": True}),
+    "overrides with a radius": (["--override", "b=radius:2"], {"overrides": {"b": {"radius": 2.0}}}),
     "eps": (["--eps", "0.01"], {"eps": 0.01}),
     "include": (["--include", "a"], {"include": "a"}),
     "include twice": (["--include", "a", "--include", "re:[b]"], {"include": ["a", "re:[b]"]}),
@@ -395,6 +409,13 @@ WRONG_OPTIONS = {
     "k not finite": (["--operator", "sigmoid", "--k", "nan"], "k: got nan, expected a positive finite number"),
     "k where there is none": (["--k", "0.3"], "--k: got 0.3 for the cosine operator, which has none. Leave it out or"),
     "k not a number": (["--k", "large"], "Invalid value for '--k'"),
+    "negative radius": (["--radius", "-1"], "--radius: got -1.0, expected a number of at least 0"),
+    "radius not finite": (["--radius", "nan"], "--radius: got nan, expected a number of at least 0"),
+    "radius not a number": (["--radius", "wide"], "Invalid value for '--radius'"),
+    "learned radius without a start": (["--learn-radius"], "--learn-radius: ρ starts from --radius, whose gradient is "
+                                       "0 at 0; give it a start, such as --radius 1.0"),
+    "radius of no convolution": (["--radius", "2", "--include", "fc"], "--radius 2.0: has no effect, since no "),
+    "radius of a linear map": (["--override", "fc=radius:2"], "--override['fc']: radius has no effect on fc: the pattern"),
     "margin below 1": (["--margin", "0.5"], "--margin: got 0.5, expected a number of at least 1"),
     "scale of 0": (["--scale", "0"], "--scale: got 0.0, expected a number above 0"),
     "scale where there is none": (["--scale", "3"], "--scale: has no effect on --head auto; it belongs to s-softmax"),

@@ -106,7 +106,8 @@ def test_every_name_and_value_of_the_original_state_is_in_the_result(model):
     before, _ = snapshot(model)
     state = sphereify(model).state_dict()
     assert set(before) <= set(state)
-    assert all(torch.equal(before[name], state[name]) for name in before)
+    # A BatchNorm behind an angular layer starts with the statistics of angles; tests/convert/test_start.py.
+    assert all(torch.equal(before[name], state[name]) for name in before if ".running_" not in f".{name}")
     # What came new belongs to the angular layers.
     assert {name.split(".")[-1] for name in set(state) - set(before)} <= {"beta", "gamma", "p"}
 
@@ -173,7 +174,7 @@ def test_a_plan_fits_another_model_of_the_same_architecture_and_leaves_its_weigh
     other = plain()
     before, _ = snapshot(other)
     state = apply_plan(other, plan).state_dict()
-    assert all(torch.equal(before[name], state[name]) for name in before)
+    assert all(torch.equal(before[name], state[name]) for name in before if ".running_" not in f".{name}")
 
 
 @pytest.mark.parametrize(
