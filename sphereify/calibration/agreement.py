@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LADDER = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Radii among which bisection looks for the smallest one that is enough."""
+POSITIONS = 16_384
+"""Positions that a layer is fitted to: a quarter of the usual number agrees as much, in less than half the time."""
 EQUAL_FIT = 0.005
 """Difference of R² below which a layer is fitted equally well."""
 
@@ -351,7 +353,9 @@ class RadiusSearch:
 
     def _tried(self, radii: dict[str, float]) -> tuple[Trial, nn.Module, Calibration]:
         network = apply_plan(self._model, self._plan_with(radii))
-        calibration = calibrate(network, self._model, self._fit, seed=self._seed, on_layer=self._on_layer)
+        calibration = calibrate(
+            network, self._model, self._fit, seed=self._seed, positions=POSITIONS, on_layer=self._on_layer
+        )
         contrast = self._held_out.contrast_agreement(network) if self._held_out.has_classes else math.nan
         trial = Trial(radii, self._held_out.agreement(network), contrast, calibration.r2)
         self.trials.append(trial)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from sphereify.calibration.agreement import RadiusSearch, Trial, plan_with_radius
+from sphereify.calibration.agreement import POSITIONS, RadiusSearch, Trial, plan_with_radius
 from sphereify.calibration.batches import Arguments, checked_batches
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
@@ -129,7 +129,7 @@ def suggest(
                 _, networks[0], calibration = search.best
             else:
                 networks[number] = apply_plan(model, plan_conversion(model, example_inputs=example_inputs, **given))
-                calibration = calibrate(networks[number], model, division.fit)
+                calibration = calibrate(networks[number], model, division.fit, positions=POSITIONS)
             if not layers:
                 layers.extend(calibration.worst())
             trials[number] = held_out.agreement(networks[number])

@@ -311,6 +311,18 @@ def test_convert_calibrates_and_prints_how_well_each_layer_did(run, own):
     assert not torch.equal(calibrated[0].weight, original[0].weight)
 
 
+def test_convert_chooses_a_radius_and_prints_what_was_tried(run, own):
+    code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 64,
+                         "--agreement", 0.2, "-o", "agreed")  # fmt: skip
+    assert code == 0, err
+    assert "same class at low contrast" in out
+    assert "ρ = 0: " in out
+    assert "of 8 held-out inputs get the original's class" in out
+    assert "ρ = 1: " in err  # as it went
+    notes = json.loads(Path("agreed/conversion.json").read_text())["plan"]["notes"]
+    assert any("radius chosen by agreement: ρ = 0" in note for note in notes)
+
+
 def test_json_stays_alone_on_the_output_with_a_calibration(run, own):
     code, out, _ = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 50, "--json")
     assert code == 0
@@ -360,6 +372,17 @@ def test_a_folder_of_images_without_classes_calibrates_and_only_its_training_par
     [
         (2, ["--calibration-images", "5"], "--calibration-images: has no effect without --calibrate"),
         (2, ["--calibrate-steps", "5"], "--calibrate-steps: has no effect without --calibrate"),
+        (2, ["--agreement", "0.9"], "--agreement: has no effect without --calibrate"),
+        (
+            2,
+            ["--calibrate", "digits", "--agreement", "1"],
+            "--agreement: got 1.0, expected a number above 0 and below 1",
+        ),
+        (
+            2,
+            ["--calibrate", "digits", "--agreement", "0.9", "--radius", "2"],
+            "--radius 2.0: --agreement chooses the radius; give one of the two",
+        ),
         (2, ["--calibrate", ""], "empty name"),
         (2, ["--calibrate", "digits", "--img-size", "0"], "--img-size: got 0"),
         (2, ["--calibrate", "digits", "--calibrate-steps", "-1"], "--calibrate-steps: got -1"),
