@@ -37,6 +37,7 @@ class Suggestion:
         given: the conversion options that were passed to `suggest`.
         radius: the smallest radius that is enough, else the best one; None if there was none to choose.
         radii: the trials of the search for it.
+        pooled: the names of the convolutions that have a radius with all layers converted.
 
     The agreement is the share of held-out inputs to which both networks give one class; for outputs that are no class
     scores, the share of their variance that the converted network explains.
@@ -50,6 +51,7 @@ class Suggestion:
     given: ConversionKeywords = field(default_factory=lambda: ConversionKeywords())
     radius: float | None = None
     radii: list[Trial] = field(default_factory=list)
+    pooled: list[str] = field(default_factory=list)
 
     @property
     def reached(self) -> bool:
@@ -67,7 +69,7 @@ class Suggestion:
     @property
     def options(self) -> ConversionKeywords:
         """Conversion options that keep the suggested layers: `sphereify(model, **suggestion.options)`."""
-        return _options(self.exclude, self.radius, self.given)
+        return _options(self.exclude, self.radius, self.given, self.pooled)
 
 
 def _overrides(exclude: list[str], given: ConversionKeywords) -> dict[str, Any]:
@@ -75,8 +77,14 @@ def _overrides(exclude: list[str], given: ConversionKeywords) -> dict[str, Any]:
     return {**dict.fromkeys(exclude, "keep"), **{p: v for p, v in settings.items() if p not in exclude}}
 
 
-def _options(exclude: list[str], radius: float | None, given: ConversionKeywords) -> ConversionKeywords:
-    chosen = {} if radius is None else {"radius": radius} if radius else {"learn_radius": False}
+def _options(
+    exclude: list[str], radius: float | None, given: ConversionKeywords, pooled: list[str]
+) -> ConversionKeywords:
+    chosen: dict[str, Any] = {}
+    if pooled and {pattern_of(name) for name in pooled} <= set(exclude):
+        chosen = {"radius": 0.0, "learn_radius": False}  # a radius that no layer takes would be refused
+    elif radius is not None:
+        chosen = {"radius": radius} if radius else {"learn_radius": False}
     kept = {"overrides": _overrides(exclude, given)} if exclude else {}
     return cast(ConversionKeywords, {**given, **chosen, **kept})
 
@@ -121,10 +129,11 @@ def suggest(
     trials: dict[int, float] = {}
     layers: list[LayerFit] = []
     networks: dict[int, nn.Module] = {}
+    pooled: list[str] = []
 
     def agreement_without(number: int) -> float:
         if number not in trials:
-            given = _options([pattern_of(layer.name) for layer in layers[:number]], radius, options)
+            given = _options([pattern_of(layer.name) for layer in layers[:number]], radius, options, pooled)
             if number == 0 and search is not None:
                 _, networks[0], calibration = search.best
             else:
@@ -132,6 +141,7 @@ def suggest(
                 calibration = calibrate(networks[number], model, division.fit, positions=POSITIONS)
             if not layers:
                 layers.extend(calibration.worst())
+                pooled.extend(d.name for d in networks[number].conversion_plan.converted if d.radius)  # type: ignore[union-attr]
             trials[number] = held_out.agreement(networks[number])
             on_trial(number, trials[number])
         return trials[number]
@@ -153,6 +163,7 @@ def suggest(
         options,
         radius,
         search.trials if search is not None else [],
+        pooled,
     )
 
 

@@ -26,13 +26,15 @@ def test_suggestions_exclude_the_least_explained_layers_until_the_networks_agree
 
 
 @pytest.mark.parametrize("overrides", [{"*": {"operator": "linear"}}, {"a": {"k": 0.4}, "b": {"operator": "linear"}}])
-def test_the_suggested_options_keep_the_layers_in_spite_of_the_overrides_that_were_given(overrides):
+def test_the_suggested_options_keep_the_layers_in_spite_of_the_overrides_that_were_given(overrides, monkeypatch):
+    monkeypatch.setattr("sphereify.calibration.agreement.LADDER", (0.1,))  # not enough
     torch.manual_seed(7)
     original = trained_statistics(Residual())
     x = smooth_images(256)
     suggestion = suggest(original, x.split(32), loss=0.001, operator="sigmoid", overrides=overrides)
     assert suggestion.exclude
-    assert suggestion.options["radius"] == suggestion.radius > 0
+    assert suggestion.radius == 0.1
+    assert suggestion.options["radius"] == 0.0  # each convolution that could take it is kept
     assert list(suggestion.options["overrides"])[: len(suggestion.exclude)] == suggestion.exclude
     plan = plan_conversion(original, **suggestion.options)
     assert {d.name for d in plan.decisions if d.action == "keep"} == set(suggestion.exclude)
@@ -42,8 +44,9 @@ def test_the_suggested_options_keep_the_layers_in_spite_of_the_overrides_that_we
     assert float(agreed) == pytest.approx(suggestion.agreement)
 
 
-def test_nothing_to_exclude_leaves_the_options_as_they_were_given():
+def test_nothing_to_exclude_leaves_the_options_as_they_were_given(monkeypatch):
     torch.manual_seed(7)
+    monkeypatch.setattr("sphereify.calibration.agreement.LADDER", (0.0, 1.0))
     suggestion = suggest(trained_statistics(Residual()), smooth_images(64).split(8), loss=0.9, exclude="stem")
     assert suggestion.reached
     assert suggestion.exclude == []
@@ -57,6 +60,7 @@ def test_a_radius_that_is_enough_leaves_nothing_to_exclude(monkeypatch):
     monkeypatch.setattr(
         "sphereify.calibration.held_out.HeldOut.agreement", lambda self, model: 0.5 + 0.5 * (model.stem.radius >= 2)
     )
+    monkeypatch.setattr("sphereify.calibration.agreement.LADDER", (0.0, 2.0))
     suggestion = suggest(original, smooth_images(64).split(8), loss=0.02)
     assert suggestion.exclude == []
     assert suggestion.radius == 2
