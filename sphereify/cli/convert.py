@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and n
 @with_options()
 def convert(
     model: Model,
-    conversion: ConversionOptions,
+    conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions)],
     source: SourceOptions,
     calibration: CalibrationOptions,
     output: Annotated[
@@ -35,7 +35,10 @@ def convert(
     json: Json = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
-    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(conversion.operator))}")
+    # Where an agreement chooses the radius, a learned one has no start before.
+    learned = conversion["learn_radius"] and calibration.agreement is None
+    options = ConversionOptions(**{**conversion, "learn_radius": learned})
+    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(options.operator))}")
     check_folder(folder, force)
 
     from sphereify.artifact import save
@@ -52,7 +55,7 @@ def convert(
         choice = _choose_radius(network, batches, calibration, conversion)
         converted, result = choice.network, choice.calibration
     else:
-        converted = sphereify(network, inplace=batches is None, **conversion.keywords())
+        converted = sphereify(network, inplace=batches is None, **options.keywords())
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration.steps)
     save(converted, folder)
@@ -154,7 +157,7 @@ def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> "Cali
 
 
 def _choose_radius(
-    original: Any, batches: Any, calibration: CalibrationOptions, conversion: ConversionOptions
+    original: Any, batches: Any, calibration: CalibrationOptions, conversion: dict[str, Any]
 ) -> "RadiusChoice":
     """Choose a radius, with a bar and a line for each trial, on the GPU where there is one."""
     from sphereify.calibration.agreement import choose_radius
@@ -170,7 +173,7 @@ def _choose_radius(
             on_trial=progress.trial,
             on_layer=progress.layer,
             on_step=progress.step,
-            **conversion.keywords(),
+            **conversion,
         )
 
 

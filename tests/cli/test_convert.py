@@ -313,7 +313,7 @@ def test_convert_calibrates_and_prints_how_well_each_layer_did(run, own):
 
 def test_convert_chooses_a_radius_and_prints_what_was_tried(run, own):
     code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 64,
-                         "--agreement", 0.2, "-o", "agreed")  # fmt: skip
+                         "--agreement", 0.2, "--learn-radius", "-o", "agreed")  # fmt: skip
     assert code == 0, err
     assert "same class at low contrast" in out
     assert "ρ = 0: " in out
