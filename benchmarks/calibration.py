@@ -1,66 +1,175 @@
 """How much a converted network keeps of a trained one: without training, with steps, and in the first iterations.
 
-    python benchmarks/plain_networks.py --data CIFAR10 --output data/plain        # trains the networks, once
-    python benchmarks/calibration.py --data CIFAR10 --plain data/plain            # the tables
+    python benchmarks/plain_networks.py --data CIFAR10 --output data/plain        # the networks, once
+    python benchmarks/calibration.py --data CIFAR10 --plain data/plain            # the table, resumable, hours
+    python benchmarks/calibration.py --data CIFAR10 --networks resnet20 --test-images 2000 --strengths 3
     python benchmarks/calibration.py --data CIFAR10 --plain data/plain --finetune --networks resnet20
     python benchmarks/calibration.py --resnet18                                   # time and memory at 224 pixels
 
-Calibration images are training images; accuracies are of the test images. Seconds in the tables are those of the
-processor, all cores together, which other work on the machine changes little.
+Calibration images are training images without their labels; accuracies are of test images. Each network and operator
+has a row for a radius of 0, one for the radius that an agreement of 0.98 chooses, and one for this with some steps.
+The rival is the original behind a standardisation of each image: its standard deviation becomes that of the training
+images, its mean stays. Seconds are those of the processor, all cores together, which other work on the machine changes
+little. Finished rows are kept in a JSON file and are not computed again.
 """
 
 import argparse
 import copy
+import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
-from torch import nn
+from torch import Tensor, nn
 
 from sphereify import calibrate, param_groups, sphereify
+from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.distillation import distill
+from sphereify.training.corruptions import CORRUPTIONS, corrupt
+
+OPERATORS = ("cosine", "linear", "sigmoid", "learnable-sigmoid")
+HARD_CONTRAST = 3
+"""The strength of the corruption that leaves a fifth of the contrast."""
+Row = dict[str, Any]
 
 
-def statistics_only(network: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Take the BatchNorm statistics of the inputs, and change nothing else."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    with torch.no_grad():
-        for batch in batches:
-            network(batch)
-    network.eval()
+class Standardised(nn.Module):
+    """A network behind a standardisation of each image: of a given standard deviation, around its own mean."""
+
+    def __init__(self, network: nn.Module, deviation: float):
+        super().__init__()
+        self.network = network
+        self.deviation = deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((1, 2, 3), keepdim=True)
+        spread = (x - mean).square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-3)
+        return self.network(mean + (x - mean) * (self.deviation / spread))
 
 
-def table(
-    name: str, network: nn.Module, images: Images, batches: list[torch.Tensor], options: argparse.Namespace
-) -> None:
-    original = accuracy(network, images)
-    print(f"\n{name}: original {original:.2%}, {sum(map(len, batches))} calibration images")
-    print("| operator | copied | statistics | least squares | + steps | share kept | CPU seconds |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for operator in options.operators:
-        copied = sphereify(network, operator=operator)
-        plain = accuracy(copied, images)
-        statistics_only(copied, batches)
-        renewed = accuracy(copied, images)
+class Benchmark:
+    """The rows of the table, computed once and kept in a file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.rows: dict[str, Row] = json.loads(options.results.read_text()) if options.results.exists() else {}
+
+    def run(self, name: str, network: nn.Module, images: Images, batches: list[Tensor]) -> None:
+        """All rows of a network."""
+        tests = Tests(images, self.options)
+        deviation = float(torch.cat(batches).std((1, 2, 3)).mean())
+        self.row(f"{name} original", lambda: tests.of(network))
+        self.row(f"{name} rival", lambda: tests.of(Standardised(network, deviation)))
+        for operator in self.options.operators:
+            self.row(f"{name} {operator} ρ=0", lambda op=operator: self.calibrated(network, batches, op, tests))
+            chosen = f"{name} {operator} ρ chosen"
+            self.row(chosen, lambda op=operator, key=chosen: self.chosen(network, batches, op, tests, key))
+            self.row(
+                f"{name} {operator} + {self.options.steps} steps",
+                lambda op=operator, key=chosen: self.stepped(network, batches, op, tests, key),
+            )
+
+    def row(self, key: str, compute: Callable[[], Row]) -> None:
+        """Compute a row unless it is there already."""
+        if key not in self.rows:
+            self.rows[key] = compute()
+            self.options.results.parent.mkdir(parents=True, exist_ok=True)
+            self.options.results.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False))
+            print(key, {k: v for k, v in self.rows[key].items() if k != "trials"}, flush=True)
+
+    def calibrated(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests") -> Row:
+        """A radius of 0."""
         converted = sphereify(network, operator=operator)
         began = time.process_time()
-        calibrate(converted, network, batches)
-        first = time.process_time() - began
-        solved = accuracy(converted, images)
+        calibration = calibrate(converted, network, batches)
+        seconds = time.process_time() - began
+        return {**tests.of(converted), "seconds": seconds, "r2": mean(calibration.r2)}
+
+    def chosen(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests", key: str) -> Row:
+        """The radius that agreement chooses."""
         began = time.process_time()
-        distill(converted, network, batches, steps=options.steps)
-        second = first + time.process_time() - began
-        stepped = accuracy(converted, images)
-        print(f"| {operator} | {plain:.2%} | {renewed:.2%} | {solved:.2%} | {stepped:.2%} | "
-              f"{solved / original:.1%}, {stepped / original:.1%} | {first:.0f}, {second:.0f} |",
-              flush=True)  # fmt: skip
+        choice = choose_radius(network, batches, agreement=self.options.agreement, operator=operator)
+        seconds = time.process_time() - began
+        torch.save((choice.options, choice.network.state_dict()), self.file(key))
+        return {
+            **tests.of(choice.network),
+            "seconds": seconds,
+            "radius": choice.radius,
+            "own radii": not choice.chosen.is_uniform,
+            "agreement": choice.agreement,
+            "r2": mean(choice.calibration.r2),
+            "trials": [(t.described, t.agreement, t.contrast, mean(t.r2)) for t in choice.trials],
+        }
+
+    def stepped(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests", key: str) -> Row:
+        """The network of the chosen radius after optimizer steps."""
+        chosen, state = torch.load(self.file(key), weights_only=False)
+        converted = sphereify(network, **chosen)
+        converted.load_state_dict(state)
+        began = time.process_time()
+        distill(converted, network, batches, steps=self.options.steps)
+        seconds = self.rows[key]["seconds"] + time.process_time() - began
+        return {**tests.of(converted), "seconds": seconds, "radius": self.rows[key]["radius"]}
+
+    def file(self, key: str) -> Path:
+        return self.options.results.with_name(f"{self.options.results.stem}-{key.replace(' ', '-')}.pt")
+
+    def print(self) -> None:
+        """The table of all rows so far; shares in brackets are of the original's accuracy on clean images."""
+        names = list(CORRUPTIONS)
+        print(
+            f"\n| network | ρ | clean | contrast .2 | mean of {len(names)} | {' | '.join(names)} | agreement | CPU s |"
+        )
+        print("|---" * (7 + len(names)) + "|")
+        for key, row in self.rows.items():
+            original = self.rows[f"{key.split()[0]} original"]["clean"]
+            share = "" if key.endswith("original") else f" ({row['clean'] / original:.1%})"
+            radius = f"{row['radius']:.3g}" + ("*" if row.get("own radii") else "") if "radius" in row else ""
+            numbers = [f"{row[name]:.1%}" for name in ("contrast .2", "mean", *names)]
+            agreement = f"{row['agreement']:.1%}" if "agreement" in row else ""
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+            print(f"| {key} | {radius} | {row['clean']:.2%}{share} | {' | '.join(numbers)} | {agreement} | {seconds} |")
+        print("* the largest of the radii of the layers' own")
+
+
+class Tests:
+    """Clean and corrupted test images, the same ones for each network."""
+
+    def __init__(self, images: Images, options: argparse.Namespace):
+        order = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(1))
+        clean, few = order[: options.clean_images], order[: options.test_images]
+        self.clean = images.test[clean], images.test_classes[clean]
+        pixels, self.classes = (images.test[few] + 1) / 2, images.test_classes[few]
+        strengths = {(name, strength) for name in CORRUPTIONS for strength in options.strengths}
+        self.strengths = options.strengths
+        self.corrupted = {
+            (name, strength): corrupt(pixels, name, strength) * 2 - 1
+            for name, strength in sorted({*strengths, ("contrast", HARD_CONTRAST)})
+        }
+
+    def of(self, network: nn.Module) -> Row:
+        """Accuracies: of clean images, at a fifth of the contrast, of each corruption, and their mean."""
+        shares = {k: accuracy(network, _images(x, self.classes)) for k, x in self.corrupted.items()}
+        rows = {name: mean({s: shares[name, s] for s in self.strengths}) for name in CORRUPTIONS}
+        return {
+            "clean": accuracy(network, _images(*self.clean)),
+            "contrast .2": shares["contrast", HARD_CONTRAST],
+            **rows,
+            "mean": mean(rows),
+        }
+
+
+def _images(x: Tensor, classes: Tensor) -> Images:
+    return Images(x[:0], classes[:0], x, classes)
+
+
+def mean(values: dict[Any, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def finetuning(network: nn.Module, images: Images, batches: list[torch.Tensor], options: argparse.Namespace) -> None:
@@ -101,11 +210,18 @@ def resnet18(images: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
+    parser.add_argument(
+        "--data", type=Path, help="folder of CIFAR-10, or a file of its images as torch.save wrote them"
+    )
     parser.add_argument("--plain", type=Path, default=Path("data/plain"))
+    parser.add_argument("--results", type=Path, default=Path("data/calibration.json"), help="finished rows")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--operators", nargs="+", default=["cosine", "linear", "sigmoid"])
-    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--images", type=int, default=2048, help="for calibration")
+    parser.add_argument("--clean-images", type=int, default=None, help="test images without corruption; default: all")
+    parser.add_argument("--test-images", type=int, default=None, help="test images to corrupt; default: all")
+    parser.add_argument("--strengths", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of the corruptions")
+    parser.add_argument("--agreement", type=float, default=0.98)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--iterations", nargs="+", type=int, default=[50, 100, 200, 390])
@@ -116,17 +232,29 @@ def main() -> None:
     if options.resnet18:
         resnet18(min(options.images, 512))
         return
+    benchmark = Benchmark(options)
     for name in options.networks:
-        images = digits() if name == "vit" else cifar(options.data)
+        images = digits() if name == "vit" else cifar10(options.data)
         network = NETWORKS[name]()
         network.load_state_dict(torch.load(options.plain / f"{name}.pt"))
         network.eval()
         drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
-        batches = list(images.train[drawn].split(128))
+        batches = list(images.train[drawn].split(64))
         if options.finetune:
             finetuning(network, images, batches, options)
         else:
-            table(name, network, images, batches, options)
+            benchmark.run(name, network, images, batches)
+    if not options.finetune:
+        benchmark.print()
+
+
+def cifar10(path: Path) -> Images:
+    """The images of a folder, or of a file that holds them as pixels from 0 to 255."""
+    if path.is_dir():
+        return cifar(path)
+    stored = torch.load(path)
+    train, test = (stored[part].float().div_(127.5).sub_(1) for part in ("train", "test"))
+    return Images(train, stored["train_classes"], test, stored["test_classes"])
 
 
 if __name__ == "__main__":

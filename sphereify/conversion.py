@@ -1,11 +1,13 @@
 """The whole path in one function: plan, apply, calibrate."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.distillation import check_steps
 from sphereify.calibration.least_squares import calibrate
@@ -13,7 +15,7 @@ from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
-from sphereify.errors import UsageError, option
+from sphereify.errors import SphereifyWarning, UsageError, option
 from sphereify.options import with_keywords_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def sphereify(
     *,
     calibration: Iterable[Any] | None = None,
     calibration_steps: int = 0,
+    agreement: float | None = None,
     example_inputs: Inputs = None,
     inplace: bool = False,
     **options: "Unpack[ConversionKeywords]",
@@ -39,6 +42,9 @@ def sphereify(
             `model` knows; see `sphereify.calibrate`, which also returns how well each layer did.
         calibration_steps: number of optimizer steps towards the original's outputs on these batches afterwards, without
             labels.
+        agreement: with `calibration`, a share in (0, 1): the smallest radius is chosen whose network gives this share
+            of inputs that were held out the original's class. Where none does, it is the one that agrees best, with a
+            warning. `sphereify.calibration.agreement.choose_radius` also returns what was tried and how well it did.
         example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: two images of the
             size in the model's `pretrained_cfg`.
         inplace: change `model` itself.
@@ -59,10 +65,36 @@ def sphereify(
             f"{option('calibration_steps')}: has no effect without {option('calibration')}, which brings the inputs"
         )
     check_steps(calibration_steps, "calibration_steps")
+    if agreement is not None:
+        if calibration is None:
+            raise UsageError(
+                f"{option('agreement')}: has no effect without {option('calibration')}, which brings the inputs"
+            )
+        return _converted_to_agree(model, calibration, calibration_steps, agreement, example_inputs, inplace, options)
     plan = plan_conversion(model, example_inputs=example_inputs, **options)
     batches = checked_batches(calibration) if calibration is not None else None  # refused before anything is changed
     original = copy.deepcopy(model) if batches is not None and inplace else model
     converted = apply_plan(model, plan, inplace=inplace)
     if batches is not None:
         calibrate(converted, original, batches, steps=calibration_steps)
+    return converted
+
+
+def _converted_to_agree(
+    model: nn.Module,
+    batches: Iterable[Any],
+    steps: int,
+    agreement: float,
+    example_inputs: Inputs,
+    inplace: bool,
+    options: ConversionKeywords,
+) -> nn.Module:
+    """The network with the smallest radius that agrees with the original; a warning if it does so less than asked."""
+    choice = choose_radius(model, batches, agreement=agreement, steps=steps, example_inputs=example_inputs, **options)
+    if not choice.reached:
+        warnings.warn(SphereifyWarning(choice.summary()), stacklevel=3)
+    if not inplace:
+        return choice.network
+    converted = apply_plan(model, choice.plan, inplace=True)
+    converted.load_state_dict(choice.network.state_dict())
     return converted

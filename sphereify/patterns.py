@@ -67,3 +67,8 @@ class Patterns:
             return re.compile(pattern[3:])
         except re.error as error:
             raise UsageError(f"{option(self.name)}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def pattern_of(name: str) -> str:
+    """A pattern for one layer: its name, or a regular expression where the name would be read as a glob."""
+    return f"re:{re.escape(name)}" if set(name) & set("*?[]") else name

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sphereify.terminal import console, is_first_process
 
 if TYPE_CHECKING:
+    from sphereify.calibration.agreement import Trial
     from sphereify.training import Epoch, Step
 
 
@@ -78,10 +79,14 @@ class ImagesProgress:
 class CalibrationProgress:
     """A bar over the layers of a calibration, and one over its optimizer steps if it makes any.
 
-    Its methods `layer` and `step` are callbacks of `calibrate`.
+    Its methods `layer` and `step` are callbacks of `calibrate`, these and `trial` of `choose_radius`.
+
+    Args:
+        layers: number of layers; None to learn it from the first trial.
+        steps: number of optimizer steps.
     """
 
-    def __init__(self, layers: int, steps: int):
+    def __init__(self, layers: int | None, steps: int):
         screen = console(stderr=True)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
@@ -98,6 +103,11 @@ class CalibrationProgress:
     def layer(self, name: str, explained: float) -> None:
         """Move the bar past a layer."""
         self.bar.update(self.layers, advance=1, description=f"calibrating {name}")
+
+    def trial(self, trial: "Trial") -> None:
+        """Print what a trial gave, and begin another one."""
+        self.bar.console.print(f"{trial.described}: {trial.agreement:.1%} agreement with the original", markup=False)
+        self.bar.update(self.layers, completed=0, total=len(trial.r2))
 
     def step(self, step: int, loss: float) -> None:
         """Move the bar to an optimizer step."""

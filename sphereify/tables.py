@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sphereify.calibration.agreement import RadiusChoice, Trial
+from sphereify.calibration.held_out import LOW_CONTRAST
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
@@ -84,8 +86,43 @@ def print_calibration(out: Console, calibration: Calibration) -> None:
     out.print(calibration.summary(), style="bold", markup=False)
 
 
+def print_radius_choice(out: Console, choice: RadiusChoice) -> None:
+    """Print the trials of radii, the radii of layers that have their own, and how far the chosen network agrees."""
+    out.print(_trials_table(choice.trials))
+    if not choice.chosen.is_uniform:
+        table = Table("layer", "ρ", "calibrated", title="radii of the layers' own", header_style="bold")
+        for name, radius in choice.chosen.radii.items():
+            _add_row(table, name, f"{radius:.3g}", _share(choice.chosen.r2[name]) if name in choice.chosen.r2 else "")
+        out.print(table)
+    fit, _, _ = choice.inputs
+    out.print(
+        f"{choice.summary()}; {choice.contrast:.1%} keep their class at {LOW_CONTRAST:g} of their contrast",
+        style="bold" if choice.reached else "yellow",
+        markup=False,
+    )
+    if not choice.reached:
+        out.print(
+            f"what may help: more images than the {fit} that the layers were fitted to (--calibration-images), "
+            f"--calibrate-steps 300, or fewer layers (sphereify suggest)",
+            style="yellow",
+            markup=False,
+        )
+
+
+def _trials_table(trials: list[Trial]) -> Table:
+    """A row for each radius that was tried, the smallest first."""
+    table = Table("radius", "agreement", "same class at low contrast", "mean R²", header_style="bold")
+    for trial in sorted(trials, key=lambda trial: (not trial.is_uniform, trial.radius)):
+        contrast = "" if trial.contrast != trial.contrast else f"{trial.contrast:.1%}"
+        explained = sum(trial.r2.values()) / max(len(trial.r2), 1)
+        _add_row(table, trial.described, f"{trial.agreement:.1%}", contrast, f"{explained:.3f}")
+    return table
+
+
 def print_suggestion(out: Console, suggestion: Suggestion) -> None:
-    """Print the layers by what is explained of them, the trials, and the options to give."""
+    """Print the trials of radii, the layers by what is explained of them, the trials, and the options to give."""
+    if suggestion.radii:
+        out.print(_trials_table(suggestion.radii))
     out.print(calibration_table(suggestion.layers, "the least explained layers first"))
     table = Table("layers excluded", "agreement with the original", header_style="bold")
     for number, agreement in suggestion.trials.items():
@@ -98,13 +135,15 @@ def print_suggestion(out: Console, suggestion: Suggestion) -> None:
             style="yellow",
             markup=False,
         )
-    elif not suggestion.exclude:
-        out.print(f"{suggestion.agreement:.1%} with all layers converted: nothing to exclude", style="bold")
-    if suggestion.exclude:
+    radius = [f"--radius {suggestion.radius:.3g}"] if suggestion.radius else []
+    if not suggestion.exclude:
+        how = f" and {radius[0]}" if radius else ""
+        out.print(f"{suggestion.agreement:.1%} with all layers converted{how}: nothing to exclude", style="bold")
+    else:
         first = suggestion.given.get("overrides")  # overrides win over --exclude, and the first one that matches wins
         options = (f"--override {name}=keep" if first else f"--exclude {name}" for name in suggestion.exclude)
         place = ", given before your own --override" if first else ""
-        line = f"{suggestion.agreement:.1%} with: {' '.join(options)}{place}"
+        line = f"{suggestion.agreement:.1%} with: {' '.join([*radius, *options])}{place}"
         out.print(line, style="bold", markup=False, soft_wrap=True)
 
 

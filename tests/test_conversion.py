@@ -14,9 +14,9 @@ from tests.convert.models import images, plain
 
 OPTIONS = [field.name for field in dataclasses.fields(ConversionOptions)]
 OWN = {
-    sphereify: ["calibration", "calibration_steps", "example_inputs", "inplace"],
+    sphereify: ["calibration", "calibration_steps", "agreement", "example_inputs", "inplace"],
     plan_conversion: ["example_inputs"],
-    suggest: ["loss", "example_inputs", "on_trial"],
+    suggest: ["loss", "example_inputs", "on_trial", "on_radius"],
 }
 
 

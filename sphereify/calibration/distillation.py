@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,14 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.calibration.batches import Arguments, checked_batches
+from sphereify.calibration.features import are_images, feature_modules, jittered, moved, recorded
 from sphereify.calibration.head import centred
 from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, invalid
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
+FEATURE_WEIGHT = 1.0
+"""Weight of the error of the features next to that of the outputs."""
 CACHE_BYTES = 256 * 2**20
 """Size up to which the original's outputs are cached; larger ones are computed again in each step."""
 
@@ -47,6 +50,9 @@ def distill(
     steps: int,
     lr: float = LEARNING_RATE,
     seed: int = 0,
+    features: bool = True,
+    augment: bool = True,
+    contrast_jitter: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[float, float]:
     """Train a converted network to give the original's outputs on the same inputs, in place. No labels are used.
@@ -57,7 +63,10 @@ def distill(
         batches: as for `calibrate`. Where all arguments are tensors with one image a row, each step takes 64 rows.
         steps: number of optimizer steps, ≥ 1; usual: 200 to 500.
         lr: peak learning rate of Adam, which then falls to 0 along a cosine.
-        seed: random seed for the order of the inputs.
+        seed: random seed for the order and the variations of the inputs.
+        features: True to compare, besides the outputs, features at one and two thirds of the depth.
+        augment: True to mirror and shift the inputs, for both networks alike, where they are images.
+        contrast_jitter: True to lower the contrast of images for the converted network only, each by its own factor.
         on_step: called after each step with its number and loss.
 
     Returns:
@@ -87,7 +96,9 @@ def distill(
             log_scale.copy_(_best_scale(model, examples).log())
         before = _mean_loss(model, examples, log_scale)
         start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        _train(model, [*parameters, log_scale], examples, log_scale, steps, lr, seed, on_step)
+        lesson = _Lesson(model, original, examples, log_scale, features, augment, contrast_jitter, seed)
+        with lesson:
+            _train([*parameters, log_scale], lesson, steps, lr, on_step)
         for parameter in parameters:
             parameter.grad = None
         after = _mean_loss(model, examples, log_scale)
@@ -147,23 +158,69 @@ def _are_scores(outputs: list[Tensor]) -> bool:
     return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
 
 
+class _Lesson:
+    """The loss of each step: of the outputs, and of the features inside, on inputs that vary.
+
+    Args: as of `distill`; `examples` are the inputs with the original's outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        examples: list[Example],
+        log_scale: Tensor,
+        features: bool,
+        augment: bool,
+        contrast_jitter: bool,
+        seed: int,
+    ):
+        self.model = model
+        self.original = original
+        self.log_scale = log_scale
+        self.names = feature_modules(getattr(model, PLAN_ATTRIBUTE, None), model, original) if features else []
+        images = all(are_images(arguments) for arguments, _ in examples)
+        self.augment = augment and images
+        self.jitter = contrast_jitter and images
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = _shuffled(examples, torch.Generator().manual_seed(seed))
+        self._recording = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self.features = self._recording.enter_context(recorded(self.model, self.names))
+        self.original_features = self._recording.enter_context(recorded(self.original, self.names))
+
+    def __exit__(self, *_: object) -> None:
+        self._recording.close()
+
+    def loss(self) -> Tensor:
+        """The loss on the next inputs."""
+        arguments, cached = next(self.order)
+        if self.augment:
+            arguments = moved(arguments, self.generator)
+        if self.augment or self.names:
+            with torch.no_grad():
+                targets = _outputs(self.original, arguments)
+        else:
+            targets = cached()
+        outputs = _outputs(self.model, jittered(arguments, self.generator) if self.jitter else arguments)
+        loss = _loss(outputs, targets, self.log_scale)
+        pairs = [(self.features.get(name), self.original_features.get(name)) for name in self.names]
+        errors = [
+            _error(a.float(), b.float()) for a, b in pairs if a is not None and b is not None and a.shape == b.shape
+        ]
+        return loss + FEATURE_WEIGHT * torch.stack(errors).mean() if errors else loss
+
+
 def _train(
-    model: nn.Module,
-    trained: list[Tensor],
-    examples: list[Example],
-    log_scale: Tensor,
-    steps: int,
-    lr: float,
-    seed: int,
-    on_step: Callable[[int, float], None],
+    trained: list[Tensor], lesson: _Lesson, steps: int, lr: float, on_step: Callable[[int, float], None]
 ) -> None:
-    """Take optimizer steps on the loss; end early if it is not finite."""
+    """Take optimizer steps; end early if the loss is not finite."""
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for step, (arguments, targets) in enumerate(itertools.islice(_shuffled(examples, generator), steps)):
-            loss = _loss(_outputs(model, arguments), targets(), log_scale)
+        for step in range(steps):
+            loss = lesson.loss()
             if not loss.isfinite():
                 return
             optimizer.zero_grad()
@@ -195,7 +252,12 @@ def _loss(outputs: list[Tensor], targets: list[Tensor], log_scale: Tensor) -> Te
     pairs = [(a, b) for a, b in zip(outputs, targets, strict=True) if a.shape == b.shape and b.numel() > 1]
     if not pairs:
         raise UsageError("calibration: the network's outputs hold no tensors of one shape in both networks to compare")
-    return torch.stack([F.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in pairs]).mean()
+    return torch.stack([_error(a, b) for a, b in pairs]).mean()
+
+
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean squared difference over the variance of the target."""
+    return F.mse_loss(output, target) / target.var().clamp_min(1e-12)
 
 
 @torch.no_grad()

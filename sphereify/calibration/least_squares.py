@@ -24,7 +24,7 @@ from sphereify.calibration.layer_pairs import LayerPair, layer_pairs, reference_
 from sphereify.calibration.network_state import on_device, restored_on_error
 from sphereify.calibration.paired_passes import run_paired
 from sphereify.calibration.results import Calibration, LayerFit
-from sphereify.calibration.rows import Batch
+from sphereify.calibration.rows import MOST_ROWS, Batch
 from sphereify.calibration.trial_runs import can_take_turns, first_run
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
@@ -44,6 +44,7 @@ def calibrate(
     *,
     steps: int = 0,
     seed: int = 0,
+    positions: int = MOST_ROWS,
     device: str | torch.device | None = None,
     on_layer: Callable[[str, float], None] = lambda name, explained: None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -59,6 +60,8 @@ def calibrate(
             500.
         seed: random seed for the positions that are drawn where there are more than a fit needs, and for the order of
             the steps.
+        positions: number of positions that a layer is fitted to, drawn from all of them, where so many are enough for
+            its filters. Fewer are faster.
         device: where to run; "auto" is the GPU if there is one. Both networks are moved there and back. Default: where
             they are.
         on_layer: called after each layer with its name and R².
@@ -91,7 +94,7 @@ def calibrate(
             inputs = [tuple(x.to(target) if isinstance(x, Tensor) else x for x in batch) for batch in inputs]
         kind = next(itertools.chain(model.parameters(), model.buffers())).device.type
         with no_autocast(kind), evaluating(model, original), restored_on_error(model):
-            calibration = _fit_layers(model, original, plan, inputs, seed, on_layer)
+            calibration = _fit_layers(model, original, plan, inputs, seed, positions, on_layer)
         if steps:
             calibration.difference = distill(model, original, inputs, steps=steps, seed=seed, on_step=on_step)
     return calibration
@@ -103,6 +106,7 @@ def _fit_layers(
     plan: ConversionPlan,
     inputs: list[Arguments],
     seed: int,
+    positions: int,
     on_layer: Callable[[str, float], None],
 ) -> Calibration:
     reference = reference_of(original, plan)
@@ -115,7 +119,7 @@ def _fit_layers(
         inputs = [joined(inputs)]
     del outputs
     fitter = _LayerFitter(calls, on_layer)
-    run_paired(model, reference, pairs, inputs, seed=seed, set_layer=fitter.fit)
+    run_paired(model, reference, pairs, inputs, seed=seed, positions=positions, set_layer=fitter.fit)
     unreached = [name for name in pairs if name not in fitter.layers]
     notes = [warning] if warning else []
     if unreached:

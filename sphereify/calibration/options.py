@@ -11,7 +11,7 @@ PANEL = "Calibration"
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """The images that a calibration runs on, and the optimizer steps after it.
+    """The images that a calibration runs on, the radius that it chooses, and the optimizer steps after it.
 
     Raises:
         UsageError: a value that is not valid, or that has no effect without `data`.
@@ -39,6 +39,15 @@ class CalibrationOptions:
         at_least=0,
         usual="0, or 200 to 500",
         command_line="--calibrate-steps",
+    )
+    agreement: float | None = option_field(
+        None,
+        "Choose the smallest radius whose network gives this share of held-out images the original's class; usual: "
+        "0.95 to 0.99.",
+        panel=PANEL,
+        above=0,
+        below=1,
+        usual="0.95 to 0.99",
     )
     data_root: Path | None = option_field(None, "Folder in which a data set of timm's lies.", panel=PANEL)
     img_size: int | None = option_field(

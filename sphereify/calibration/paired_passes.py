@@ -39,6 +39,7 @@ def run_paired(
     inputs: list[Arguments],
     *,
     seed: int,
+    positions: int,
     set_layer: SetLayer,
 ) -> None:
     """Run both networks on all batches, and call `set_layer` before each call of a converted layer.
@@ -48,7 +49,7 @@ def run_paired(
     """
 
     def sample(pair: LayerPair, call: int, batch: int, output: Tensor) -> Tensor | None:
-        return sampled_positions(pair, output, share=len(inputs), seed=seed, call=call, batch=batch)
+        return sampled_positions(pair, output, share=len(inputs), most=positions, seed=seed, call=call, batch=batch)
 
     handles = [*record_places(model), *record_places(reference)]
     for pair in pairs.values():

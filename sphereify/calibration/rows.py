@@ -15,7 +15,7 @@ from sphereify.calibration.patches import Geometry
 from sphereify.nn.precision import accumulated
 
 MOST_ROWS = 65_536
-"""Positions that a layer is fitted to, drawn from all of them."""
+"""Positions that a layer is fitted to by default, drawn from all of them."""
 MOST_PRODUCTS = 1e12
 """Largest number of positions times fan_in²; where more would be needed, fewer positions are drawn."""
 CHUNK_BYTES = 64 * 2**20
@@ -56,7 +56,7 @@ class Batch:
 
 
 def sampled_positions(
-    pair: LayerPair, output: Tensor, *, share: int, seed: int, call: int, batch: int
+    pair: LayerPair, output: Tensor, *, share: int, most: int = MOST_ROWS, seed: int, call: int, batch: int
 ) -> Tensor | None:
     """The positions of an output that the fit looks at, in order; None for all of them.
 
@@ -64,12 +64,13 @@ def sampled_positions(
         pair: the layer.
         output: the original layer's output.
         share: number of batches among which the positions of a fit are divided.
+        most: number of positions of a fit, unless its filters need more.
         seed, call, batch: what the draw depends on, besides the layer's name.
     """
     fan_in, groups = pair.decision.shape[1:], getattr(pair.layer, "groups", 1)
     unknowns = max(1, math.prod(fan_in))
     available = output.numel() // (output.shape[-1] if pair.decision.kind == "linear" else pair.decision.shape[0])
-    needed = max(4 * unknowns, min(MOST_ROWS, int(MOST_PRODUCTS / (unknowns**2 * groups))))
+    needed = max(4 * unknowns, min(most, int(MOST_PRODUCTS / (unknowns**2 * groups))))
     number = math.ceil(needed / share)
     if available <= number:
         return None

@@ -13,6 +13,8 @@ from sphereify.convert.options import ConversionOptions
 from sphereify.models import SPECIFICATION, SourceOptions, open_model
 
 if TYPE_CHECKING:
+    from sphereify.calibration.agreement import RadiusChoice
+    from sphereify.calibration.results import Calibration
     from sphereify.convert.plan import ConversionPlan
 
 Model = Annotated[str, typer.Argument(help=SPECIFICATION, show_default=False)]
@@ -22,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and n
 @with_options()
 def convert(
     model: Model,
-    conversion: ConversionOptions,
+    conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions)],
     source: SourceOptions,
     calibration: CalibrationOptions,
     output: Annotated[
@@ -33,20 +35,29 @@ def convert(
     json: Json = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
-    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(conversion.operator))}")
+    # Where an agreement chooses the radius, a learned one has no start before.
+    learned = conversion["learn_radius"] and calibration.agreement is None
+    options = ConversionOptions(**{**conversion, "learn_radius": learned})
+    folder = output or Path(f"{name_of(model)}-{choices.canonical(str(options.operator))}")
     check_folder(folder, force)
 
     from sphereify.artifact import save
     from sphereify.calibration.images import calibration_images
     from sphereify.conversion import sphereify
-    from sphereify.tables import print_calibration
+    from sphereify.tables import print_calibration, print_radius_choice
     from sphereify.terminal import console
 
     network = open_model(model, source)
     before = getattr(network, "conversion_plan", None)
     batches = None if calibration.data is None else calibration_images(network, calibration)
-    converted = sphereify(network, inplace=batches is None, **conversion.keywords())
-    result = None if batches is None else _calibrate(converted, network, batches, calibration.steps)
+    choice = result = None
+    if calibration.agreement is not None:
+        choice = _choose_radius(network, batches, calibration, conversion)
+        converted, result = choice.network, choice.calibration
+    else:
+        converted = sphereify(network, inplace=batches is None, **options.keywords())
+        if batches is not None:
+            result = _calibrate(converted, network, batches, calibration.steps)
     save(converted, folder)
     _print_plan(converted.conversion_plan, json)  # type: ignore[arg-type]
     if json:
@@ -58,6 +69,8 @@ def convert(
             "note: the weights were copied, which loses most of what they know; --calibrate IMAGES fits the layers to "
             "the original on unlabelled images and keeps it"
         )
+    if choice is not None:
+        print_radius_choice(console(), choice)
     if converted.conversion_plan == before:
         print("nothing new was converted: other options need the plain model, not its artifact")
     print(f"saved to {folder}/ (model.safetensors, conversion.json)")
@@ -100,13 +113,13 @@ def suggest(
     model: Model,
     conversion: ConversionOptions,
     source: SourceOptions,
-    calibration: Annotated[CalibrationOptions, Fields(without=("steps",))],
+    calibration: Annotated[CalibrationOptions, Fields(without=("steps", "agreement"))],
     accuracy_loss: Annotated[
         float,
         typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
     ] = 0.02,
 ) -> None:
-    """Find which layers of a trained model to exclude, so that it keeps what it knows. Nothing is written."""
+    """Find the radius, and the layers to exclude, with which a trained model keeps what it knows. Writes nothing."""
     from sphereify.calibration.images import calibration_images
     from sphereify.calibration.suggestion import suggest as find
     from sphereify.tables import print_suggestion
@@ -118,11 +131,16 @@ def suggest(
     def show(excluded: int, agreement: float) -> None:
         console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
 
-    suggestion = find(network, batches, loss=accuracy_loss, on_trial=show, **conversion.keywords())
+    def show_radius(trial: Any) -> None:
+        console().print(f"{trial.described}: {trial.agreement:.1%} agreement", markup=False)
+
+    suggestion = find(
+        network, batches, loss=accuracy_loss, on_trial=show, on_radius=show_radius, **conversion.keywords()
+    )
     print_suggestion(console(), suggestion)
 
 
-def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:
+def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> "Calibration":
     """Calibrate with a bar in a terminal, on the GPU where there is one."""
     import torch
 
@@ -141,6 +159,27 @@ def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> Any:
         )
     converted.cpu()
     return result
+
+
+def _choose_radius(
+    original: Any, batches: Any, calibration: CalibrationOptions, conversion: dict[str, Any]
+) -> "RadiusChoice":
+    """Choose a radius, with a bar and a line for each trial, on the GPU where there is one."""
+    from sphereify.calibration.agreement import choose_radius
+    from sphereify.progress import CalibrationProgress
+
+    with CalibrationProgress(None, calibration.steps) as progress:
+        return choose_radius(
+            original,
+            batches,
+            agreement=calibration.agreement or 0.0,
+            steps=calibration.steps,
+            device="auto",
+            on_trial=progress.trial,
+            on_layer=progress.layer,
+            on_step=progress.step,
+            **conversion,
+        )
 
 
 def _print_plan(plan: "ConversionPlan", as_json: bool) -> None:

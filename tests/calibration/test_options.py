@@ -23,6 +23,11 @@ def test_the_images_have_the_channels_and_the_size_of_the_model():
     [
         ({"images": 5}, "images: has no effect without data"),
         ({"steps": 5}, "steps: has no effect without data"),
+        ({"agreement": 0.9}, "agreement: has no effect without data"),
+        (
+            {"data": "digits", "agreement": 1.0},
+            "agreement: got 1.0, expected a number above 0 and below 1. Usual: 0.95",
+        ),
         ({"img_size": 32}, "img_size: has no effect without data"),
         ({"data": "digits", "images": 0}, "images: got 0, expected a number of at least 1. Usual: 500 to 2,000."),
         ({"data": "digits", "steps": -1}, "steps: got -1, expected a number of at least 0"),

@@ -328,6 +328,18 @@ def test_convert_calibrates_and_prints_how_well_each_layer_did(run, own):
     assert not torch.equal(calibrated[0].weight, original[0].weight)
 
 
+def test_convert_chooses_a_radius_and_prints_what_was_tried(run, own):
+    code, out, err = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 64,
+                         "--agreement", 0.2, "--learn-radius", "-o", "agreed")  # fmt: skip
+    assert code == 0, err
+    assert "same class at low contrast" in out
+    assert "ρ = 0: " in out
+    assert "of 8 held-out inputs get the original's class" in out
+    assert "ρ = 1: " in err  # as it went
+    notes = json.loads(Path("agreed/conversion.json").read_text())["plan"]["notes"]
+    assert any("radius chosen by agreement: ρ = 0" in note for note in notes)
+
+
 def test_json_stays_alone_on_the_output_with_a_calibration(run, own):
     code, out, _ = run("convert", f"{own}:small", "--calibrate", "digits", "--calibration-images", 50, "--json")
     assert code == 0
@@ -377,6 +389,17 @@ def test_a_folder_of_images_without_classes_calibrates_and_only_its_training_par
     [
         (2, ["--calibration-images", "5"], "--calibration-images: has no effect without --calibrate"),
         (2, ["--calibrate-steps", "5"], "--calibrate-steps: has no effect without --calibrate"),
+        (2, ["--agreement", "0.9"], "--agreement: has no effect without --calibrate"),
+        (
+            2,
+            ["--calibrate", "digits", "--agreement", "1"],
+            "--agreement: got 1.0, expected a number above 0 and below 1",
+        ),
+        (
+            2,
+            ["--calibrate", "digits", "--agreement", "0.9", "--radius", "2"],
+            "--radius 2.0: --agreement chooses the radius; give one of the two",
+        ),
         (2, ["--calibrate", ""], "empty name"),
         (2, ["--calibrate", "digits", "--img-size", "0"], "--img-size: got 0"),
         (2, ["--calibrate", "digits", "--calibrate-steps", "-1"], "--calibrate-steps: got -1"),
@@ -415,7 +438,10 @@ WRONG_OPTIONS = {
     "learned radius without a start": (["--learn-radius"], "--learn-radius: ρ starts from --radius, whose gradient is "
                                        "0 at 0; give it a start, such as --radius 1.0"),
     "radius of no convolution": (["--radius", "2", "--include", "fc"], "--radius 2.0: has no effect, since no "),
-    "radius of a linear map": (["--override", "fc=radius:2"], "--override['fc']: radius has no effect on fc: the pattern"),
+    "radius of a linear map": (
+        ["--override", "fc=radius:2"],
+        "--override['fc']: radius has no effect on fc: the pattern",
+    ),
     "margin below 1": (["--margin", "0.5"], "--margin: got 0.5, expected a number of at least 1"),
     "scale of 0": (["--scale", "0"], "--scale: got 0.0, expected a number above 0"),
     "scale where there is none": (["--scale", "3"], "--scale: has no effect on --head auto; it belongs to s-softmax"),
