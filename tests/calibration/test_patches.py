@@ -12,15 +12,24 @@ from sphereify import calibrate, sphereify
 from sphereify.calibration import rows
 from sphereify.calibration.patches import Geometry
 from sphereify.nn import SphereConv2d
+from sphereify.nn.radius import HasRadius
 from tests.calibration.networks import GEOMETRIES, SPHERE, conv, hidden, images
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """The geometry of an angular convolution, or of a plain one in its place."""
+    if not isinstance(layer, HasRadius):
+        vars(layer).update(eps=1e-4, radius_value=0.0)
+    shape = tuple(layer.weight.shape)
+    return Geometry.of(
+        SimpleNamespace(layer=layer, decision=SimpleNamespace(kind=f"conv{len(shape) - 2}d", shape=shape))
+    )
 
 
 def unrolled(layer: nn.Module, x: Tensor) -> Tensor:
     """(B, groups, positions, fan_in): every patch of a convolution."""
     shape = tuple(layer.weight.shape)
-    vars(layer).setdefault("eps", 1e-4)
-    pair = SimpleNamespace(layer=layer, decision=SimpleNamespace(kind=f"conv{len(shape) - 2}d", shape=shape))
-    patches = Geometry.of(pair).patches(x).flatten(1, len(shape) - 2)
+    patches = geometry_of(layer).patches(x).flatten(1, len(shape) - 2)
     return patches.unflatten(2, (layer.groups, -1)).flatten(3).movedim(2, 1)
 
 
@@ -35,6 +44,22 @@ def test_unrolled_patches_are_those_of_unfold(groups, stride, dilation, kernel, 
     unfolded = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)  # (B, positions, C · kernel)
     expected = torch.stack(unfolded.chunk(groups, dim=2), 1)
     torch.testing.assert_close(unrolled(layer, x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("radius", [0.0, 2.0])
+def test_unit_rows_times_the_unit_filters_are_the_cosines_of_the_layer(dim, geometry, radius):
+    torch.manual_seed(3)
+    layer, x = SPHERE[dim].from_conv(conv(dim, **{"bias": False, **geometry}), radius=radius), images(dim, 2)
+    with torch.no_grad():
+        cosines = layer(x)
+        shape = geometry_of(layer)
+        positions = torch.randperm(cosines.numel() // cosines.shape[1])[:20].sort().values
+        rows = shape.unit(shape.patches(x), positions, shape.norms(x))  # (groups, n, fan_in)
+        filters = F.normalize(layer.weight.flatten(1), dim=1).unflatten(0, (layer.groups, -1))
+    expected = cosines.movedim(1, -1).flatten(0, -2)[positions]
+    torch.testing.assert_close(torch.einsum("gnf,gof->ngo", rows, filters).flatten(1), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
