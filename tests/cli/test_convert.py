@@ -438,10 +438,7 @@ WRONG_OPTIONS = {
     "learned radius without a start": (["--learn-radius"], "--learn-radius: ρ starts from --radius, whose gradient is "
                                        "0 at 0; give it a start, such as --radius 1.0"),
     "radius of no convolution": (["--radius", "2", "--include", "fc"], "--radius 2.0: has no effect, since no "),
-    "radius of a linear map": (
-        ["--override", "fc=radius:2"],
-        "--override['fc']: radius has no effect on fc: the pattern",
-    ),
+    "radius of a linear map": (["--override", "fc=radius:2"], "--override['fc']: radius has no effect on fc"),
     "margin below 1": (["--margin", "0.5"], "--margin: got 0.5, expected a number of at least 1"),
     "scale of 0": (["--scale", "0"], "--scale: got 0.0, expected a number above 0"),
     "scale where there is none": (["--scale", "3"], "--scale: has no effect on --head auto; it belongs to s-softmax"),

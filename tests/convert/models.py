@@ -63,6 +63,19 @@ def plain() -> nn.Sequential:
     )
 
 
+class OwnWeight(nn.Module):
+    """Passes a weight of its own to F.conv2d."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 4)
+        self.kernel = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.fc(F.conv2d(self.stem(x).relu(), self.kernel, padding=1).relu().mean((2, 3)))
+
+
 def images(*, size: int = 8, batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 

@@ -1,30 +1,17 @@
 """The pooled radius in a conversion: options, overrides, the plan, its notes and its JSON, and what takes no radius."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sphereify import ConversionOptions, ConversionPlan, apply_plan, fold, load, plan_conversion, save, sphereify
 from sphereify.errors import PlanMismatchError, UsageError
 from sphereify.nn import SphereConv2d
-from tests.convert.models import CLASSES, Mlp, Net, conv, images, plain
-
-
-class OwnWeight(nn.Module):
-    """Passes a weight of its own to F.conv2d."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = conv(3, 4)
-        self.kernel = nn.Parameter(torch.randn(6, 4, 3, 3))
-        self.fc = nn.Linear(6, CLASSES)
-
-    def forward(self, x):
-        return self.fc(F.conv2d(self.stem(x).relu(), self.kernel, padding=1).relu().mean((2, 3)))
+from tests.convert.models import CLASSES, Mlp, Net, OwnWeight, conv, images, plain
 
 
 def radii(model):
@@ -164,6 +151,22 @@ def test_a_plan_that_learns_a_radius_does_not_fit_what_is_angular_already():
     plan = plan_conversion(plain(), radius=2.0, learn_radius=True)
     with pytest.raises(PlanMismatchError, match="angular already"):
         apply_plan(sphereify(plain()), plan)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("make", [plain, OwnWeight])
+def test_a_network_with_a_radius_compiles_without_breaks(make, learn):
+    torch._dynamo.reset()
+    model = sphereify(make(), radius=2.0, learn_radius=learn)
+    x = images()
+    for network in (model.train(), model.eval()):
+        reference = copy.deepcopy(network)
+        y, expected = torch.compile(network, fullgraph=True, backend="aot_eager")(x), reference(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        network.zero_grad()
+        y.square().sum().backward(), expected.square().sum().backward()
+        for one, other in zip(network.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

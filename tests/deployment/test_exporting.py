@@ -17,7 +17,7 @@ from sphereify.deployment.formats import FORMATS, TorchExport
 from sphereify.deployment.options import ExportOptions
 from sphereify.errors import ArgumentTypeError, ExportError, UnsupportedModelError, UsageError
 from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
-from tests.convert.models import Power, conv, images, plain
+from tests.convert.models import OwnWeight, Power, conv, images, plain
 from tests.deployment.networks import assert_standard, scrambled, without
 
 
@@ -71,6 +71,31 @@ def test_every_operator_computes_the_same_elsewhere_at_another_batch_and_image_s
         inputs = assert_standard(path).graph.input[0].type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in inputs] == ["batch", 3, "height", "width"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def pooled(learn):
+    """A network in which every convolution has a radius, one of them in a functional call."""
+    torch.manual_seed(0)
+    options = {"operator": "linear", "radius": 2.0, "learn_radius": learn, "example_inputs": images(size=16)}
+    return scrambled(sphereify(OwnWeight(), **options))
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("format", RUNTIMES)
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_radius_pools_elsewhere_at_another_batch_and_image_size(folded, format, learn, tmp_path):
+    model = pooled(learn)
+    path = tmp_path / f"model.{SUFFIXES[format]}"
+    export(model, path, images(size=16), format=format, dynamic_size=True, folded=folded)
+    for batch, size in ((1, 16), (5, 24)):
+        x = images(batch=batch, size=size)
+        assert_same(RUNTIMES[format](path, x), model, x)
+        # Each sample has a pool of its own, there too.
+        alone = RUNTIMES[format](path, x[:1])
+        torch.testing.assert_close(RUNTIMES[format](path, x)[:1], alone, rtol=1e-4, atol=1e-5)
+    if format == "onnx":
+        assert_standard(path)
 
 
 REAL = {

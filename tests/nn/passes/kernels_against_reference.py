@@ -102,7 +102,8 @@ def outcome(on, function, x, weight, operator, upstream, **how):
     leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
     with kernels.enabled(on):
         value = function(*leaves, operator, **how)
-        inputs = (*leaves, *operator.parameters())
+        radius = [how["radius"]] if isinstance(how.get("radius"), torch.Tensor) else []
+        inputs = (*leaves, *operator.parameters(), *radius)
         return value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))
 
 
@@ -116,8 +117,10 @@ def assert_all_close(got, expected, dtype):
 
 
 # ε = 1 keeps the angles of these random vectors away from the poles, where rounding alone makes gradients differ.
-def compare_convolutions(geometry, name, dtype, layouts, tile, seed):
+def compare_convolutions(geometry, name, dtype, layouts, tile, seed, radius=0.0, learned=False):
     shape, weight_shape, how = geometry
+    if radius:
+        how = {**how, "radius": torch.tensor([radius], device=DEVICE, requires_grad=True) if learned else radius}
     x = tensor(*shape, seed=seed, dtype=dtype, layout=layouts[0])
     weight = tensor(*weight_shape, seed=seed + 10, dtype=dtype, layout=layouts[1])
     operator = operator_of(name, weight_shape[0])
@@ -133,6 +136,7 @@ def compare_convolutions(geometry, name, dtype, layouts, tile, seed):
 def any_convolution(dim):
     """A test of random convolutions; the number of examples is small because the interpreter is slow."""
     arguments = {"name": st.sampled_from(OPERATORS), "dtype": dtypes, "layouts": st.tuples(formats, formats, formats)}
+    arguments |= {"radius": st.sampled_from([0.0, 0.7, 3.0]), "learned": st.booleans()}
     drawn = given(geometry=geometries(dim), tile=tiles, seed=st.integers(0, 9), **arguments)
     return EXPENSIVE(drawn(compare_convolutions))
 
@@ -145,6 +149,15 @@ test_any_convolution_in_2_dimensions_agrees_with_the_reference = any_convolution
 def test_a_grouped_and_strided_convolution_agrees_with_the_reference(name):
     how = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
     compare_convolutions(((2, 6, 5, 7), (4, 3, 3, 2), how), name, torch.float32, ("channels_last",) * 3, 32, 0)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_pooled_convolution_agrees_with_the_reference(groups, layout, learned):
+    how = {"stride": (2, 1), "padding": (1, 0), "groups": groups}
+    geometry = ((3, 6, 5, 7), (4, 6 // groups, 3, 2), how)
+    compare_convolutions(geometry, "sigmoid", torch.float32, (layout,) * 3, 32, 0, radius=2.0, learned=learned)
 
 
 def test_a_linear_map_of_four_dimensions_in_channels_last_agrees_with_the_reference():

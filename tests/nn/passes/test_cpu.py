@@ -23,7 +23,8 @@ def everything(function, x, weight, operator, **options):
     """Output and gradients."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     operator.to(x.dtype)
-    own = {name: options[name].detach().requires_grad_() for name in ("bias", "beta") if options.get(name) is not None}
+    learned = [name for name in ("bias", "beta", "radius") if isinstance(options.get(name), torch.Tensor)]
+    own = {name: options[name].detach().requires_grad_() for name in learned}
     y = function(x, weight, operator, eps=0.1, **{**options, **own})
     leaves = [x, weight, *operator.parameters(), *own.values()]
     upstream = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
@@ -47,6 +48,12 @@ def rescaling(draw, filters, dtype):
     return {name: value.to(dtype) for name, value in made.items() if draw(st.booleans())}
 
 
+def pools(draw, dtype):
+    """No radius, a fixed one or a learned one."""
+    radius = draw(st.sampled_from([0.0, 0.0, 0.7, 3.0]))
+    return {"radius": torch.tensor([radius], dtype=dtype) if radius and draw(st.booleans()) else radius}
+
+
 @given(st.data())
 def test_convolutions_in_blocks_equal_the_reference(data):
     draw = data.draw
@@ -64,7 +71,7 @@ def test_convolutions_in_blocks_equal_the_reference(data):
         weight = weight.contiguous(memory_format=CHANNELS_LAST[dim + 2])
     compare(
         draw(st.sampled_from([1, 16, 100, 10**6])), CONVOLUTIONS[dim], x, weight,
-        draw(st.sampled_from(operators(filters))), **rescaling(draw, filters, dtype),
+        draw(st.sampled_from(operators(filters))), **rescaling(draw, filters, dtype), **pools(draw, dtype),
         groups=groups, padding=draw(st.integers(0, 2)),
         stride=draw(st.integers(1, 2)), dilation=draw(st.integers(1, 2)) if kernel < 3 else 1,
     )  # fmt: skip
