@@ -69,10 +69,11 @@ class Benchmark:
             self.row(f"{name} {operator} ρ=0", lambda op=operator: self.calibrated(network, batches, op, tests))
             chosen = f"{name} {operator} ρ chosen"
             self.row(chosen, lambda op=operator, key=chosen: self.chosen(network, batches, op, tests, key))
-            self.row(
-                f"{name} {operator} + {self.options.steps} steps",
-                lambda op=operator, key=chosen: self.stepped(network, batches, op, tests, key),
-            )
+            for jitter in (False, True) if self.options.steps else ():
+                self.row(
+                    f"{name} {operator} + {self.options.steps} steps" + " with contrast jitter" * jitter,
+                    lambda key=chosen, jitter=jitter: self.stepped(network, batches, tests, key, jitter),
+                )
 
     def row(self, key: str, compute: Callable[[], Row]) -> None:
         """Compute a row unless it is there already."""
@@ -106,13 +107,13 @@ class Benchmark:
             "trials": [(t.described, t.agreement, t.contrast, mean(t.r2)) for t in choice.trials],
         }
 
-    def stepped(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests", key: str) -> Row:
+    def stepped(self, network: nn.Module, batches: list[Tensor], tests: "Tests", key: str, jitter: bool) -> Row:
         """The network of the chosen radius after optimizer steps."""
         chosen, state = torch.load(self.file(key), weights_only=False)
         converted = sphereify(network, **chosen)
         converted.load_state_dict(state)
         began = time.process_time()
-        distill(converted, network, batches, steps=self.options.steps)
+        distill(converted, network, batches, steps=self.options.steps, contrast_jitter=jitter)
         seconds = self.rows[key]["seconds"] + time.process_time() - began
         return {**tests.of(converted), "seconds": seconds, "radius": self.rows[key]["radius"]}
 

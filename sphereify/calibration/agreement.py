@@ -140,6 +140,7 @@ def choose_radius(
     *,
     agreement: float = 0.98,
     steps: int = 0,
+    contrast_jitter: bool = False,
     seed: int = 0,
     device: str | torch.device | None = None,
     example_inputs: Inputs = None,
@@ -159,6 +160,7 @@ def choose_radius(
         agreement: share of held-out inputs, in (0, 1), that must get the original's class. The choice asks for one
             standard error more, since a share that is just reached where it was chosen is missed elsewhere.
         steps: number of optimizer steps of the chosen network towards the original's outputs; see `distill`.
+        contrast_jitter: True for steps in which the converted network sees the images at lower contrast; see `distill`.
         seed: random seed; see `calibrate`.
         device: where to run; see `calibrate`.
         example_inputs: as for `plan_conversion`.
@@ -197,7 +199,9 @@ def choose_radius(
         search.with_own_radii()
         chosen, network, calibration = search.best
         if steps:
-            calibration.difference = distill(network, model, fit, steps=steps, seed=seed, on_step=on_step)
+            calibration.difference = distill(
+                network, model, fit, steps=steps, seed=seed, contrast_jitter=contrast_jitter, on_step=on_step
+            )
         result = RadiusChoice(
             agreement,
             chosen,

@@ -43,6 +43,7 @@ def calibrate(
     batches: Iterable[Tensor | tuple[Any, ...]],
     *,
     steps: int = 0,
+    contrast_jitter: bool = False,
     seed: int = 0,
     positions: int = MOST_ROWS,
     device: str | torch.device | None = None,
@@ -58,6 +59,7 @@ def calibrate(
             is that of the activations of all of them at one place of the network.
         steps: number of optimizer steps towards the original's outputs afterwards; see `distill`. Usual: 0, or 200 to
             500.
+        contrast_jitter: True for steps in which the converted network sees the images at lower contrast; see `distill`.
         seed: random seed for the positions that are drawn where there are more than a fit needs, and for the order of
             the steps.
         positions: number of positions that a layer is fitted to, drawn from all of them, where so many are enough for
@@ -96,7 +98,9 @@ def calibrate(
         with no_autocast(kind), evaluating(model, original), restored_on_error(model):
             calibration = _fit_layers(model, original, plan, inputs, seed, positions, on_layer)
         if steps:
-            calibration.difference = distill(model, original, inputs, steps=steps, seed=seed, on_step=on_step)
+            calibration.difference = distill(
+                model, original, inputs, steps=steps, seed=seed, contrast_jitter=contrast_jitter, on_step=on_step
+            )
     return calibration
 
 

@@ -40,6 +40,12 @@ class CalibrationOptions:
         usual="0, or 200 to 500",
         command_line="--calibrate-steps",
     )
+    contrast_jitter: bool = option_field(
+        False,
+        "In these steps, lower the contrast of the images for the converted network only, which learns to ignore it.",
+        panel=PANEL,
+        command_line="--calibrate-contrast-jitter",
+    )
     agreement: float | None = option_field(
         None,
         "Choose the smallest radius whose network gives this share of held-out images the original's class; usual: "
@@ -59,6 +65,8 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.contrast_jitter and not self.steps:
+            raise UsageError(f"{option('contrast_jitter')}: has no effect without {option('steps')}")
         if self.data is not None:
             return
         for name in options_of(CalibrationOptions):

@@ -57,7 +57,7 @@ def convert(
     else:
         converted = sphereify(network, inplace=batches is None, **options.keywords())
         if batches is not None:
-            result = _calibrate(converted, network, batches, calibration.steps)
+            result = _calibrate(converted, network, batches, calibration)
     save(converted, folder)
     _print_plan(converted.conversion_plan, json)  # type: ignore[arg-type]
     if json:
@@ -113,7 +113,7 @@ def suggest(
     model: Model,
     conversion: ConversionOptions,
     source: SourceOptions,
-    calibration: Annotated[CalibrationOptions, Fields(without=("steps", "agreement"))],
+    calibration: Annotated[CalibrationOptions, Fields(without=("steps", "contrast_jitter", "agreement"))],
     accuracy_loss: Annotated[
         float,
         typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
@@ -140,7 +140,7 @@ def suggest(
     print_suggestion(console(), suggestion)
 
 
-def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> "Calibration":
+def _calibrate(converted: Any, original: Any, batches: Any, options: CalibrationOptions) -> "Calibration":
     """Calibrate with a bar in a terminal, on the GPU where there is one."""
     import torch
 
@@ -148,12 +148,13 @@ def _calibrate(converted: Any, original: Any, batches: Any, steps: int) -> "Cali
     from sphereify.progress import CalibrationProgress
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with CalibrationProgress(len(converted.conversion_plan.converted), steps) as progress:
+    with CalibrationProgress(len(converted.conversion_plan.converted), options.steps) as progress:
         result = calibrate(
             converted.to(device),
             original.to(device),
             [batch.to(device) for batch in batches],
-            steps=steps,
+            steps=options.steps,
+            contrast_jitter=options.contrast_jitter,
             on_layer=progress.layer,
             on_step=progress.step,
         )
@@ -174,6 +175,7 @@ def _choose_radius(
             batches,
             agreement=calibration.agreement or 0.0,
             steps=calibration.steps,
+            contrast_jitter=calibration.contrast_jitter,
             device="auto",
             on_trial=progress.trial,
             on_layer=progress.layer,

@@ -117,6 +117,11 @@ def test_the_smallest_radius_that_is_enough_is_found_up_to_a_factor(threshold):
     assert threshold <= radius <= max(0.5, threshold * 2)
 
 
+def test_a_larger_radius_that_agrees_more_is_not_needed():
+    search = search_among(lambda radii: 0.8 + 0.03 * radii["a"], 0.8)
+    assert search.smallest().radius == pytest.approx(2**0.5)
+
+
 def test_where_no_radius_is_enough_the_one_that_agrees_most_is_taken():
     search = search_among(lambda radii: 0.8 - abs(radii["a"] - 4) / 100, 0.9)
     assert search.smallest().radius == 4

@@ -23,6 +23,7 @@ def test_the_images_have_the_channels_and_the_size_of_the_model():
     [
         ({"images": 5}, "images: has no effect without data"),
         ({"steps": 5}, "steps: has no effect without data"),
+        ({"data": "digits", "contrast_jitter": True}, "contrast_jitter: has no effect without steps"),
         ({"agreement": 0.9}, "agreement: has no effect without data"),
         (
             {"data": "digits", "agreement": 1.0},

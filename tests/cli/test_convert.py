@@ -389,6 +389,11 @@ def test_a_folder_of_images_without_classes_calibrates_and_only_its_training_par
     [
         (2, ["--calibration-images", "5"], "--calibration-images: has no effect without --calibrate"),
         (2, ["--calibrate-steps", "5"], "--calibrate-steps: has no effect without --calibrate"),
+        (
+            2,
+            ["--calibrate", "digits", "--calibrate-contrast-jitter"],
+            "--calibrate-contrast-jitter: has no effect without --calibrate-steps",
+        ),
         (2, ["--agreement", "0.9"], "--agreement: has no effect without --calibrate"),
         (
             2,
