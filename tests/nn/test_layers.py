@@ -484,9 +484,15 @@ def test_repr_names_the_operator_module_or_function(geometry):
 def test_signature_is_that_of_torchs_layer_with_the_options_of_an_angular_one(dim):
     parameters = inspect.signature(CLASSES[dim]).parameters
     plain = inspect.signature(PLAIN[dim]).parameters
-    assert list(parameters) == [*plain, "operator", "rescale", "eps"]
+    own = [
+        "operator",
+        "rescale",
+        *(["radius", "learn_radius"] if "conv" in CLASSES[dim].__name__.lower() else []),
+        "eps",
+    ]
+    assert list(parameters) == [*plain, *own]
     assert all(parameters[name].default == plain[name].default for name in plain)
-    assert {parameters[name].kind for name in ("operator", "rescale", "eps")} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {parameters[name].kind for name in own} == {inspect.Parameter.KEYWORD_ONLY}
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters.values())
 
 
