@@ -181,7 +181,7 @@ def test_each_format_has_its_suffix(format, suffix):
 
 def test_a_model_that_runs_on_no_usual_input_needs_examples(tmp_path):
     model = sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)))
-    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give example_inputs or img_size"):
+    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give img_size, or in Python example_inputs"):
         export(model, tmp_path / "m.pt2", format="torch-export")
 
 
