@@ -63,7 +63,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     rests = {name: without_norm(norm) for name, norm in norms.items()}
     for decision in swaps:
         if decision.drops_norm and decision.norm:
-            twin = twins[decision.name]
+            twin: Any = twins[decision.name]
             take_over_norm(twin.beta, twin._shift, norms[decision.norm], _filters_of(twin))
     statistics = {id(norm): (norm, start) for norm, start in _statistics(model, plan, twins, calls)}
     for name in {d.call.owner for d in plan.converted if d.call}:
@@ -200,7 +200,8 @@ def _filters_of(twin: Any) -> Filters:
 def _filters_of_call(model: nn.Module, decision: Decision, call: AngularCall) -> Filters | None:
     """The filters of a functional call; None where it is not clear which bias it adds."""
     assert decision.call is not None
-    weight, bias = None, None
+    weight: torch.Tensor | None = None
+    bias: Any = None
     if decision.call.parameter:
         weight = model.get_parameter(decision.call.parameter)
         weight = weight.t() if decision.call.transposed else weight
