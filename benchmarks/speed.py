@@ -189,6 +189,8 @@ def networks(bench: Bench, name: str) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {"original": original}
     for operator in bench.options.operators:
         made[operator] = sphereify(original, operator=operator)
+    if bench.options.radius:
+        made["cosine, radius"] = sphereify(original, operator="cosine", radius=bench.options.radius)
     made["naive (cosine)"] = made_naive(made["cosine"])
     if any(isinstance(module, nn.BatchNorm2d) for module in original.modules()):
         made["SphereNorm"] = sphereify(original, operator="cosine", norm="replace")
@@ -203,7 +205,8 @@ def training(bench: Bench) -> Iterator[list[str]]:
         seconds = bench.race({key: bench.step(network) for key, network in made.items()}, bench.options.rounds)
         found = ratios(seconds, "original")
         yield [name, f"{statistics.median(seconds['original']) * 1e3:.0f}",
-               *(found.get(key, "") for key in (*bench.options.operators, "naive (cosine)", "SphereNorm"))]  # fmt: skip
+               *(found.get(key, "") for key in (*bench.options.operators, "naive (cosine)", "SphereNorm")),
+               ratios(seconds, "cosine").get("cosine, radius", "")]  # fmt: skip
 
 
 def inference(bench: Bench) -> Iterator[list[str]]:
@@ -305,6 +308,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18"],
                         help="of timm; usual: resnet18 resnet50 convnext_atto vit_tiny_patch16_224")  # fmt: skip
     parser.add_argument("--operators", nargs="+", default=["cosine", "linear", "sigmoid"])
+    parser.add_argument("--radius", type=float, default=0.0, help="time the cosine with this pooled radius as well")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of autocast")
     parser.add_argument("--batch", type=int, default=8)
@@ -322,7 +326,7 @@ def main() -> None:
     operators = list(options.operators)
     headers = {
         "layers": ["layer", "plain, ms", *operators, "naive cosine"],
-        "training": ["training step", "original, ms", *operators, "naive cosine", "SphereNorm"],
+        "training": ["training step", "original, ms", *operators, "naive cosine", "SphereNorm", "radius, to cosine"],
         "inference": ["inference", "variant", "ms", "to the original", "to it with BatchNorm folded"],
         "memory": ["memory", "variant", "saved for backward, MiB", "ratio", "peak, MiB", "ratio"],
         "roofline": ["roofline", "GFLOP", "GFLOP/s reached", "extra GB", "GB/s of a copy", "original, ms", "allowed"],

@@ -117,7 +117,7 @@ def assert_all_close(got, expected, dtype):
 
 
 # ε = 1 keeps the angles of these random vectors away from the poles, where rounding alone makes gradients differ.
-def compare_convolutions(geometry, name, dtype, layouts, tile, seed, radius=0.0, learned=False):
+def compare_convolutions(geometry, name, dtype, layouts, tile, seed, radius, learned):
     shape, weight_shape, how = geometry
     if radius:
         how = {**how, "radius": torch.tensor([radius], device=DEVICE, requires_grad=True) if learned else radius}
@@ -148,7 +148,9 @@ test_any_convolution_in_2_dimensions_agrees_with_the_reference = any_convolution
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_grouped_and_strided_convolution_agrees_with_the_reference(name):
     how = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
-    compare_convolutions(((2, 6, 5, 7), (4, 3, 3, 2), how), name, torch.float32, ("channels_last",) * 3, 32, 0)
+    compare_convolutions(
+        ((2, 6, 5, 7), (4, 3, 3, 2), how), name, torch.float32, ("channels_last",) * 3, 32, 0, 0.0, False
+    )
 
 
 @pytest.mark.parametrize("learned", [False, True])
