@@ -313,7 +313,7 @@ def test_compare_keeps_what_trained_weights_know(run, own, trained_weights):
     command = ["compare", f"{own}:small", "--data", "digits", "--img-size", 8, *FEW, "-o", "out", "--corruptions"]
     code, out, err = run(*command, "--weights", trained_weights, "--calibration-images", 70)
     assert (code, err) == (0, "")
-    assert out.count("kept what was learned, on 64 training images without labels: 2 layers calibrated") == 1  # there are no more
+    assert out.count("kept what was learned, on 64 training images without labels: 2 layers calibrated") == 1
     assert "under corruptions, %" in one_line(out)
     assert (
         one_line(out).count("original, contrast standardised") == 2
