@@ -91,9 +91,8 @@ def finetune(
         conversion=conversion,
         teacher=teacher,
         teacher_weights=teacher_weights,
-        calibration_images=_count(
-            calibrate and resume is None, calibration_images
-        ),  # a checkpoint holds what came of it
+        # A checkpoint holds what came of the calibration.
+        calibration_images=0 if no_calibrate or resume is not None else calibration_images,
         device=local_device(settings.chosen_device),
     )
     if begun.kept and is_first_process():
