@@ -37,21 +37,18 @@ _PATHS = ("weights", "data_root", "teacher_weights")
 """Options of finetune whose value is a path."""
 
 
-Calibrate = Annotated[
+NoCalibrate = Annotated[
     bool,
     typer.Option(
-        "--calibrate/--no-calibrate",
-        help="Keep what --pretrained or --weights bring by a calibration on training images, without their labels.",
+        "--no-calibrate",
+        help="Copy what --pretrained or --weights bring, instead of keeping what it knows by a calibration on training "
+        "images, without their labels.",
         rich_help_panel=CALIBRATION,
     ),
 ]
 CalibrationImages = Annotated[
     int, typer.Option(help="Number of these images; usual: 500 to 2,000.", rich_help_panel=CALIBRATION, min=1)
 ]
-
-
-def _count(calibrate: bool, images: int) -> int:
-    return images if calibrate else 0
 
 
 @with_options(_resumed)
@@ -71,7 +68,7 @@ def finetune(
         str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
     ] = None,
     teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher by name.")] = None,
-    calibrate: Calibrate = True,
+    no_calibrate: NoCalibrate = False,
     calibration_images: CalibrationImages = 1024,
 ) -> None:
     """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
@@ -94,9 +91,8 @@ def finetune(
         conversion=conversion,
         teacher=teacher,
         teacher_weights=teacher_weights,
-        calibration_images=_count(
-            calibrate and resume is None, calibration_images
-        ),  # a checkpoint holds what came of it
+        # A checkpoint holds what came of the calibration.
+        calibration_images=0 if no_calibrate or resume is not None else calibration_images,
         device=local_device(settings.chosen_device),
     )
     if begun.kept and is_first_process():
@@ -206,7 +202,7 @@ def compare(
         float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default: 95 % of the original's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-compared.")] = None,
-    calibrate: Calibrate = True,
+    no_calibrate: NoCalibrate = False,
     calibration_images: CalibrationImages = 1024,
     corruptions: Annotated[
         bool,
@@ -246,7 +242,7 @@ def compare(
             seeds=seeds,
             reach=reach,
             learned=learned,
-            calibration_images=_count(calibrate, calibration_images),
+            calibration_images=0 if no_calibrate else calibration_images,
             corruptions=corruptions,
             on_run=progress.run,
             on_calibration=progress.line,
