@@ -126,7 +126,7 @@ def test_the_accuracy_told_is_that_of_the_held_out_part_after_the_epoch():
     def check(epoch: Epoch) -> None:
         heard.append((epoch.accuracy, float((model.eval()(x).argmax(1) == y).float().mean())))
 
-    finetune(model, data, Settings(epochs=6, batch_size=8, lr=0.02, **CPU), on_epoch=check)
+    finetune(model, data, Settings(epochs=6, batch_size=8, lr=0.004, **CPU), on_epoch=check)
     assert len({told for told, _ in heard}) > 1
     for told, measured in heard:
         assert told == pytest.approx(measured)
