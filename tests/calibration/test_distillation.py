@@ -89,6 +89,10 @@ def test_features_are_those_of_the_blocks_at_one_and_two_thirds_of_the_depth_or_
     names = feature_modules(plan_conversion(flat, include=["0", "3", "6"]), flat)
     assert names == ["4"]  # of three layers, both depths are at the middle one
     assert feature_modules(None, original) == []
+    whole = nn.Sequential(
+        nn.Sequential(*[nn.Conv2d(3, 3, 3) for _ in range(4)]), nn.ReLU()
+    )  # one block around all layers
+    assert feature_modules(plan_conversion(whole), whole) == ["0.1"]
 
 
 def test_steps_with_features_bring_the_features_closer_than_steps_without():
