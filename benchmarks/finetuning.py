@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from plain_networks import NETWORKS, Images, accuracy, cifar, shifted
-from torch import Tensor, nn
+from torch import nn
 
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.files import write_text
 from sphereify.training.corruptions import corrupt
+from sphereify.training.robustness import ContrastStandardized
 
 VARIANTS = {
     # name: (conversion or None, calibrated, further settings)
@@ -47,26 +48,15 @@ CHECKPOINTS = (50, 100, 200)
 PROBES = {"contrast .2": ("contrast", 3), "noise .06": ("noise", 2), "blur .6": ("blur", 2)}
 
 
-class Standardised(nn.Module):
-    """A network behind per-image standardisation: each picture gets the training set's contrast and keeps its mean."""
-
-    def __init__(self, network: nn.Module, deviation: float):
-        super().__init__()
-        self.network, self.deviation = network, deviation
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((1, 2, 3), keepdim=True)
-        centred = x - mean
-        return self.network(mean + centred * (self.deviation / centred.square().mean((1, 2, 3), keepdim=True).sqrt()))
-
-
 def start(variant: str, network: nn.Module, images: Images, options: argparse.Namespace) -> nn.Module:
     """The network of a variant before fine-tuning; a calibration is kept in the output folder."""
     conversion, calibrated, _ = VARIANTS[variant]
     if conversion is None:
         if variant == "original":
             return copy.deepcopy(network)
-        return Standardised(copy.deepcopy(network), float(images.train[:5000].std((1, 2, 3)).mean()))
+        centred = images.train[::10] - images.train[::10].mean((2, 3), keepdim=True)
+        deviation = float(centred.square().mean((1, 2, 3)).sqrt().mean())
+        return ContrastStandardized(copy.deepcopy(network), deviation)
     model = sphereify(network, operator=options.operator, **conversion)
     if not calibrated:
         return model
