@@ -142,24 +142,20 @@ def suggest(
 
 def _calibrate(converted: Any, original: Any, batches: Any, options: CalibrationOptions) -> "Calibration":
     """Calibrate with a bar in a terminal, on the GPU where there is one."""
-    import torch
-
     from sphereify.calibration.least_squares import calibrate
     from sphereify.progress import CalibrationProgress
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with CalibrationProgress(len(converted.conversion_plan.converted), options.steps) as progress:
-        result = calibrate(
-            converted.to(device),
-            original.to(device),
-            [batch.to(device) for batch in batches],
+        return calibrate(
+            converted,
+            original,
+            batches,
             steps=options.steps,
             contrast_jitter=options.contrast_jitter,
+            device="auto",
             on_layer=progress.layer,
             on_step=progress.step,
         )
-    converted.cpu()
-    return result
 
 
 def _choose_radius(
