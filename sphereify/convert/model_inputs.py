@@ -48,14 +48,16 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 def assumed_inputs(model: nn.Module) -> list[tuple[Any, ...]]:
     """Candidates for the arguments of a model, the likeliest first, as tensors on the meta device.
 
-    Two images of the size in `pretrained_cfg`, else of 224×224 pixels; two sequences, volumes or rows if the first
-    layer takes those.
+    Two images of the size in `pretrained_cfg`, else of 224×224 pixels and of the 299×299 that an Inception needs in
+    training; two sequences, volumes or rows if the first layer takes those, and then images if the model names a size.
     """
-    config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    config = named or (3, 224, 224)
     first: Any = next((m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), None)
     if isinstance(first, nn.Linear):
-        return [(torch.empty(2, first.in_features, device="meta"),)]
-    sizes = [tuple(config[1:])]
+        images = [(torch.empty(2, *named, device="meta"),)] if named else []  # patches may be cut and fed to the layer
+        return [(torch.empty(2, first.in_features, device="meta"),), *images]
+    sizes = [tuple(config[1:])] if named else [(224, 224), (299, 299)]
     if isinstance(first, nn.Conv1d):
         sizes = [(config[-1],)]
     elif isinstance(first, nn.Conv3d):
