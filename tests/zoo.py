@@ -5,8 +5,9 @@ differ in depth, widths and image size only; the smallest of each structure (wit
 converted, operators and skip_shortcuts in turn. The number of sites must be that of an independent walk: modules by
 their classes, plus functional calls counted in a run.
 
-Then the smallest architecture of each model file runs with real weights, unless it has more than 150 million: a forward
-and a backward pass, `verify` with a reason for each site that is never called, and saved and loaded with identical outputs.
+Then the smallest architecture of each model file runs with real weights, unless it has more than 150 million: a
+forward and a backward pass, `verify` with a reason for each site that is never called, and saved and loaded with
+identical outputs.
 
 Prints a table of outcomes and every refusal with its reason; the exit code is 1 if any architecture failed or was
 miscounted.
@@ -39,7 +40,7 @@ from sphereify.errors import SphereifyError
 from sphereify.sources import Source, build_model
 
 LARGEST_RUN = 150_000_000
-"""Parameters of the largest network that runs with real weights: two processes hold three copies and a gradient each."""
+"""Parameters of the largest network that runs with real weights: each process holds three copies and a gradient."""
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 
