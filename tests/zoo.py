@@ -372,10 +372,9 @@ def main() -> int:
         run("converted", convert, list(enumerate(chosen)))
         real = [one for one in surveys if not one.source.name.startswith("test_")]
         smallest = smallest_of_each("file", real, "parameters")
-        sizes = {one.source: one.parameters for one in real}
-        small = [source for source in smallest if sizes[source] <= LARGEST_RUN]
-        run("run", run_for_real, list(enumerate(small)))
-        print("too large to run:", *(str(source) for source in smallest if source not in small))
+        large = {str(one.source) for one in real if one.parameters > LARGEST_RUN}
+        run("run", run_for_real, list(enumerate(source for source in smallest if str(source) not in large)))
+        print("too large to run:", *(str(source) for source in smallest if str(source) in large))
     for result, count in Counter(outcome.result for outcome in outcomes).most_common():
         print(f"{count:>5}  {result}")
     slowest = max((o for o in outcomes if o.result.startswith("converted")), key=lambda o: o.seconds, default=None)
