@@ -78,6 +78,7 @@ def finetune(
     from sphereify.terminal import is_first_process
     from sphereify.training import finetune as train
     from sphereify.training.distributed import local_device
+    from sphereify.training.recipe import with_recipe
     from sphereify.training.run_folder import RunFolder, default_run_folder
     from sphereify.training.start import start
 
@@ -106,7 +107,7 @@ def finetune(
         result = train(
             begun.model,
             begun.data,
-            settings,
+            with_recipe(settings, trained=begun.trained),
             output=run.path,
             resume=resume is not None,
             teacher=begun.teacher,

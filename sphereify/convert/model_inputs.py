@@ -55,8 +55,8 @@ def assumed_inputs(model: nn.Module) -> list[tuple[Any, ...]]:
     config = named or (3, 224, 224)
     first: Any = next((m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))), None)
     if isinstance(first, nn.Linear):
-        images = [(torch.empty(2, *named, device="meta"),)] if named else []  # patches may be cut and fed to the layer
-        return [(torch.empty(2, first.in_features, device="meta"),), *images]
+        shapes = [(first.in_features,), *([tuple(named)] if named else [])]  # patches may be cut and fed to the layer
+        return [(torch.empty(2, *shape, device="meta"),) for shape in shapes]
     sizes = [tuple(config[1:])] if named else [(224, 224), (299, 299)]
     if isinstance(first, nn.Conv1d):
         sizes = [(config[-1],)]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sphereify.training.evaluation import Evaluation, accuracy, evaluate
     from sphereify.training.objective import Objective
     from sphereify.training.optim import param_groups
+    from sphereify.training.recipe import with_recipe
     from sphereify.training.results import Epoch, Result, Step
     from sphereify.training.robustness import Robustness
     from sphereify.training.run import finetune
@@ -41,6 +42,7 @@ _HOMES = {
     "train_once": "sphereify.training.comparison",
     "trained": "sphereify.training.comparison",
     "variants": "sphereify.training.comparison",
+    "with_recipe": "sphereify.training.recipe",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "train_once",
     "trained",
     "variants",
+    "with_recipe",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

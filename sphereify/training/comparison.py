@@ -23,6 +23,7 @@ from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.checks import check_mixup
 from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
+from sphereify.training.recipe import with_recipe
 from sphereify.training.results import Epoch, Result, Step
 from sphereify.training.robustness import Robustness, check_corruptible, corrupted_accuracies, rival_of
 from sphereify.training.run import finetune
@@ -192,7 +193,7 @@ def compare(
         build: makes the plain network; with the same random seed it must draw the same weights.
         data: as for `finetune`.
         variants: the networks; the first is what the others are compared with. See also `variants`.
-        settings: how to train, as for `finetune`.
+        settings: how to train, as for `finetune`; what they leave open depends on `learned`, see `with_recipe`.
         output: a folder. Finished runs in it are not repeated, unfinished ones are continued.
         seeds: number of runs of each variant, with the seeds settings.seed, settings.seed + 1, …
         reach: accuracy in (0, 1] to which steps are counted; default: 95 % of the first variant's mean.
@@ -211,7 +212,7 @@ def compare(
         UsageError: no variant, two of one name, fewer than one seed, or runs of another kind in `output`.
         DataError: images that cannot be corrupted, with `corruptions`.
     """
-    settings = settings or Settings()
+    settings = with_recipe(settings or Settings(), trained=learned != NOTHING)
     folder = Path(output)
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):

@@ -10,6 +10,7 @@ from sphereify.errors import UsageError, first_line, invalid, option, wrong_type
 from sphereify.nn import AngularHead
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
+from sphereify.training.recipe import recipe
 from sphereify.training.settings import Settings
 
 
@@ -115,16 +116,17 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     """
     from timm.optim import create_optimizer_v2
 
-    groups = param_groups(model, settings.weight_decay, layer_decay=settings.layer_decay)
+    chosen = recipe(settings)
+    groups = param_groups(model, chosen.weight_decay, layer_decay=settings.layer_decay)
     if not groups:
         raise UsageError(f"{option('freeze')}: nothing is left to train")
-    if settings.opt.lower() == "adahessian":
+    if chosen.opt.lower() == "adahessian":
         raise UsageError(f"{option('opt')}: adahessian needs second derivatives, which this loop does not compute")
     try:
-        return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
+        return create_optimizer_v2(groups, opt=chosen.opt, lr=chosen.lr, weight_decay=0.0)
     except Exception as error:  # timm asserts
         raise UsageError(
-            f"{option('opt')}: got {settings.opt!r}, expected an optimizer of timm ({first_line(error)})"
+            f"{option('opt')}: got {chosen.opt!r}, expected an optimizer of timm ({first_line(error)})"
         ) from None
 
 

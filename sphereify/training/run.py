@@ -22,6 +22,7 @@ from sphereify.training.interruption import StopRequest, stop_requests
 from sphereify.training.loader import make_loader, on_device, test_batches
 from sphereify.training.meter import energies, learned_k, learned_radii
 from sphereify.training.randomness import deterministic_algorithms, random_state, seed_all, set_random_state
+from sphereify.training.recipe import with_recipe
 from sphereify.training.record import RunRecord
 from sphereify.training.results import Epoch, Result, Step
 from sphereify.training.run_folder import RunFolder, save_model
@@ -51,7 +52,8 @@ def finetune(
     Args:
         model: returns logits of shape (B, classes), or an `AngularOutput`, for images (B, C, H, W).
         data: from `sphereify.datasets.load_data`, or a `Data` around data sets of your own.
-        settings: how to train; default: `Settings()`.
+        settings: how to train; default: `Settings()`. What they leave open is chosen as for a network that has not been
+            trained; see `with_recipe`.
         output: folder of the run, see `RunFolder`: the models after the last and after the best epoch, checkpoints,
             metrics, curves and a summary. None: nothing is written.
         resume: continue from the last checkpoint in `output`, bit by bit as if the run had never stopped.
@@ -73,7 +75,7 @@ def finetune(
 
     Nothing of the model has been moved or changed when a request is refused.
     """
-    settings = settings or Settings()
+    settings = with_recipe(settings or Settings())
     folder = None if output is None else RunFolder(output)
     with (
         join(settings.chosen_device) as processes,

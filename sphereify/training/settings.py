@@ -32,8 +32,18 @@ class Settings:
         at_least=1,
     )
     batch_size: int = option_field(64, "Images per batch on each device.", panel=TRAINING, at_least=1)
-    lr: float = option_field(1e-3, "Peak learning rate.", panel=TRAINING, above=0, usual="1e-4 to 1e-3 with adamw")
-    opt: str = option_field("adamw", "Optimizer of timm: adamw, sgd, lamb, …", panel=TRAINING)
+    lr: float | None = option_field(
+        None,
+        "Peak learning rate; default: 1e-3, and less for a network that is trained already, see README.",
+        panel=TRAINING,
+        above=0,
+        usual="1e-4 to 1e-3 with adamw",
+    )
+    opt: str | None = option_field(
+        None,
+        "Optimizer of timm: adamw, sgd, lamb, …; default: adamw, and sgd for a network that is trained already.",
+        panel=TRAINING,
+    )
     sched: str = option_field(
         "cosine",
         "Schedule of timm for the learning rate, updated after each step: cosine, step, multistep, poly, wsd, …",
@@ -58,9 +68,10 @@ class Settings:
     decay_rate: float = option_field(
         0.1, "Factor of each decay of step and multistep, in (0, 1].", panel=TRAINING, above=0, at_most=1
     )
-    weight_decay: float = option_field(
-        0.05,
-        "Weight decay of plain weights; angular weights have none, since their length has no effect.",
+    weight_decay: float | None = option_field(
+        None,
+        "Weight decay of plain weights; angular weights have none, since their length has no effect. Default: 0.05, "
+        "and 5e-4 with sgd for a network that is trained already.",
         panel=TRAINING,
         at_least=0,
     )

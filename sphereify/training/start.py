@@ -30,6 +30,8 @@ class Start:
     """The network whose scores are followed; None without one."""
     kept: str | None = None
     """A line on the calibration; None without one."""
+    trained: bool = False
+    """True if the network was converted from trained weights."""
 
 
 def start(
@@ -85,7 +87,7 @@ def start(
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)
-    return Start(model, data, followed, kept)
+    return Start(model, data, followed, kept, learned != NOTHING)
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions) -> SourceOptions:

@@ -16,7 +16,7 @@ from sphereify.datasets import load_data
 from sphereify.nn import AngularHead
 from sphereify.options import options_of
 from sphereify.sources import build_model, find_model
-from sphereify.training import DataOptions, Epoch, Result, Settings, Terms, accuracy
+from sphereify.training import DataOptions, Epoch, Result, Settings, Terms, accuracy, with_recipe
 from tests.cli.words import TINY, one_line, words, written
 
 FEW = ["--train-images", 64, "--test-images", 30, "--batch-size", 32, "--epochs", 1, "--device", "cpu"]
@@ -154,6 +154,16 @@ def test_the_original_teaches_with_the_weights_it_was_given(run, begun, own):
     assert not isinstance(begun["teacher"][-1], AngularHead)
 
 
+def test_a_trained_network_is_trained_further_with_a_gentle_recipe(run, begun, own):
+    sys.path.insert(0, "")
+    import own_networks
+
+    torch.save(own_networks.small(10, 3).state_dict(), "mine.pt")
+    for given, trained in ((("--weights", "mine.pt"), True), ((), False)):
+        assert run("finetune", f"{own}:small", "--data", "digits", *given, "-o", "out", "--force")[0] == 0
+        assert begun["settings"] == with_recipe(Settings(), trained=trained)
+
+
 # ------------------------------------------------------------------------------------------------- a run in its folder
 
 
@@ -166,7 +176,8 @@ def test_a_run_is_continued_with_the_options_of_its_beginning(run, begun, own):
     Path("out").rename("moved")
     code, _, err = run("finetune", "--resume", "moved", "--workers", 1)
     assert (code, err) == (0, "")
-    assert begun["settings"] == Settings(lr=0.5, freeze=("0",), seed=3, workers=1, terms=Terms(mhe=1.0))
+    expected = Settings(lr=0.5, freeze=("0",), seed=3, workers=1, terms=Terms(mhe=1.0))
+    assert begun["settings"] == with_recipe(expected)
     assert (begun["resume"], begun["output"]) == (True, Path("moved"))
     torch.testing.assert_close(begun["model"].state_dict(), first["model"].state_dict(), rtol=0, atol=0)
     code, _, err = run("finetune", "--resume", "moved", "--lr", "0.25")

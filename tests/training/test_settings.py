@@ -125,7 +125,7 @@ def test_sharding_goes_with_other_half_precision():
 
 
 def test_differences_are_those_that_change_what_is_learned():
-    before = Settings(terms=Terms(mhe=1.0), **CPU)
+    before = Settings(lr=0.001, terms=Terms(mhe=1.0), **CPU)
     now = Settings(lr=0.5, workers=3, checkpoint_minutes=1, terms=Terms(mhe=2.0), **CPU)
     assert [spelled(text) for text in differences(before, now)] == [
         "lr: 0.001 before, 0.5 now",
