@@ -37,11 +37,13 @@ from sphereify.nn.precision import (
     cast,
     compute_dtype,
     fit_into,
+    in_forward_mode,
     is_channels_last,
     is_plain,
     no_autocast,
 )
 from sphereify.nn.radius import HasRadius, pool
+from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -100,7 +102,8 @@ class FoldedLayer(nn.Module):
         if mode:
             raise UnsupportedModelError(
                 "train(): this model is folded for inference and cannot be trained. Train the model that it was folded "
-                "from, and fold that again"
+                "from, and fold that again. What needs both modes, as torchvision's create_feature_extractor, is made "
+                "of that model and then folded"
             )
         return super().train(False)
 
@@ -155,7 +158,7 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """scale·y + shift in one pass; y is overwritten where nothing needs it."""
     if shift is None:
         return y.mul_(scale)
-    if y.requires_grad or torch.compiler.is_compiling() or not is_plain(y):
+    if y.requires_grad or torch.compiler.is_compiling() or in_forward_mode() or not is_plain(y):
         return torch.addcmul(shift, y, scale)
     return torch.addcmul(shift, y, scale, out=y)
 
@@ -165,6 +168,7 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
 
     radius: Any
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         padded, padding = self._padded(input)
         kernel = self.weight.shape[2:]
@@ -244,6 +248,7 @@ class FoldedLinear(FoldedLayer, nn.Linear):
 
     rows_only: bool
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         if self.rows_only and input.dim() != 2:
             raise UnsupportedModelError(
@@ -283,6 +288,7 @@ class FoldedHead(FoldedLayer, nn.Linear):
     def num_classes(self) -> int:
         return self.weight.shape[0]
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         precise = accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):

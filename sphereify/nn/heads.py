@@ -21,6 +21,7 @@ from sphereify.nn.operators import (
 )
 from sphereify.nn.outputs import AngularOutput, made_by
 from sphereify.nn.precision import accumulate_dtype, no_autocast
+from sphereify.nn.tracing import one_node
 
 HEAD_EPS = 1e-12
 """Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
@@ -131,6 +132,7 @@ class AngularHead(nn.Module):
         """True if this head returns an `AngularOutput` in training."""
         return self.kind in choices.MARGIN_HEADS
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor | AngularOutput:
         if not (self.training and self.has_margin):
             return self.logits(input)
