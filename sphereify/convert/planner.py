@@ -13,6 +13,7 @@ from torch import nn
 
 from sphereify import choices
 from sphereify.convert.graph import ModelGraph, read_graph
+from sphereify.convert.merging import merging_note
 from sphereify.convert.model_checks import check_model, quantized_layers
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
@@ -138,7 +139,8 @@ class _Planner:
             notes.append(
                 f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
             )
-        return [*notes, *_radius_notes(decisions)]
+        merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
+        return [*notes, *_radius_notes(decisions), *([merging] if merging else [])]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""

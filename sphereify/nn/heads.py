@@ -10,6 +10,7 @@ from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.nn.functional import Operator, sphere_linear
 from sphereify.nn.layers import adopted
+from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import (
     CURVES,
     AngularOperator,
@@ -29,7 +30,7 @@ HALF_EPS = 1e-5
 """For features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
 
 
-class AngularHead(nn.Module):
+class AngularHead(HasDirections):
     """Class scores from the angles θ_j between a feature x and the class weights w_j.
 
         w-softmax    ‖x‖·g(θ_j)

@@ -22,6 +22,7 @@ from sphereify.nn.functional import (
     sphere_linear,
     writable,
 )
+from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import make_operator
 from sphereify.nn.radius import HasRadius, check_radius
 from sphereify.nn.tracing import one_node
@@ -31,7 +32,7 @@ Ints = int | tuple[int, ...]
 """One number for all dimensions of space, or one for each."""
 
 
-class AngularLayer(nn.Module):
+class AngularLayer(HasDirections):
     """The operator, ε, and SphereNorm's β and γ of an angular layer."""
 
     plain_class: ClassVar[type[nn.Module]]
