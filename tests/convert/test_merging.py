@@ -85,9 +85,7 @@ def test_timm_reparameterizes_before_a_conversion_and_is_refused_after_it(name):
 @pytest.mark.parametrize("bias", [False, True])
 def test_torch_refuses_to_fuse_a_batch_norm_into_an_angular_layer(bias):
     conv, linear = SphereConv2d(3, 4, 3, bias=bias).eval(), SphereLinear(3, 4, bias=bias).eval()
-    with pytest.raises(
-        UnsupportedModelError, match=r"SphereConv2d: another layer.*sphereify\.fold"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"SphereConv2d: another layer.*sphereify\.fold"):
         fuse_conv_bn_eval(conv, nn.BatchNorm2d(4).eval())
     with pytest.raises(UnsupportedModelError, match="SphereLinear: another layer"):
         fuse_linear_bn_eval(linear, nn.BatchNorm1d(4).eval())
