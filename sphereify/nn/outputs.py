@@ -70,9 +70,9 @@ def _snapshot(module: nn.Module) -> nn.Module:
 def scores_of(output: Any) -> Any:
     """The scores in the output of a model: its `logits` or "logits", where it has some, as Transformers' outputs have.
 
-    An output without them, a tensor or an `AngularOutput` is returned as it is.
+    An output without them is returned as it is, and so is a tuple, whose other parts may be scores as well.
     """
-    if isinstance(output, (Tensor, AngularOutput)):
+    if isinstance(output, (Tensor, tuple)):
         return output
     scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return scores if isinstance(scores, (Tensor, AngularOutput)) else output
