@@ -79,6 +79,7 @@ def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
     parts = [part for part in output if part is not None] if isinstance(output, (tuple, list)) else []
     if not parts or not all(isinstance(part, (Tensor, AngularOutput)) for part in parts):
         raise DataError(
-            f"the model returns {type(output).__name__}, expected logits of shape (batch, classes), or an output that has them as `logits`"
+            f"the model returns {type(output).__name__}, expected logits of shape (batch, classes), or an output that "
+            f"has them as `logits`"
         )
     return parts[0], parts[1:]
