@@ -302,8 +302,9 @@ def _check_graph(owner: nn.Module, graph: fx.Graph, answered: set[str]) -> None:
     for name in (parameter_name(key) for key in getattr(owner, CALLS) if key not in answered):
         if name in read:
             raise UnsupportedModelError(
-                f"{_base(type(owner)).__name__} makes its angular call with {name} inside a function that torch.fx "
-                f"does not trace, and that would make a plain one: make the module a leaf of the tracer"
+                f"{_base(type(owner)).__name__} makes its angular call with {name} where torch.fx does not show it: "
+                f"inside a function that is not traced, or as x @ weight. The graph would make a plain one; trace a "
+                f"model that holds the module, which then is one node of the graph"
             )
 
 

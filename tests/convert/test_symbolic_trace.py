@@ -86,7 +86,7 @@ def test_what_a_graph_would_make_plain_is_refused():
         pass
 
     model = sphereify(Root(hidden=True), example_inputs=normal(2, 6, dtype=torch.float32))
-    with pytest.raises(UnsupportedModelError, match=r"Root makes its angular call with weight inside a function"):
+    with pytest.raises(UnsupportedModelError, match=r"Root makes its angular call with weight where torch\.fx"):
         fx.symbolic_trace(model)
     with pytest.raises(UnsupportedModelError, match=r"SphereConv2d is one node of a torch\.fx graph"):
         fx.symbolic_trace(SphereConv2d(3, 4, 3))
