@@ -11,6 +11,7 @@ and has fewer channels than there are filters, the input is divided instead, and
 """
 
 import math
+import sys
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -99,11 +100,10 @@ class FoldedLayer(nn.Module):
             self._parameters[name] = None if value is None else _constant(value, like)
 
     def train(self: Layer, mode: bool = True) -> Layer:
-        if mode:
+        if mode and not _only_traced():
             raise UnsupportedModelError(
                 "train(): this model is folded for inference and cannot be trained. Train the model that it was folded "
-                "from, and fold that again. What needs both modes, as torchvision's create_feature_extractor, is made "
-                "of that model and then folded"
+                "from, and fold that again"
             )
         return super().train(False)
 
@@ -145,6 +145,17 @@ class FoldedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
+
+
+def _only_traced() -> bool:
+    """True if torchvision asks for training mode while it makes a feature extractor, for which it traces both modes."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        in_torchvision = frame.f_globals.get("__name__") == "torchvision.models.feature_extraction"
+        if in_torchvision and frame.f_code.co_name in ("create_feature_extractor", "get_graph_node_names"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _constant(value: Tensor, like: Any) -> nn.Parameter:

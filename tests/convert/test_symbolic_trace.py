@@ -79,6 +79,12 @@ def test_node_names_of_feature_extractors_stay():
 def test_a_folded_model_is_traced():
     model = fold(sphereify(Net(), example_inputs=X).eval())
     torch.testing.assert_close(fx.symbolic_trace(model)(X), model(X), rtol=0, atol=0)
+    extractor = create_feature_extractor(model, ["calls", "fc"])
+    torch.testing.assert_close(extractor(X)["fc"], model(X), rtol=0, atol=0)
+    assert not extractor.training
+    for folded in (model, extractor):
+        with pytest.raises(UnsupportedModelError, match=r"train\(\): this model is folded"):
+            folded.train()
 
 
 def test_what_a_graph_would_make_plain_is_refused():
