@@ -11,7 +11,7 @@ from sphereify.convert.copies import copy_of
 from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
-from sphereify.nn.functional_calls import CALLS, AngularCall, call_key
+from sphereify.nn.functional_calls import CALLS, AngularCall, Arguments, call_key
 
 
 @dataclass
@@ -71,13 +71,12 @@ def layer_pairs(model: nn.Module, reference: nn.Module, plan: ConversionPlan) ->
 class _PlainCall(AngularCall):
     """The answer of torch to a functional call, given by a module whose input and output can be observed."""
 
-    def forward(self, function: Any, call: Any, rows: slice = slice(None)) -> Tensor:
-        x, weight, bias, geometry, _ = call
+    def forward(self, call: Arguments, rows: slice = slice(None)) -> Tensor:
         if self.kind == "linear":
-            y = F.linear(x, weight)
-            return y if bias is None else y + bias
+            y = F.linear(call.x, call.weight)
+            return y if call.bias is None else y + call.bias
         convolve = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}[self.kind]
-        return convolve(x, weight, bias, *geometry)  # type: ignore[operator, no-any-return]
+        return convolve(call.x, call.weight, call.bias, *call.geometry)  # type: ignore[operator, no-any-return]
 
 
 def reference_of(original: nn.Module, plan: ConversionPlan) -> nn.Module:

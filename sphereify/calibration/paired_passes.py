@@ -127,9 +127,9 @@ class _Targets:
 def _batch(pair: LayerPair, call: LayerCall, output: LayerOutput, converted_pass: TrackedPass) -> Batch | None:
     """A layer's input in one pass, and the output that it should have; None if the original received other inputs."""
     arguments = call.arguments
-    functional = arguments[1] if isinstance(pair.layer, AngularCall) else None
+    functional = arguments[0] if isinstance(pair.layer, AngularCall) else None
     x = input_of(arguments)
-    filters = arguments[2] if functional is not None and len(arguments) > 2 else slice(None)
+    filters = arguments[1] if functional is not None and len(arguments) > 1 else slice(None)
     if x.shape != output.input_shape:
         return None  # a network that routes its inputs has sent these another way than the original did
     if not output.raw.isfinite().all():

@@ -19,6 +19,7 @@ from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.lockstep import Pass, active_pass
 from sphereify.calibration.rows import rows_at
 from sphereify.convert.operations import ADD, word
+from sphereify.nn.functional_calls import Arguments
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def _leave_norm(pair: LayerPair, norm: nn.Module, out: Any) -> None:
 
 def input_of(arguments: tuple[Any, ...]) -> Tensor:
     """The tensor that a layer or an `AngularCall` multiplies with its filters."""
-    return arguments[1].x if len(arguments) > 1 and not isinstance(arguments[1], Tensor) else arguments[0]  # type: ignore[no-any-return]
+    first: Any = arguments[0]
+    return first.x if isinstance(first, Arguments) else first  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------- functions on the output

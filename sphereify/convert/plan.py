@@ -68,6 +68,11 @@ class Decision:
     call: Call | None = None
     """Functional call that the site is: its owner answers it with an angle, and no layer is swapped."""
 
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that becomes angular: the layer, or the one that makes the call."""
+        return self.name if self.call is None else self.call.owner
+
 
 @dataclass(frozen=True)
 class ConversionPlan:

@@ -13,11 +13,13 @@ from torch import nn
 
 from sphereify import choices
 from sphereify.convert.graph import ModelGraph, read_graph
+from sphereify.convert.merging import merging_note
 from sphereify.convert.model_checks import check_model, quantized_layers
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import UnsupportedModelError, UsageError, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
@@ -138,7 +140,8 @@ class _Planner:
             notes.append(
                 f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
             )
-        return [*notes, *_radius_notes(decisions)]
+        merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
+        return [*notes, *_radius_notes(decisions), *([merging] if merging else [])]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""
@@ -147,7 +150,7 @@ class _Planner:
         if not heads:
             raise UsageError(
                 f"{head}: no classifier was found in {type(self.model).__name__}, that is no nn.Linear that ends in "
-                f"the model's output. Take {option('head', 'keep')} for a model without one."
+                f"the model's output{self._not_classifiers()}. Take {option('head', 'keep')} for a model without one."
             )
         between = [site.name for site in self.graph.sites if self._is_head(site) and site.direct is False]
         if self.options.head in choices.MARGIN_HEADS and between:
@@ -161,6 +164,11 @@ class _Planner:
                 f"{head}: the classifier {unwanted[0].name} is kept by {option('exclude')} or {option('overrides')}. "
                 f"Leave one of the two out."
             )
+
+    def _not_classifiers(self) -> str:
+        """The output layers whose outputs are no classes, for the message that there is no classifier."""
+        reasons = ((site.name, self._has_no_classes(site)) for site in self.graph.sites if site.role == "classifier")
+        return "".join(f" ({name}: {reason})" for name, reason in reasons if reason)
 
     def _decide(self, site: Site) -> Decision:
         """The decision about one site."""
@@ -245,6 +253,8 @@ class _Planner:
             return "classifier in a functional call: an angular head takes the place of an nn.Linear only"
         if site.processed:
             return "more is done to its scores before the output: an angular head would change what that means"
+        if no_classes := self._has_no_classes(site):
+            return no_classes
         if self.options.head != "auto":
             return None
         if self.graph.output is not None and len(self.graph.output) != 2:
@@ -253,13 +263,20 @@ class _Planner:
             )
         if site.heads > 1:
             return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
+        return None
+
+    def _has_no_classes(self, site: Site) -> str | None:
+        """The reason why the outputs of an output layer are no scores of classes; None if they may be."""
         if site.shape[0] < 2:
             return "output of a single number, which has no classes"
+        if is_regression(self.model):
+            return "regression (problem_type of its configuration): its outputs are numbers, not scores of classes"
         return None
 
     def _is_head(self, site: Site) -> bool:
         linear = site.kind == "linear" and site.module is not None and site.call is None and not site.processed
-        return isinstance(site.module, AngularHead) or (site.role == "classifier" and linear)
+        is_classifier = site.role == "classifier" and linear and not self._has_no_classes(site)
+        return isinstance(site.module, AngularHead) or is_classifier
 
     def _operator(self, site: Site, setting: Any) -> tuple[str, float | None]:
         """The name of the operator and its k; an object of the user's own is stored under the name of its class."""

@@ -14,8 +14,10 @@ from torch import nn
 
 from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.copies import copy_of
+from sphereify.convert.merging import refuse_merging
 from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.pretrained_models import guard_methods
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
 from sphereify.convert.start import Filters, Statistics, start_beta, statistics_behind, take_over_norm
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
@@ -79,6 +81,8 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     for norm, start in statistics.values():
         start.hand_to(norm)
     _leave_fast_paths(model)
+    refuse_merging(model, {d.module for d in plan.converted})
+    guard_methods(model)
     setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
     return model
 

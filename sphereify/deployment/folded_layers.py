@@ -11,6 +11,7 @@ and has fewer channels than there are filters, the input is divided instead, and
 """
 
 import math
+import sys
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -37,11 +38,13 @@ from sphereify.nn.precision import (
     cast,
     compute_dtype,
     fit_into,
+    in_forward_mode,
     is_channels_last,
     is_plain,
     no_autocast,
 )
 from sphereify.nn.radius import HasRadius, pool
+from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
 
@@ -97,7 +100,7 @@ class FoldedLayer(nn.Module):
             self._parameters[name] = None if value is None else _constant(value, like)
 
     def train(self: Layer, mode: bool = True) -> Layer:
-        if mode:
+        if mode and not _only_traced():
             raise UnsupportedModelError(
                 "train(): this model is folded for inference and cannot be trained. Train the model that it was folded "
                 "from, and fold that again"
@@ -144,6 +147,17 @@ class FoldedLayer(nn.Module):
         return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
 
 
+def _only_traced() -> bool:
+    """True if torchvision asks for training mode while it makes a feature extractor, for which it traces both modes."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        in_torchvision = frame.f_globals.get("__name__") == "torchvision.models.feature_extraction"
+        if in_torchvision and frame.f_code.co_name in ("create_feature_extractor", "get_graph_node_names"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _constant(value: Tensor, like: Any) -> nn.Parameter:
     """A parameter that requires no gradient, with the dtype and, for filters, the memory format of another."""
     last = value.dim() > 1 and not like.is_contiguous() and is_channels_last(like)
@@ -155,7 +169,7 @@ def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """scale·y + shift in one pass; y is overwritten where nothing needs it."""
     if shift is None:
         return y.mul_(scale)
-    if y.requires_grad or torch.compiler.is_compiling() or not is_plain(y):
+    if y.requires_grad or torch.compiler.is_compiling() or in_forward_mode() or not is_plain(y):
         return torch.addcmul(shift, y, scale)
     return torch.addcmul(shift, y, scale, out=y)
 
@@ -165,6 +179,7 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
 
     radius: Any
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         padded, padding = self._padded(input)
         kernel = self.weight.shape[2:]
@@ -244,6 +259,7 @@ class FoldedLinear(FoldedLayer, nn.Linear):
 
     rows_only: bool
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         if self.rows_only and input.dim() != 2:
             raise UnsupportedModelError(
@@ -283,6 +299,7 @@ class FoldedHead(FoldedLayer, nn.Linear):
     def num_classes(self) -> int:
         return self.weight.shape[0]
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         precise = accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):

@@ -1,8 +1,10 @@
 """The parts of a hyperspherical network: operators, layers, heads, losses and regularizers. They need torch alone."""
 
-from sphereify.nn.heads import AngularHead, AngularOutput
+from sphereify.nn.annealing import MarginAnnealing
+from sphereify.nn.heads import AngularHead
 from sphereify.nn.layers import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from sphereify.nn.losses import AngularLoss, MarginAnnealing, as_metric_loss
+from sphereify.nn.losses import AngularLoss
+from sphereify.nn.metric_loss import as_metric_loss
 from sphereify.nn.operators import (
     AngularOperator,
     CosineOperator,
@@ -10,6 +12,7 @@ from sphereify.nn.operators import (
     LinearOperator,
     SigmoidOperator,
 )
+from sphereify.nn.outputs import AngularOutput
 from sphereify.nn.regularizers import HypersphericalEnergy, OrthogonalityPenalty
 
 __all__ = [

@@ -28,7 +28,7 @@ from sphereify.nn.geometry import Projection, project, project_backward, resolve
 from sphereify.nn.operators import broadcast_k, is_built_in
 from sphereify.nn.passes import reference, with_passes
 from sphereify.nn.passes.protocol import Passes
-from sphereify.nn.precision import accumulate_dtype, compute_dtype, fit_into, no_autocast
+from sphereify.nn.precision import accumulate_dtype, compute_dtype, fit_into, in_forward_mode, no_autocast
 from sphereify.nn.radius import Radius, check_radius, is_pooled, pool_backward, radius_backward
 
 Operator = Callable[[Tensor], Tensor]
@@ -206,12 +206,28 @@ def _angular(
     radius = radius.to(accumulate_dtype(x.dtype)) if isinstance(radius, Tensor) else check_radius(radius)
     with no_autocast(x.device.type):
         if not is_built_in(operator):  # an operator of the user's own follows the map of the cosine
-            cos, _ = _SphereMap.apply(x, weight, None, None, None, radius, "cosine", eps, projection)
+            cos = _sphere_map(x, weight, None, None, None, radius, "cosine", eps, projection)
             return reference.rescale(operator(cos), beta, bias, projection)
         # The filters of a linear map are its last dimension, those of a convolution dimension 1.
         k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-        y, *_ = _SphereMap.apply(x, weight, k, beta, bias, radius, operator.name, eps, projection)
-        return y
+        return _sphere_map(x, weight, k, beta, bias, radius, operator.name, eps, projection)
+
+
+def _sphere_map(
+    x: Tensor,
+    weight: Tensor,
+    k: float | Tensor | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+    radius: Radius,
+    curve: str,
+    eps: float,
+    projection: Projection | None,
+) -> Tensor:
+    """β·g(θ) + shift, by the Function below wherever torch can differentiate one."""
+    if in_forward_mode():
+        return reference.composed(x, weight, projection, k, beta, shift, radius, curve, eps)
+    return _SphereMap.apply(x, weight, k, beta, shift, radius, curve, eps, projection)[0]  # type: ignore[no-any-return]
 
 
 class _SphereMap(torch.autograd.Function):

@@ -13,28 +13,35 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from sphereify.errors import UnsupportedModelError, option
 from sphereify.nn.attention import Project, attend
 from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear, writable
 from sphereify.nn.radius import HasRadius
+from sphereify.nn.tracing import node_of, one_node, tracer_of
 
 CALLS = "angular_calls"
 """Name of the attribute in which a module holds its `AngularCall`s, by key."""
 
 
 class Arguments(NamedTuple):
-    """The arguments of a functional convolution or linear map; filters are the rows of `weight`."""
+    """The arguments of a functional convolution or linear map."""
 
     x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    geometry: tuple[Any, ...]
-    """Stride, padding, dilation, groups; empty for a linear map."""
     source: Tensor
-    """The tensor that was passed as the weight, before any transposition."""
+    """The tensor that was passed as the weight."""
+    bias: Tensor | None
+    geometry: tuple[Any, ...] = ()
+    """Stride, padding, dilation, groups; empty for a linear map."""
+    columns: bool = False
+    """True if the filters are the columns of `source`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with filters as rows."""
+        return self.source.t() if self.columns else self.source
 
 
 # Their parameters have the names that torch's have, so that Python itself reads a call's arguments.
@@ -49,28 +56,27 @@ def _conv_arguments(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Arguments:
-    return Arguments(input, weight, bias, (stride, padding, dilation, groups), weight)
+    return Arguments(input, weight, bias, (stride, padding, dilation, groups))
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
-    return Arguments(input, weight, bias, (), weight)
+    return Arguments(input, weight, bias)
 
 
 def _addmm_arguments(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Arguments:
-    return Arguments(mat1, mat2.t(), input if beta == 1 else input * beta, (), mat2)
+    return Arguments(mat1, mat2, input if beta == 1 else input * beta, columns=True)
 
 
 def _matmul_arguments(input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None) -> Arguments:
     matrix = cast(Tensor, mat2 if other is None else other)
-    return Arguments(input, matrix.t() if matrix.dim() == 2 else matrix, None, (), matrix)
+    return Arguments(input, matrix, None, columns=matrix.dim() == 2)
 
 
 class Function(NamedTuple):
-    """A function of torch's that multiplies with filters, and the angular function that takes its place."""
+    """A function of torch's that multiplies with filters."""
 
     kind: str
     arguments: Callable[..., Arguments]
-    angular: Callable[..., Tensor]
     columns: bool = False
     """True if the filters are the columns of the matrix that it takes."""
     any_product: bool = False
@@ -85,18 +91,26 @@ class Function(NamedTuple):
 
 
 FUNCTIONS: dict[Any, Function] = {
-    F.linear: Function("linear", _linear_arguments, sphere_linear),
-    torch.addmm: Function("linear", _addmm_arguments, sphere_linear, columns=True),
-    Tensor.addmm: Function("linear", _addmm_arguments, sphere_linear, columns=True),
+    F.linear: Function("linear", _linear_arguments),
+    torch.addmm: Function("linear", _addmm_arguments, columns=True),
+    Tensor.addmm: Function("linear", _addmm_arguments, columns=True),
     **{
-        f: Function("linear", _matmul_arguments, sphere_linear, columns=True, any_product=True)
+        f: Function("linear", _matmul_arguments, columns=True, any_product=True)
         for f in (torch.matmul, torch.linalg.matmul, Tensor.matmul, torch.mm, Tensor.mm)
     },
-    **{f: Function("conv1d", _conv_arguments, sphere_conv1d) for f in (F.conv1d, torch.conv1d)},
-    **{f: Function("conv2d", _conv_arguments, sphere_conv2d) for f in (F.conv2d, torch.conv2d)},
-    **{f: Function("conv3d", _conv_arguments, sphere_conv3d) for f in (F.conv3d, torch.conv3d)},
+    **{f: Function("conv1d", _conv_arguments) for f in (F.conv1d, torch.conv1d)},
+    **{f: Function("conv2d", _conv_arguments) for f in (F.conv2d, torch.conv2d)},
+    **{f: Function("conv3d", _conv_arguments) for f in (F.conv3d, torch.conv3d)},
 }
 """The functions whose calls are sites."""
+
+ANGULAR: dict[str, Callable[..., Tensor]] = {
+    "linear": sphere_linear,
+    "conv1d": sphere_conv1d,
+    "conv2d": sphere_conv2d,
+    "conv3d": sphere_conv3d,
+}
+"""The angular function of each kind, which takes the place of torch's."""
 
 
 class AngularCall(HasRadius):
@@ -145,20 +159,21 @@ class AngularCall(HasRadius):
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         self.register_parameter("gamma", nn.Parameter(torch.zeros_like(ones)) if rescale and not has_bias else None)
 
-    def forward(self, function: Function, call: Arguments, rows: slice = slice(None)) -> Tensor:
+    @one_node
+    def forward(self, call: Arguments, rows: slice = slice(None)) -> Tensor:
         """The angular answer to a call; `rows` are the filters that take part, where it is one of several."""
         beta, gamma = (None if values is None else values[rows] for values in (self.beta, self.gamma))
         # A call may pass a bias where none was passed when the model was converted.
         shift = call.bias if gamma is None else gamma if call.bias is None else gamma + call.bias
         pooled = {"radius": self.radius} if call.geometry else {}
-        y = function.angular(
+        y = ANGULAR[self.kind](
             call.x, call.weight, self.operator, shift, *call.geometry, eps=self.eps, beta=beta, **pooled
         )
         return writable(y, beta, shift)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
         """The angular answer to F.linear(x, weight, bias)."""
-        return self(FUNCTIONS[F.linear], Arguments(x, weight, bias, (), weight), rows)  # type: ignore[no-any-return]
+        return self(Arguments(x, weight, bias), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}{self._radius_repr()}"
@@ -173,6 +188,7 @@ class _Answer(TorchFunctionMode):
         self.with_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.calls: Any = getattr(owner, CALLS)
         self.weights = [(key, weight_of_call(owner, key)) for key in self.calls]
+        self.answered: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is F.multi_head_attention_forward:
@@ -182,10 +198,10 @@ class _Answer(TorchFunctionMode):
             call = function.read(args, kwargs or {})
             source = call.source if call is not None else None
             answer = self.answer_to(source, may_be_computed=not function.any_product)
-            if call is not None and answer is not None and call.source.dim() >= 2:
+            if call is not None and answer is not None and (isinstance(source, fx.Proxy) or call.source.dim() >= 2):
                 if self.with_gradient:
                     _refuse_checkpoint(self.owner)
-                return answer(function, call)
+                return answer(call)
         return func(*args, **(kwargs or {}))
 
     def projection_of(self, weight: Tensor | None) -> Project | None:
@@ -195,11 +211,16 @@ class _Answer(TorchFunctionMode):
 
     def answer_to(self, weight: Tensor | None, *, may_be_computed: bool = True) -> AngularCall | None:
         """The `AngularCall` for this weight: a parameter, a view of one, or a computed tensor."""
-        if weight is None:
+        key = None if weight is None else self._key_of(weight, may_be_computed)
+        if key is None:
             return None
+        self.answered.add(key)
+        return self.calls[key]  # type: ignore[no-any-return]
+
+    def _key_of(self, weight: Tensor, may_be_computed: bool) -> str | None:
         for key, parameter in self.weights:
             if parameter is not None and (weight is parameter or weight._base is parameter):
-                if weight.numel() != parameter.numel():
+                if weight is not parameter and weight.numel() != parameter.numel():
                     if COMPUTED in self.calls:
                         continue
                     raise UnsupportedModelError(
@@ -207,14 +228,16 @@ class _Answer(TorchFunctionMode):
                         f"{tuple(weight.shape)}, as a weight, and was planned with all of it: keep it with "
                         f"{option('exclude')}"
                     )
-                return self.calls[key]  # type: ignore[no-any-return]
+                return key
         for key, _ in self.weights:
             if self.calls[key].of_parametrization and weight is self.owner._parameters.get("weight"):
-                return self.calls[key]  # type: ignore[no-any-return]  # the parametrization has been removed
+                return key  # the parametrization has been removed
+        if isinstance(weight, fx.Proxy):
+            return None  # it has no dtype and shape to be known by
         for key, parameter in self.weights:
             fits = may_be_computed if parameter is None else _is_cast(weight, parameter)
             if fits and not isinstance(weight, nn.Parameter) and not self._holds(weight):
-                return self.calls[key]  # type: ignore[no-any-return]
+                return key
         return None
 
     def _holds(self, tensor: Tensor) -> bool:
@@ -225,7 +248,7 @@ class _Answer(TorchFunctionMode):
 def _refuse_checkpoint(owner: nn.Module) -> None:
     """Raise where a checkpoint runs the owner's calls, which it would repeat in the backward without their answers."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not _AnswersCalls.forward.__code__:
+    while frame is not None and frame.f_code is not type(owner).forward.__code__:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise UnsupportedModelError(
                 f"{_base(type(owner)).__name__} makes its angular call inside torch.utils.checkpoint, which would "
@@ -256,16 +279,33 @@ def weight_of_call(owner: nn.Module, key: str) -> Tensor | None:
 class _AnswersCalls:
     """Mixed in front of the class of a module whose functional calls are angular."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Answer(self):  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle is told how to make it again.
         function, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if function.__name__ == "__newobj__" and arguments[0] is type(self):
             return _new, (_base(type(self)), *arguments[1:]), *rest
         return function, arguments, *rest
+
+
+def _shows_its_calls(owner: nn.Module) -> bool:
+    """True if a graph of the owner by torch.fx shows each of its angular calls; else the owner has to be one node."""
+    try:
+        fx.Tracer().trace(owner)
+    except Exception:  # a traced forward may raise anything
+        return False
+    return True
+
+
+def _check_graph(owner: nn.Module, graph: fx.Graph, answered: set[str]) -> None:
+    """Raise where a graph hands the weight of an angular call to a function that is not traced: its call is plain."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in (parameter_name(key) for key in getattr(owner, CALLS) if key not in answered):
+        if name in read:
+            raise UnsupportedModelError(
+                f"{_base(type(owner)).__name__} makes its angular call with {name} where torch.fx does not show it: "
+                f"inside a function that is not traced, or as x @ weight. The graph would make a plain one; trace a "
+                f"model that holds the module, which then is one node of the graph"
+            )
 
 
 @functools.cache
@@ -278,7 +318,24 @@ def angular_class(base: Hashable) -> Any:
         inner = angular_class(cast(Hashable, base.__bases__[0]))
         own = {name: value for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")}
         return type(f"Parametrized{inner.__name__}", (inner,), {**own, **about})
-    return type(f"Angular{base.__name__}", (_AnswersCalls, base), about)
+    return type(f"Angular{base.__name__}", (_AnswersCalls, base), {**about, "forward": _answering(base)})
+
+
+def _answering(base: Any) -> Callable:
+    """The forward of a class with its calls answered; it has the signature of its own, by which tracers go."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = tracer_of(args, kwargs)
+        if tracer is not None and tracer.root is not self and not _shows_its_calls(self):
+            return node_of(self, tracer, args, kwargs)
+        with _Answer(self) as mode:
+            output = base.forward(self, *args, **kwargs)
+        if tracer is not None and tracer.root is self:
+            _check_graph(self, tracer.graph, mode.answered)
+        return output
+
+    return forward
 
 
 def _is_parametrized(cls: type) -> bool:

@@ -1,7 +1,7 @@
 """The angular classifier (NIPS 2017, section 3.4): class weights have a direction and no length."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.nn.functional import Operator, sphere_linear
 from sphereify.nn.layers import adopted
+from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import (
     CURVES,
     AngularOperator,
@@ -19,7 +20,9 @@ from sphereify.nn.operators import (
     make_operator,
     with_value,
 )
+from sphereify.nn.outputs import AngularOutput, made_by
 from sphereify.nn.precision import accumulate_dtype, no_autocast
+from sphereify.nn.tracing import one_node
 
 HEAD_EPS = 1e-12
 """Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
@@ -27,32 +30,7 @@ HALF_EPS = 1e-5
 """For features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
 
 
-class AngularOutput(NamedTuple):
-    """The output of a model with a margin head in training, for `AngularLoss`; in evaluation it is plain logits."""
-
-    logits: Tensor | None
-    """Without the margin, of shape (*, num_classes): for accuracies. None if the head has `training_logits` off."""
-    features: Tensor
-    """The input of the head, of shape (*, in_features)."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        raise UsageError(
-            f"{name}: got an AngularOutput, expected a tensor. A margin head returns it in training, since the margin "
-            f"depends on the target: use loss = AngularLoss(model), loss(output, targets). Scores are output.logits."
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"'AngularOutput' object has no attribute {name!r}")
-        raise AttributeError(
-            f"an AngularOutput is no tensor and has no {name!r}: scores are output.logits, the loss is "
-            f"AngularLoss(model)(output, targets)"
-        )
-
-
-class AngularHead(nn.Module):
+class AngularHead(HasDirections):
     """Class scores from the angles θ_j between a feature x and the class weights w_j.
 
         w-softmax    ‖x‖·g(θ_j)
@@ -155,10 +133,11 @@ class AngularHead(nn.Module):
         """True if this head returns an `AngularOutput` in training."""
         return self.kind in choices.MARGIN_HEADS
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor | AngularOutput:
         if not (self.training and self.has_margin):
             return self.logits(input)
-        return AngularOutput(self.logits(input) if self.training_logits else None, input)
+        return made_by(self, self.logits(input) if self.training_logits else None, input)
 
     def logits(self, x: Tensor, classes: slice | None = None) -> Tensor:
         """The scores without a margin, of all classes or some: (*, in_features) -> (*, classes)."""

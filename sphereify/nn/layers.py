@@ -22,15 +22,17 @@ from sphereify.nn.functional import (
     sphere_linear,
     writable,
 )
+from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import make_operator
 from sphereify.nn.radius import HasRadius, check_radius
+from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="AngularLayer")
 Ints = int | tuple[int, ...]
 """One number for all dimensions of space, or one for each."""
 
 
-class AngularLayer(nn.Module):
+class AngularLayer(HasDirections):
     """The operator, ε, and SphereNorm's β and γ of an angular layer."""
 
     plain_class: ClassVar[type[nn.Module]]
@@ -178,6 +180,7 @@ class _SphereConv(AngularLayer, HasRadius, ConvGeometry):
         layer._set_radius(radius, learn_radius, layer.weight)
         return layer  # type: ignore[no-any-return]
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
@@ -275,5 +278,6 @@ class SphereLinear(AngularLayer, nn.Linear):
         """The angular twin of `linear`, with the same parameters; see `SphereConv2d.from_conv`."""
         return cls._adopt(linear, operator, rescale, eps)
 
+    @one_node
     def forward(self, input: Tensor) -> Tensor:
         return self._own(sphere_linear(input, self.weight, self.operator, self._shift, self.eps, self.beta))

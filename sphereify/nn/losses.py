@@ -1,8 +1,8 @@
-"""Cross entropy for angular heads: the margin at the target class, its annealing, and the separation of classes."""
+"""Cross entropy for angular heads: the margin at the target class, and the separation of classes."""
 
 import copy
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,51 +10,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose, wrong_type
-from sphereify.nn.heads import AngularHead, AngularOutput
-from sphereify.nn.precision import accumulated, no_autocast
+from sphereify.nn.annealing import MarginAnnealing
+from sphereify.nn.heads import AngularHead
+from sphereify.nn.outputs import AngularOutput, scores_of
+from sphereify.nn.precision import accumulated, has_values, in_forward_mode, in_transform, no_autocast
 from sphereify.nn.regularizers import pair_energy
 
 REDUCTIONS = ("mean", "sum", "none")
+OTHER_WEIGHTS = 0.03
+"""Smallest difference of scores, relative to the largest one, that no rounding explains."""
 Targets = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
 
-class MarginAnnealing(nn.Module):
-    """λ of SphereFace (CVPR 2017): the margin comes in slowly, λ = max(floor, start·(1 + rate·t)^(-power)).
+class _Scores(NamedTuple):
+    """What a loss is computed from: at least one of logits (B, C) and features (B, F), and the head that made them."""
 
-    It belongs to an `AngularLoss`, counts that loss's calls in training mode, and its count is in the state dict.
+    logits: Tensor | None
+    features: Tensor | None
+    head: AngularHead | None
 
-    Args:
-        start: λ before the first step, ≥ 0. SphereFace: 1000.
-        floor: the least λ, ≥ 0; SphereFace: 5, so that the target score stays (5·g + ψ)/6. 0 ends at the pure margin.
-        rate: per step, ≥ 0. SphereFace: 0.12.
-        power: > 0. SphereFace: 1.
-        every: calls of the loss that make one step t, ≥ 1: the number of batches whose gradients are accumulated.
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return len(cast(Tensor, self.features if self.logits is None else self.logits))
 
-    Raises:
-        UsageError: a number out of its range.
-    """
-
-    calls: Tensor
-
-    def __init__(
-        self, start: float = 1000.0, floor: float = 5.0, rate: float = 0.12, power: float = 1.0, every: int = 1
-    ):
-        super().__init__()
-        for name, value in {"start": start, "floor": floor, "rate": rate}.items():
-            if not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"annealing: {name}: got {value!r}, expected a number ≥ 0")
-        if not power > 0 or every < 1:
-            raise UsageError(f"annealing: got power={power!r}, every={every!r}, expected power > 0 and every ≥ 1")
-        self.start, self.floor, self.rate, self.power, self.every = start, floor, rate, power, every
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self) -> Tensor:
-        """λ at the present step: a tensor of no dimensions."""
-        step = torch.div(self.calls, self.every, rounding_mode="floor").float()
-        return (self.start * (1 + self.rate * step) ** -self.power).clamp_min(self.floor)
-
-    def extra_repr(self) -> str:
-        return f"start={self.start:g}, floor={self.floor:g}, rate={self.rate:g}, power={self.power:g}"
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return cast(AngularHead, self.head).num_classes if self.logits is None else self.logits.shape[1]
 
 
 class AngularLoss(nn.Module):
@@ -62,7 +45,8 @@ class AngularLoss(nn.Module):
 
     Args:
         model_or_head: an `AngularHead`, or a model (wrapped or compiled, too) that holds one. A model without one
-            may be trained on its plain logits.
+            may be trained on its plain logits. Outputs may come from a copy of the model, an average or
+            `torch.func.functional_call`: the margin follows the class weights that made them.
         label_smoothing: share of the target that is spread over all classes, in [0, 1].
         class_weight: of shape (num_classes,), as the `weight` of `F.cross_entropy`.
         ignore_index: samples of this target do not count.
@@ -70,12 +54,13 @@ class AngularLoss(nn.Module):
         annealing: a `MarginAnnealing`; None: the full margin from the start.
         separation: λ_M ≥ 0 of SphereFace+, which adds λ_M · mean over samples i and classes j ≠ y_i of
             f(‖ŵ_{y_i} - ŵ_j‖), f(z) = z^(-separation_s), or -log z for separation_s = 0. Samples are weighted as in
-            the rest of the loss.
+            the rest of the loss. Beside plain logits the class weights are those of `model_or_head`.
         chunk_size: classes at a time. The loss is then computed from the features, and again in the backward pass, so
             that no tensor of batch × classes is needed: for very many classes. See `AngularHead.training_logits`.
 
     Shape:
-        output: what the model returns: an `AngularOutput`, or logits (B, num_classes).
+        output: what the model returns: an `AngularOutput`, or logits (B, num_classes), or an object or dict that holds
+            either as `logits`.
         targets: (B,) int64; or (y_a, y_b, share) for mixup, which is share·loss(y_a) + (1 - share)·loss(y_b), the share
             in [0, 1] a float or (B,); or probabilities (B, num_classes), for plain logits: a margin has one target.
         -> a scalar, or (B,) for "none"; at least in fp32, under autocast too.
@@ -132,30 +117,29 @@ class AngularLoss(nn.Module):
         self.annealing = annealing
         self.separation, self.separation_s = separation, separation_s
         self.chunk_size = chunk_size
-        self._checked = False
+        self._checked = self._checked_head = False
 
     @property
     def head(self) -> AngularHead | None:
-        """The head whose margin and class weights this loss uses."""
+        """The head of the model that this loss was made for; an `AngularOutput` brings the one that made it."""
         return self._head[0]
 
-    def forward(self, output: Tensor | AngularOutput, targets: Targets) -> Tensor:
-        logits, features = self._unpacked(output)
-        size = len(cast(Tensor, features if logits is None else logits))
+    def forward(self, output: Any, targets: Targets) -> Tensor:
+        scores = self._unpacked(scores_of(output))
         targets = _checked(targets)
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
             if isinstance(targets, tuple):
-                loss = self._mixed(logits, features, targets, size)
+                loss = self._mixed(scores, targets)
             elif targets.is_floating_point():
-                loss = self._soft(logits, features, targets)
+                loss = self._soft(scores, targets)
             else:
-                loss = self._hard(logits, features, targets, size)
+                loss = self._hard(scores, targets)
             if self.training and self.annealing is not None:
                 self.annealing.calls += 1
         return loss
 
-    def _unpacked(self, output: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Logits and features; at least one of them, and what the options need."""
+    def _unpacked(self, output: Any) -> _Scores:
+        """The scores in an output, and the head that made them."""
         if isinstance(output, AngularOutput):
             if self.head is None:
                 raise UsageError("AngularLoss: got an AngularOutput, but was made from a model without an AngularHead")
@@ -164,41 +148,74 @@ class AngularLoss(nn.Module):
             if output.features.dim() != 2:
                 shape = tuple(output.features.shape)
                 raise UsageError(f"AngularLoss: got features of shape {shape}, expected (batch, features)")
-            return output.logits, output.features
+            return _Scores(output.logits, output.features, self._maker_of(output))
         if not isinstance(output, Tensor):
             raise wrong_type("AngularLoss", output, "an AngularOutput or logits")
         if output.dim() != 2:
             raise UsageError(f"AngularLoss: got logits of shape {tuple(output.shape)}, expected (batch, classes)")
         if self.chunk_size is not None:
             raise UsageError("AngularLoss: chunk_size needs the features: take a margin head, or as_metric_loss(head)")
-        return output, None
+        if self.separation and in_transform():
+            raise UsageError(
+                "AngularLoss: separation reads the class weights of the model, and plain logits in a transformation of "
+                "torch.func do not say with which they were made. Take a margin head, or leave separation out."
+            )
+        return _Scores(output, None, self.head)
+
+    def _maker_of(self, output: AngularOutput) -> AngularHead:
+        """The head that made an output, with the weights it had: of the model, a copy, an average, a functional call.
+
+        An output that has lost it is taken for one of the loss's own head, which is checked where values can be seen.
+        """
+        if output.head is not None:
+            return output.head  # type: ignore[return-value]
+        head = cast(AngularHead, self.head)
+        if in_transform():
+            raise UsageError(
+                "AngularLoss: the output came out of a transformation, such as torch.vmap, that took it apart, and no "
+                "longer says with which weights it was made. Call the loss inside, where the model is called."
+            )
+        known = self._checked_head and output.features.device.type != "cpu"
+        if output.logits is not None and len(output.features) and has_values(output.features) and not known:
+            self._checked_head = True
+            with torch.no_grad():
+                difference = float((head.logits(output.features[:1]) - output.logits[:1]).abs().max())
+                largest = float(output.logits[:1].abs().max())
+            if difference > OTHER_WEIGHTS * max(largest, 1.0):
+                raise UsageError(
+                    f"AngularLoss: the output was made with other weights than those of the model that this loss was "
+                    f"made for: scores differ by {difference:.2g}. Make a loss for the model that is called."
+                )
+        return head
 
     # ---------------------------------------------------------------------------------------------- kinds of targets
 
-    def _hard(self, logits: Tensor | None, features: Tensor | None, targets: Tensor, size: int) -> Tensor:
-        loss, weight = self._per_sample(logits, features, targets, size)
+    def _hard(self, scores: _Scores, targets: Tensor) -> Tensor:
+        loss, weight = self._per_sample(scores, targets)
         return self._reduced(loss, weight)
 
-    def _mixed(self, logits: Tensor | None, features: Tensor | None, targets: tuple, size: int) -> Tensor:
+    def _mixed(self, scores: _Scores, targets: tuple) -> Tensor:
         if len(targets) != 3:
             raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
         first, second, share = targets
         share = torch.as_tensor(share, device=first.device, dtype=None if isinstance(share, Tensor) else torch.float64)
-        if share.shape not in ((), (size,)):
-            raise UsageError(f"targets: got a share of shape {tuple(share.shape)}, expected a number or ({size},)")
-        if not torch.compiler.is_compiling() and not bool(((share >= 0) & (share <= 1)).all()):
+        if share.shape not in ((), (scores.size,)):
+            expected = f"a number or ({scores.size},)"
+            raise UsageError(f"targets: got a share of shape {tuple(share.shape)}, expected {expected}")
+        if has_values(share) and not bool(((share >= 0) & (share <= 1)).all()):
             raise UsageError("targets: the share of (y_a, y_b, share) must lie in [0, 1]")
-        losses = [self._per_sample(logits, features, y, size) for y in (first, second)]
+        losses = [self._per_sample(scores, y) for y in (first, second)]
         shares = [s.to(losses[0][0].dtype) for s in (share, 1 - share)]
         parts = [self._reduced(loss * s, weight) for (loss, weight), s in zip(losses, shares, strict=True)]
         return parts[0] + parts[1]
 
-    def _soft(self, logits: Tensor | None, features: Tensor | None, targets: Tensor) -> Tensor:
+    def _soft(self, scores: _Scores, targets: Tensor) -> Tensor:
+        logits = scores.logits
         if targets.dim() == 1:
             raise UsageError(
                 f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected class indices (int64)"
             )
-        if logits is None or features is not None:
+        if logits is None or scores.features is not None:
             raise UsageError(
                 "targets: got probabilities, but a margin belongs to one target class. Give class indices, or for "
                 "mixup (y_a, y_b, share)"
@@ -213,51 +230,54 @@ class AngularLoss(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- one sample
 
-    def _per_sample(
-        self, logits: Tensor | None, features: Tensor | None, targets: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
+    def _per_sample(self, scores: _Scores, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and weight of each sample, both (B,); both are 0 where it is ignored."""
-        classes = self.head.num_classes if logits is None and self.head is not None else logits.shape[1]  # type: ignore[union-attr]
-        checked = self._check(targets, size, classes)
+        logits, features, head = scores
+        classes = scores.classes
+        checked = self._check(targets, scores.size, classes)
         self._check_weight(classes)
         counts = targets != self.ignore_index
         safe = targets.clamp(0, classes - 1)
         if self.chunk_size is not None and features is not None:
-            new = self._target_logit(features, safe)
-            total, average = self._in_chunks(features, safe, new)
+            new = self._target_logit(head, features, safe)
+            total, average = self._in_chunks(head, features, safe, new)
         else:
             assert logits is not None
             logits = accumulated(logits)
-            new = logits.gather(1, safe[:, None]).squeeze(1) if features is None else self._target_logit(features, safe)
-            total = _LogSumExp.apply(logits, safe, new)
+            new = (
+                logits.gather(1, safe[:, None]).squeeze(1)
+                if features is None
+                else self._target_logit(head, features, safe)
+            )
+            total = _log_sum_exp(logits, safe, new)
             average = _weighted_mean(logits, safe, new, self.class_weight) if self.label_smoothing else None
         weight = torch.ones_like(new) if self.class_weight is None else self.class_weight.to(new.dtype)[safe]
         loss = weight * (total - new)
         if average is not None:
             scale = 1.0 if self.class_weight is None else self.class_weight.to(new.dtype).mean()
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * (scale * total - average)
-        if self.separation and self.head is not None:
+        if self.separation and head is not None:
             # Times the weight, since the reduction divides by the sum of the weights.
-            loss = loss + self.separation * self._separation(safe) * weight
+            loss = loss + self.separation * self._separation(head, safe) * weight
         zero = torch.zeros((), dtype=new.dtype, device=new.device)
         if not checked:  # a class out of range makes the loss NaN
             loss = torch.where(targets == safe, loss, math.nan)
         return torch.where(counts, loss, zero), torch.where(counts, weight, zero)
 
-    def _target_logit(self, features: Tensor, targets: Tensor) -> Tensor:
-        assert self.head is not None
-        annealing = self.annealing() if self.annealing is not None and self.head.has_margin else 0.0
-        return self.head.target_logit(features, targets, annealing)
+    def _target_logit(self, head: AngularHead | None, features: Tensor, targets: Tensor) -> Tensor:
+        assert head is not None
+        annealing = self.annealing() if self.annealing is not None and head.has_margin else 0.0
+        return head.target_logit(features, targets, annealing)
 
-    def _in_chunks(self, features: Tensor, targets: Tensor, new: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _in_chunks(
+        self, head: AngularHead | None, features: Tensor, targets: Tensor, new: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """log Σ exp over the classes, and for label smoothing their weighted mean, without all logits at once."""
-        head = cast(AngularHead, self.head)
+        assert head is not None
         parts, averages = [], []
         for start in range(0, head.num_classes, cast(int, self.chunk_size)):
             classes = slice(start, min(start + cast(int, self.chunk_size), head.num_classes))
-            part, average = checkpoint(
-                self._chunk, features, targets, classes, use_reentrant=False, preserve_rng_state=False
-            )
+            part, average = self._checkpointed(head, features, targets, classes)
             parts.append(part)
             averages.append(average)
         total = torch.logsumexp(torch.stack([*parts, new]), 0)
@@ -266,9 +286,17 @@ class AngularLoss(nn.Module):
         own = new if self.class_weight is None else new * self.class_weight.to(new.dtype)[targets]
         return total, (torch.stack(averages).sum(0) + own) / head.num_classes
 
-    def _chunk(self, features: Tensor, targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
+    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """`_chunk`, computed again in the backward pass; torch.func knows no checkpoints."""
+        if in_transform():
+            return self._chunk(*arguments)
+        return checkpoint(  # type: ignore[no-any-return]
+            self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _chunk(self, head: AngularHead, features: Tensor, targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
         """log Σ exp and weighted sum of the logits of some classes, each sample's target left out."""
-        logits = cast(AngularHead, self.head).logits(features, classes)
+        logits = head.logits(features, classes)
         logits = accumulated(logits)
         is_target = torch.arange(classes.start, classes.stop, device=targets.device) == targets[:, None]
         weighted = logits if self.class_weight is None else logits * self.class_weight.to(logits.dtype)[classes]
@@ -276,10 +304,10 @@ class AngularLoss(nn.Module):
         total = torch.logsumexp(logits.masked_fill(is_target & ~empty[:, None], -math.inf), 1)
         return torch.where(empty, -math.inf, total), weighted.masked_fill(is_target, 0).sum(1)
 
-    def _separation(self, targets: Tensor) -> Tensor:
+    def _separation(self, head: AngularHead, targets: Tensor) -> Tensor:
         """For each sample the mean energy between its class and the others, (B,)."""
-        classes = cast(AngularHead, self.head).weight[None]
-        if torch.compiler.is_compiling():  # the number of classes in a batch is unknown then
+        classes = head.weight[None]
+        if not has_values(targets):  # the number of classes in a batch is unknown then
             return pair_energy(classes, s=self.separation_s, rows=targets)[0]
         unique, place = torch.unique(targets, return_inverse=True)
         return pair_energy(classes, s=self.separation_s, rows=unique)[0, place]
@@ -292,7 +320,7 @@ class AngularLoss(nn.Module):
             raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
         if targets.shape != (size,):
             raise UsageError(f"targets: got shape {tuple(targets.shape)}, expected ({size},), one class a sample")
-        if torch.compiler.is_compiling() or (self._checked and targets.device.type != "cpu") or not size:
+        if not has_values(targets) or (self._checked and targets.device.type != "cpu") or not size:
             return False  # looking at values holds a GPU up; the first batch tells
         self._checked = True
         wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
@@ -350,11 +378,20 @@ def _head_of(model: nn.Module) -> AngularHead | None:
     return heads[0] if len(heads) == 1 else None
 
 
-class _LogSumExp(torch.autograd.Function):
-    """log Σ_j exp z_j of each row, with the logit of the target replaced: (B, C), (B,), (B,) -> (B,).
+def _log_sum_exp(logits: Tensor, targets: Tensor, new: Tensor) -> Tensor:
+    """log Σ_j exp z_j of each row, with the logit of the target replaced: (B, C), (B,), (B,) -> (B,)."""
+    if in_forward_mode():
+        return torch.logsumexp(logits.scatter(1, targets[:, None], new[:, None]), 1)
+    return _LogSumExp.apply(logits, targets, new)  # type: ignore[no-any-return]
 
-    Saves the logits and nothing else of their size; the replaced copy lives for some rows at a time.
+
+class _LogSumExp(torch.autograd.Function):
+    """`_log_sum_exp`, which saves the logits and nothing else of their size.
+
+    The copy with the replaced logits lives for some rows at a time.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, new: Tensor) -> Tensor:
@@ -386,51 +423,3 @@ def _weighted_mean(logits: Tensor, targets: Tensor, new: Tensor, class_weight: T
         return logits.mean(1) + (new - old) / logits.shape[1]
     weight = class_weight.to(logits.dtype)
     return (logits @ weight + (new - old) * weight[targets]) / logits.shape[1]
-
-
-class MetricLoss(nn.Module):
-    """An angular head as a loss over embeddings, in the convention of metric-learning libraries.
-
-    The class weights are parameters of this module: hand them to an optimizer. See `as_metric_loss`.
-    """
-
-    def __init__(self, head: AngularHead, **options: Any):
-        super().__init__()
-        self.head = head
-        self.loss = AngularLoss(head, **options)
-
-    def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
-        """(B, in_features), targets as for `AngularLoss` -> the loss."""
-        self._check(embeddings)
-        chunked = self.loss.chunk_size is not None
-        if chunked or self.head.has_margin:
-            logits = None if chunked else self.head.logits(embeddings)
-            return self.loss(AngularOutput(logits, embeddings), labels)  # type: ignore[no-any-return]
-        return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """(B, in_features) -> (B, num_classes), without a margin."""
-        self._check(embeddings)
-        return self.head.logits(embeddings)
-
-    def _check(self, embeddings: Tensor) -> None:
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.head.in_features:
-            raise UsageError(
-                f"embeddings: got shape {tuple(embeddings.shape)}, expected (batch, {self.head.in_features})"
-            )
-
-
-def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
-    """`loss(embeddings, labels)` and `loss.get_logits(embeddings)` of an angular head.
-
-    Args:
-        head: its weights become parameters of the loss.
-        options: as `AngularLoss`.
-
-    >>> loss = as_metric_loss(AngularHead(8, 3, kind="a-softmax"))
-    >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
-    torch.Size([])
-    """
-    if not isinstance(head, AngularHead):
-        raise wrong_type("as_metric_loss", head, "an AngularHead")
-    return MetricLoss(head, **options)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose, option
-from sphereify.nn.precision import runs_eagerly
+from sphereify.nn.precision import in_forward_mode, runs_eagerly
 
 # Below this value of sin θ the slope of arcsin is held constant. In fp32 it is the band |cos θ| > 1 - 1e-6. bf16
 # cannot tell g from 1 closer than that, so its band is as wide as its rounding.
@@ -164,6 +164,16 @@ class _Apply(torch.autograd.Function):
         return grad_cos, grad_k, None
 
 
+def g_of(cos: Tensor, k: Any, name: str) -> Tensor:
+    """g(cos) of one of the curves, with a finite derivative everywhere, in backward and in forward mode."""
+    if not in_forward_mode():
+        return _Apply.apply(cos, k, name)  # type: ignore[no-any-return]
+    exact = cos.detach().clamp(-1, 1)
+    if name == CosineOperator.name:
+        return with_value(cos, exact)
+    return with_value(CURVES[name].at(inner_acos(cos), k), CURVES[name].value(exact, k))
+
+
 class AngularOperator(nn.Module):
     """Base of the four operators: `op(cos) -> g(θ)`, elementwise, of the same shape and dtype.
 
@@ -193,7 +203,7 @@ class AngularOperator(nn.Module):
 
     def with_k(self, cos: Tensor, k: float | Tensor | None) -> Tensor:
         """`forward` for a subset of channels, given their k."""
-        return _Apply.apply(cos, broadcast_k(k, cos.dim(), cos.dtype), self.name)  # type: ignore[no-any-return]
+        return g_of(cos, broadcast_k(k, cos.dim(), cos.dtype), self.name)
 
 
 def broadcast_k(k: float | Tensor | None, dim: int, dtype: torch.dtype) -> float | Tensor | None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sphereify.errors import UsageError
 
@@ -105,15 +106,35 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """True if the values of a tensor can be looked at: torch.compile does not record it, nor vmap go through it."""
+    return not torch.compiler.is_compiling() and is_plain(tensor)
+
+
+def in_transform() -> bool:
+    """True inside a transformation of `torch.func`, such as `grad` or `vmap`."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_forward_mode() -> bool:
+    """True inside `torch.func.jvp`, `jacfwd`, `hessian` or a `dual_level`, where tensors may carry tangents.
+
+    Every operation has to be one that torch can differentiate there, in any order of the two modes: torch runs the rule
+    for tangents of an `autograd.Function` once and loses the derivatives of what the rule computes.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0  # type: ignore[attr-defined]
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """True if operations on these tensors run at once and nothing records them, so that tensors can be overwritten.
 
-    False while torch.compile or a tracer records the operations, for tensors inside vmap and tensor subclasses, and
-    where gradients are recorded, as in a backward that is to be differentiated again.
+    False while torch.compile or a tracer records the operations, for tensors inside vmap and tensor subclasses, in
+    forward mode, and where gradients are recorded, as in a backward that is to be differentiated again.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        and not in_forward_mode()
         and not torch._C._get_tracing_state()
         and all(map(is_plain, tensors))
     )

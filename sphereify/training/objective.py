@@ -14,6 +14,7 @@ from sphereify.nn import (
     MarginAnnealing,
     OrthogonalityPenalty,
 )
+from sphereify.nn.outputs import scores_of
 from sphereify.training.terms import Terms
 
 AUXILIARY = 0.3
@@ -72,9 +73,13 @@ def logits_of(output: Any) -> Tensor:
 
 def _parts(output: Any) -> tuple[Tensor | AngularOutput, list[Tensor]]:
     """The output of the classifier, and the outputs of auxiliary classifiers."""
+    output = scores_of(output)
     if isinstance(output, (Tensor, AngularOutput)):
         return output, []
     parts = [part for part in output if part is not None] if isinstance(output, (tuple, list)) else []
     if not parts or not all(isinstance(part, (Tensor, AngularOutput)) for part in parts):
-        raise DataError(f"the model returns {type(output).__name__}, expected logits of shape (batch, classes)")
+        raise DataError(
+            f"the model returns {type(output).__name__}, expected logits of shape (batch, classes), or an output that "
+            f"has them as `logits`"
+        )
     return parts[0], parts[1:]

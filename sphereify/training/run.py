@@ -50,7 +50,8 @@ def finetune(
     """Train `model` in place on `data`; it ends in eval mode on the device that it was trained on.
 
     Args:
-        model: returns logits of shape (B, classes), or an `AngularOutput`, for images (B, C, H, W).
+        model: returns logits of shape (B, classes), an `AngularOutput`, or an output that has either as `logits`, for
+            images (B, C, H, W).
         data: from `sphereify.datasets.load_data`, or a `Data` around data sets of your own.
         settings: how to train; default: `Settings()`. What they leave open is chosen as for a network that has not been
             trained; see `with_recipe`.

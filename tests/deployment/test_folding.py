@@ -389,3 +389,18 @@ def test_vmap_over_a_folded_model():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     model, x = fold(sphereify(net)), torch.randn(3, 3, 4, 4)
     torch.testing.assert_close(torch.func.vmap(lambda one: model(one[None])[0])(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tangents_go_through_a_folded_model(operator):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(24, 3))
+    model = fold(sphereify(net.double(), operator=operator, example_inputs=torch.randn(1, 2, 4, 4).double()))
+    x, direction = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64)
+    by_rows, by_columns = (mode(model)(x) for mode in (torch.func.jacrev, torch.func.jacfwd))
+    torch.testing.assert_close(by_columns, by_rows, rtol=1e-9, atol=1e-11)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(
+            model(torch.autograd.forward_ad.make_dual(x, direction))
+        ).tangent
+    torch.testing.assert_close(tangent.flatten(), by_rows.flatten(2)[0] @ direction.flatten(), rtol=1e-9, atol=1e-11)

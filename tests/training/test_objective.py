@@ -1,6 +1,8 @@
 """The objective: the loss of the head, auxiliary outputs, and regularizers."""
 
+import copy
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.nn import HypersphericalEnergy
-from sphereify.training import Objective, Settings, Terms, finetune
+from sphereify.training import Objective, Settings, Terms, evaluate, finetune
 from sphereify.training.checkpoint import checkpoints, read_checkpoint
 from tests.training.small import CPU, dropout_net, images, net, state, usual
 
@@ -57,6 +59,28 @@ def test_auxiliary_outputs_count_three_tenths(make):
     finetune(model, data, Settings(epochs=1, batch_size=24, **CPU), on_step=lambda step: heard.append(step.loss))
     assert heard == [pytest.approx(main + 0.3 * aux, rel=1e-5)]
     assert not torch.equal(before["aux.weight"], model.aux.weight)
+
+
+class WithLogits(nn.Module):
+    """Returns what models of Transformers return."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor):
+        return SimpleNamespace(loss=None, logits=self.model(x))
+
+
+@pytest.mark.parametrize("head", ["w-softmax", "a-softmax"])
+def test_a_model_whose_output_has_logits_trains_and_is_evaluated_like_one_that_returns_them(head):
+    plain, data, settings = net(head=head), images(24), Settings(epochs=2, batch_size=24, **CPU)
+    wrapped = WithLogits(copy.deepcopy(plain))
+    expected, got = (finetune(model, data, settings) for model in (plain, wrapped))
+    assert [epoch.loss for epoch in got.epochs] == [epoch.loss for epoch in expected.epochs]
+    assert evaluate(wrapped, data).top1 == evaluate(plain, data).top1
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(wrapped)[f"model.{name}"], value, rtol=0, atol=0)
 
 
 def test_the_margin_comes_in_by_steps_and_not_by_batches(tmp_path):

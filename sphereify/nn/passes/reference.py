@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sphereify.nn.geometry import Projection, box_spread, box_sum
-from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, overwrite
+from sphereify.nn.geometry import Projection, box_spread, box_sum, project
+from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, g_of, overwrite
 from sphereify.nn.precision import accumulate_dtype, accumulated, cast
 from sphereify.nn.radius import Radius, is_pooled, pool
 
@@ -67,6 +67,24 @@ def rescaled(g: Tensor, beta: Tensor | None, shift: Tensor | None) -> Tensor:
     if beta is None:
         return g if shift is None else g + shift
     return g * beta if shift is None else torch.addcmul(shift, g, beta)
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    projection: Projection | None,
+    k: float | Tensor | None,
+    beta: Tensor | None,
+    shift: Tensor | None,
+    radius: Radius,
+    curve: str,
+    eps: float,
+) -> Tensor:
+    """The angular map as operations that torch differentiates itself, in any mode: β·g(θ) + shift."""
+    unit, _ = normalize_filters(weight, eps, x.dtype)
+    dot = accumulated(project(x, unit, projection))
+    cos = _by_patch(torch.Tensor.div, dot, patch_norm(x, weight.shape[2:], eps, projection, radius), projection)
+    return cast(rescale(g_of(cos, k, curve), beta, shift, projection), x.dtype)
 
 
 # ---- Backward

@@ -1,0 +1,82 @@
+"""Comparison of a model with its folded form, on inputs of the user's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sphereify.convert.copies import copy_of
+from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
+from sphereify.errors import UnsupportedModelError
+
+TOLERANCE = 3e-2
+"""Largest difference of outputs, relative to the largest output, that rounding in any precision explains."""
+SEED = 0
+"""Seed of both passes, for a network that is random in evaluation too."""
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], example_inputs: Inputs) -> None:
+    """Compare the outputs of a model with those of its folded form.
+
+    A forward may read the weight of a folded layer itself, and nothing else would show that. The passes are in float64,
+    so that a network which amplifies the rounding of fp32 is not taken for one.
+
+    Args:
+        model: a converted model; copies of it run.
+        fold: folds a model in place and returns it.
+
+    Raises:
+        UnsupportedModelError: the outputs differ, or none of them is a finite number.
+    """
+    arguments = arguments_of(example_inputs)
+    try:
+        outputs = _both(copy_of(model).double(), fold, _in_double(arguments))
+    except Exception:  # no float64 on this device, or a forward that fixes a dtype
+        outputs = _both(copy_of(model), fold, arguments)
+    if not any(_finite(expected).numel() for expected in outputs[0]):
+        raise UnsupportedModelError(
+            f"fold: no output of {type(model).__name__} on these inputs is a finite number, so that nothing can be "
+            f"compared. Take other inputs, or look for the layer whose weights are not finite"
+        )
+    if not all(map(_agree, *outputs)):
+        raise UnsupportedModelError(
+            f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights of a "
+            f"layer that would be folded. Use it unfolded"
+        )
+
+
+def _agree(expected: Tensor, output: Tensor) -> bool:
+    """True if two outputs are equal up to rounding; what is not finite has to be equal."""
+    if not expected.is_floating_point():
+        return torch.equal(output, expected)
+    finite = _finite(expected)
+    limit = TOLERANCE * float(finite.abs().max()) if finite.numel() else 0.0
+    return output.shape == expected.shape and torch.allclose(output, expected, rtol=0, atol=limit, equal_nan=True)
+
+
+def _finite(output: Tensor) -> Tensor:
+    return output[output.isfinite()]
+
+
+def _both(
+    network: nn.Module, fold: Callable[[nn.Module], nn.Module], arguments: tuple
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a network and, after it has been folded, those of its folded form."""
+    with evaluating(network):
+        expected = _outputs(network, arguments)
+    return expected, _outputs(fold(network), arguments)
+
+
+def _outputs(network: nn.Module, arguments: tuple) -> list[Tensor]:
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(SEED)
+        return list(tensors_in(network(*fresh(arguments))))
+
+
+def _in_double(arguments: tuple) -> tuple:
+    """The arguments with floating-point tensors in float64."""
+    return tuple(
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
+    )

@@ -1,0 +1,58 @@
+"""An angular head as a loss over embeddings, in the convention of metric-learning libraries."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sphereify.errors import UsageError, wrong_type
+from sphereify.nn.heads import AngularHead
+from sphereify.nn.losses import AngularLoss, Targets
+from sphereify.nn.outputs import made_by
+
+
+class MetricLoss(nn.Module):
+    """The loss that `as_metric_loss` returns.
+
+    The class weights are parameters of this module: hand them to an optimizer.
+    """
+
+    def __init__(self, head: AngularHead, **options: Any):
+        super().__init__()
+        self.head = head
+        self.loss = AngularLoss(head, **options)
+
+    def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
+        """(B, in_features), targets as for `AngularLoss` -> the loss."""
+        self._check(embeddings)
+        chunked = self.loss.chunk_size is not None
+        if chunked or self.head.has_margin:
+            logits = None if chunked else self.head.logits(embeddings)
+            return self.loss(made_by(self.head, logits, embeddings), labels)  # type: ignore[no-any-return]
+        return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(B, in_features) -> (B, num_classes), without a margin."""
+        self._check(embeddings)
+        return self.head.logits(embeddings)
+
+    def _check(self, embeddings: Tensor) -> None:
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.head.in_features:
+            raise UsageError(
+                f"embeddings: got shape {tuple(embeddings.shape)}, expected (batch, {self.head.in_features})"
+            )
+
+
+def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
+    """`loss(embeddings, labels)` and `loss.get_logits(embeddings)` of an angular head.
+
+    Args:
+        head: its weights become parameters of the loss.
+        options: as `AngularLoss`.
+
+    >>> loss = as_metric_loss(AngularHead(8, 3, kind="a-softmax"))
+    >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
+    torch.Size([])
+    """
+    if not isinstance(head, AngularHead):
+        raise wrong_type("as_metric_loss", head, "an AngularHead")
+    return MetricLoss(head, **options)
