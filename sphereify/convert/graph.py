@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.arguments import Inputs, does_not_run
 from sphereify.convert.copies import skeleton
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import is_within, join
 from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import (
@@ -30,7 +30,7 @@ from sphereify.convert.sites import (
     weight_of,
 )
 from sphereify.convert.trace import TraceFacts, trace_model
-from sphereify.errors import UsageError, option
+from sphereify.errors import option
 from sphereify.nn import AngularHead
 from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
@@ -87,7 +87,7 @@ def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
     if seen.error and example_inputs is not None:
         with_values = observe_model(bones, example_inputs, on_shapes=False)
         if with_values.error:
-            raise UsageError(f"{option('example_inputs')}: {type(bones).__name__} does not run with them: {seen.error}")
+            raise does_not_run(option("example_inputs"), bones, seen.arguments, seen.error)
         seen = replace(with_values, by_values=True)
     return seen
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sphereify.convert.arguments import Inputs, does_not_run
 from sphereify.convert.copies import skeleton
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.observe import observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
-from sphereify.errors import ArtifactError, UsageError
+from sphereify.errors import ArtifactError
 from sphereify.wording import count
 
 PLAN_VERSION = 2
@@ -97,7 +97,7 @@ class ConversionPlan:
 
         Args:
             model: the plain or the converted model; a copy of it runs.
-            inputs: a tensor or a tuple of arguments; default: two images of the size in the model's `pretrained_cfg`.
+            inputs: as `example_inputs` of `plan_conversion`.
 
         Returns:
             A plan in which a site that is never called is kept, with that reason.
@@ -107,7 +107,7 @@ class ConversionPlan:
         """
         seen = observe_model(skeleton(model), inputs, on_shapes=False)
         if seen.error:
-            raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
+            raise does_not_run("verify", model, seen.arguments, seen.error)
         calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
         decisions = []
         for decision in self.decisions:

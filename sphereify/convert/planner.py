@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from sphereify import choices
+from sphereify.convert.arguments import Inputs
 from sphereify.convert.graph import ModelGraph, read_graph
 from sphereify.convert.model_checks import check_model, quantized_layers
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan, Decision
@@ -60,8 +60,9 @@ def plan_conversion(
     Args:
         model: any `nn.Module`, on any device.
         {options}
-        example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: two images of the
-            size in the model's `pretrained_cfg`.
+        example_inputs: inputs to run what a trace cannot follow: a tensor, a tuple of arguments, a dict of keywords
+            (such as a tokenizer returns), or a pair (tuple, dict). A tensor on the meta device stands for its shape.
+            Default: the usual ones that the model's signature and first layers suggest; `plan.inputs` says which.
 
     Raises:
         ArgumentTypeError: not an `nn.Module`.

@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.assumed_inputs import filled
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
 from sphereify.convert.model_checks import check_model
-from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
+from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
@@ -118,9 +120,9 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
 @torch.no_grad()
 def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) -> None:
     """Compare the outputs: a model may read the weight of a folded layer itself, and nothing else would show that."""
-    arguments = arguments_of(example_inputs)
+    arguments = filled(ModelArguments.of(example_inputs), model)
     with evaluating(model):
-        pairs = zip(*(tensors_in(network(*fresh(arguments))) for network in (model, twin)), strict=True)
+        pairs = zip(*(tensors_in(arguments.run(network)) for network in (model, twin)), strict=True)
         for expected, output in pairs:
             is_number = expected.is_floating_point() and expected.numel()
             limit = TOLERANCE * float(expected.abs().max()) if is_number else 0.0

@@ -1,0 +1,372 @@
+"""Inputs for a model that came without any: what its declarations, its signature and its first layers suggest.
+
+The candidates are tensors on the meta device, which stand for their shapes; `filled` gives them values.
+"""
+
+import contextlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sphereify.convert.arguments import ModelArguments
+from sphereify.errors import UsageError, first_line
+
+BATCH = 2
+LENGTH = 16
+"""Length of a sequence of ids or features, if nothing says otherwise."""
+IMAGE_SIZES = (224, 299, 32, 28, 64, 96, 128, 256, 384, 512)
+"""Heights and widths of images, the usual one first; an Inception needs 299 in training."""
+VOLUME_SIZES = ((16, 112, 112), (16, 224, 224), (64, 64, 64), (32, 32, 32), (96, 96, 96), (128, 128, 128))
+SIGNAL_LENGTHS = (224, 16000, 3000)
+"""Lengths of signals: of features over time, of a second of sound, and of thirty seconds of its spectrogram."""
+ID_LENGTHS = (LENGTH, 8, 32, 77, 64, 128, 256, 512)
+PATCH_SIZES = (16, 32, 14, 8, 4, 2, 7, 28, 64)
+DECLARED = ("example_input_array", "dummy_inputs")
+"""Attributes under which Lightning's and Hugging Face's models carry inputs that they take."""
+
+
+def assumed_inputs(model: nn.Module) -> list[ModelArguments]:
+    """Candidates for the arguments of a model, the likeliest first, as tensors on the meta device.
+
+    Inputs that the model carries itself come first. Then each argument that a forward needs, or the main ones where all
+    are optional, gets what its name says (`input_ids`, `pixel_values`, `timestep`, …), or else what the first layers
+    take: images, volumes, signals, ids or features.
+    """
+    known = _KnownModel(model)
+    candidates = [*_declared_inputs(model, known), *_by_signature(known)]
+    return list({candidate.described(): candidate for candidate in candidates}.values())
+
+
+def first_that_runs(
+    candidates: Iterable[ModelArguments], run: Callable[[ModelArguments], tuple[Any, list[str]]]
+) -> tuple[ModelArguments | None, Any, list[str]]:
+    """The first of the candidates with which a model runs, the result, and what the failed ones said.
+
+    Args:
+        candidates: the arguments to try.
+        run: gives a result that is true where the model ran, and what was raised.
+
+    Of candidates that differ in sizes alone, no further one is tried after two that failed in the same words.
+    """
+    errors: list[str] = []
+    said: dict[Any, list[str]] = {}
+    for candidate in candidates:
+        form = tuple((name, value.dim(), value.dtype) for name, value in candidate.items() if isinstance(value, Tensor))
+        earlier = said.setdefault(form, [])
+        if len(earlier) > 1 and earlier[-1] == earlier[-2]:
+            continue
+        result, raised = run(candidate)
+        if result:
+            return candidate, result, errors
+        errors += raised
+        earlier.append(" ".join(raised))
+    return None, None, errors
+
+
+def runnable_inputs(model: nn.Module, batch: int = BATCH) -> ModelArguments:
+    """Inputs with values, of the first usual shape with which a model runs, on its device and in its dtype.
+
+    Raises:
+        UsageError: the model runs with none of them.
+    """
+
+    def run(candidate: ModelArguments) -> tuple[ModelArguments | None, list[str]]:
+        sized = candidate.map(lambda tensor: torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device="meta"))
+        arguments = filled(sized, model)
+        try:
+            arguments.run(model)
+        except Exception as error:  # a forward may raise anything
+            return None, [first_line(error)]
+        return arguments, []
+
+    _, arguments, errors = first_that_runs(assumed_inputs(model), run)
+    if arguments is None:
+        raise UsageError(f"{type(model).__name__} does not run on inputs of a usual shape ({errors[0]})")
+    return arguments  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+def filled(arguments: ModelArguments, model: nn.Module) -> ModelArguments:
+    """The arguments with values for the tensors that have none, on the device of the model.
+
+    Numbers are normal noise. Whole numbers are random, and small enough for each table of the model; masks are ones,
+    types and positions zeros, lengths those of the first sequence. The values are the same in each call.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    limit = max(1, min(tables, default=2))
+    length = next((t.shape[1] for t in arguments.tensors() if t.dim() > 1), 1)
+
+    def fill(name: str, value: Any) -> Any:
+        def place(tensor: Tensor) -> Tensor:
+            return (_values(name, tensor, limit, length) if tensor.is_meta else tensor).to(device)
+
+        return torch.utils._pytree.tree_map_only(Tensor, place, value)
+
+    return arguments.with_values(map(fill, _names(model, arguments), arguments.values()))
+
+
+def noise(shape: Iterable[int]) -> Tensor:
+    """Normal noise that is the same in each call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _values(name: str, like: Tensor, limit: int, length: int) -> Tensor:
+    if like.dtype == torch.bool or "mask" in name:
+        return torch.ones(like.shape, dtype=like.dtype)
+    if like.is_floating_point() or like.is_complex():
+        return noise(like.shape).to(like.dtype)
+    if "length" in name:
+        return torch.full(like.shape, length, dtype=like.dtype)
+    if re.search("type|position", name):
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.randint(limit, like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+
+
+def _names(model: nn.Module, arguments: ModelArguments) -> list[str]:
+    """The name of each argument; empty where the signature has none."""
+    parameters = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY]
+    parameters += [""] * (len(arguments.args) - len(parameters))
+    return [*parameters[: len(arguments.args)], *arguments.kwargs]
+
+
+# ------------------------------------------------------------------------------------------- declarations and signature
+
+
+def _declared_inputs(model: nn.Module, known: "_KnownModel") -> Iterator[ModelArguments]:
+    """Inputs that the model carries itself, if its forward takes arguments of these names."""
+    for attribute in DECLARED:
+        inputs = None
+        with contextlib.suppress(Exception):  # a property of the user's may raise anything
+            inputs = getattr(model, attribute, None)
+        if not isinstance(inputs, (Tensor, tuple, Mapping)):
+            continue
+        arguments = ModelArguments.of(inputs)
+        if arguments.tensors() and set(arguments.kwargs) <= {p.name for p in known.parameters}:
+            yield arguments
+
+
+def _by_signature(known: "_KnownModel") -> Iterator[ModelArguments]:
+    """Arguments for the parameters that a forward needs, by their names and by the first layers."""
+    needed = [p for p in known.parameters if p.default is p.empty]
+    if needed:
+        yield from known.arguments(needed)
+        return
+    content = [p for p in known.parameters if known.is_content(p.name)]
+    main = [p for p in known.parameters if p.name == getattr(known.model, "main_input_name", None)]
+    choices = [content, main, *([p] for p in content), known.parameters[:1]]
+    for choice in choices:
+        if choice:
+            yield from known.arguments(choice)
+    if not known.parameters:  # forward(*args)
+        yield from (ModelArguments((value,)) for value in known.by_layers())
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of a model's forward that have names."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a compiled function
+        return []
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+class _Kind(NamedTuple):
+    """A kind of argument, by a pattern over names."""
+
+    name: str
+    pattern: str
+    is_content: bool = False
+    """True for what a model looks at, false for what is said about it."""
+
+
+KINDS = (
+    _Kind("mask", r"mask"),
+    _Kind("types", r"type_ids|position"),
+    _Kind("moment", r"^t$|^time$|time_?steps?$|^sigmas?$|noise_level"),
+    _Kind("lengths", r"lengths?$|_lens?$"),
+    _Kind("labels", r"labels?$|^y$|^targets?$|class_ids?$"),
+    _Kind("context", r"encoder_hidden_states|^context$"),
+    _Kind("edges", r"edge_index"),
+    _Kind("images", r"pixel_values|images?$|^imgs?$|pixels", True),
+    _Kind("signals", r"input_values|wave|audio|speech|^wavs?$", True),
+    _Kind("signals", r"input_features|spectrogram|^mels?$|fbank", True),
+    _Kind("ids", r"input_ids|token_ids|(^|_)tokens?$|^ids$|^idx$|^texts?$|^src$|^tgt$|caption", True),
+)
+"""What the usual names of arguments mean; the first that matches counts."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+class _KnownModel:
+    """What can be read off a model without running it, and tensors for its arguments."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.parameters = _parameters(model)
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.layers = _first_layers(model)
+
+    def arguments(self, chosen: list[inspect.Parameter]) -> Iterator[ModelArguments]:
+        """Arguments for the chosen parameters: by their names, and by the first layers where a name says nothing."""
+        by_name = [self.of_kind(self.kind(p.name)) for p in chosen]
+        by_layers = self.by_layers()
+        ways = [[own or by_layers for own in by_name]] if any(by_name) else []
+        for values in [*ways, [by_layers] * len(chosen)]:
+            for number in range(max(map(len, values))):
+                tensors = [own[min(number, len(own) - 1)] for own in values]
+                yield _passed(self.parameters, chosen, tensors)
+
+    def kind(self, name: str) -> str:
+        """What an argument of that name is; empty if the name says nothing."""
+        found = next((kind.name for kind in KINDS if re.search(kind.pattern, name.lower())), "")
+        return "" if found == "ids" and nn.Embedding not in self.layers else found
+
+    def is_content(self, name: str) -> bool:
+        """True if an argument of that name is what the model looks at."""
+        kind = self.kind(name)
+        return any(kind == one.name and one.is_content for one in KINDS)
+
+    def of_kind(self, kind: str) -> list[Tensor]:
+        """Candidates for an argument of a kind."""
+        if kind in ("mask", "types"):
+            return [_empty(BATCH, LENGTH, dtype=torch.int64)]
+        if kind in ("moment", "lengths", "labels"):
+            return [_empty(BATCH, dtype=torch.int64)]
+        if kind == "edges":
+            return [_empty(2, 8, dtype=torch.int64)]
+        if kind == "context":
+            width = self.declared("cross_attention_dim", "encoder_hid_dim", "context_dim", "hidden_size")
+            return [self.numbers(LENGTH, width[-1])] if width else []
+        if kind == "ids":
+            return [_empty(BATCH, length, dtype=torch.int64) for length in ID_LENGTHS]
+        if kind == "images":
+            return self.images() if nn.Conv2d in self.layers else [*self.volumes(), *self.images()]
+        if kind == "signals":
+            return self.signals()
+        return []
+
+    def by_layers(self) -> list[Tensor]:
+        """Candidates for the first argument by the first layer of each type, in the order of the layers."""
+        makers: dict[type, Callable[[], list[Tensor]]] = {
+            nn.Conv2d: self.images,
+            nn.Conv1d: self.signals,
+            nn.Conv3d: self.volumes,
+            nn.Embedding: lambda: self.of_kind("ids"),
+            nn.Linear: self.features,
+            nn.RNNBase: lambda: [self.numbers(LENGTH, self.layers[nn.RNNBase].input_size)],
+            nn.MultiheadAttention: lambda: [self.numbers(LENGTH, self.layers[nn.MultiheadAttention].embed_dim)],
+        }
+        return [tensor for kind in self.layers for tensor in makers[kind]()] or self.images()
+
+    def numbers(self, *shape: int) -> Tensor:
+        """A batch of numbers in the dtype of the model."""
+        return _empty(BATCH, *shape, dtype=self.dtype)
+
+    def images(self) -> list[Tensor]:
+        """Images of the size that the model names, else of the usual ones, for its first convolution."""
+        config = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size") or ()
+        named = self.declared("img_size", "image_size", "sample_size")
+        own = (named * 2)[:2] if named else ()
+        sizes = [tuple(config[1:])] if config else [(size, size) for size in IMAGE_SIZES]
+        sizes = [own, *sizes] if own else sizes
+        first = self.layers.get(nn.Conv2d)
+        channels = [first.in_channels] if first is not None else self.declared("num_channels", "in_chans", "channels")
+        likely = dict.fromkeys((*channels, config[0] if config else 3))
+        return [self.numbers(c, *size) for c in likely for size in dict.fromkeys(sizes)]
+
+    def volumes(self) -> list[Tensor]:
+        """Videos and volumes for the first convolution of three dimensions."""
+        first = self.layers.get(nn.Conv3d)
+        if first is None:
+            return []
+        own = self.declared("img_size", "image_size")
+        sizes: list[tuple[int, ...]] = [own, *VOLUME_SIZES] if len(own) == 3 else [*VOLUME_SIZES]
+        if len(own) in (1, 2):
+            sizes.insert(0, (LENGTH, *(own * 2)[:2]))
+        channels = dict.fromkeys((first.in_channels, 3))
+        frames_first = [self.numbers(size[0], first.in_channels, *size[1:]) for size in sizes[:2]]
+        return [*(self.numbers(c, *size) for c in channels for size in sizes), *frames_first]
+
+    def signals(self) -> list[Tensor]:
+        """Signals for the first convolution of one dimension: channels first, channels last, and without channels."""
+        first = self.layers.get(nn.Conv1d)
+        if first is None:
+            return [self.numbers(SIGNAL_LENGTHS[1]), *self.images()]
+        channels = first.in_channels
+        named = self.declared("max_source_positions")
+        lengths = [*SIGNAL_LENGTHS, *(2 * length for length in named)]
+        plain = [self.numbers(length) for length in (SIGNAL_LENGTHS[1],)] if channels == 1 else []
+        return [
+            *(self.numbers(channels, length) for length in lengths),
+            *plain,
+            *(self.numbers(length, channels) for length in lengths[:1]),
+        ]
+
+    def features(self) -> list[Tensor]:
+        """Rows and sequences for the first linear map, and images whose patches or pixels it could take."""
+        width = self.layers[nn.Linear].in_features
+        rows = [self.numbers(width), self.numbers(LENGTH, width)]
+        if (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size"):
+            return [rows[0], *self.images(), rows[1]]
+        own = (self.declared("img_size", "image_size") * 2)[:2]
+        return [*rows, *(self.numbers(c, *size) for c, size in _cut_images(width, own))]
+
+    def declared(self, *names: str) -> tuple[int, ...]:
+        """The size that the model, its configuration or a part of it has under one of these names; empty if none."""
+        config = getattr(self.model, "config", None)
+        for holder in (self.model, config, *self.model.modules()):
+            for name in names:
+                value = None
+                with contextlib.suppress(Exception):  # a property of the user's may raise anything
+                    value = getattr(holder, name, None)
+                value = (value,) if type(value) is int else value
+                if isinstance(value, (tuple, list)) and value and all(type(one) is int and one > 0 for one in value):
+                    return tuple(value)
+        return ()
+
+
+LAYERS = (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Embedding, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
+"""Types of layers that say what they take."""
+
+
+def _first_layers(model: nn.Module) -> dict[type, Any]:
+    """The first layer of each type, in the order of registration."""
+    first: dict[type, Any] = {}
+    for module in model.modules():
+        kind = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+        if kind is not None:
+            first.setdefault(kind, module)
+    return first
+
+
+def _cut_images(width: int, named: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Channels and sizes of images that give rows of that width: when cut into patches, or taken whole."""
+    for channels in (3, 1, 4, 2):
+        side = math.isqrt(width // channels)
+        if side * side * channels != width:
+            continue
+        if side in PATCH_SIZES:
+            sizes = [(size, size) for size in IMAGE_SIZES if size % side == 0]
+            yield from ((channels, size) for size in ([named, *sizes] if named else sizes))
+        yield channels, (side, side)
+
+
+def _passed(parameters: list[inspect.Parameter], chosen: list[inspect.Parameter], values: list[Any]) -> ModelArguments:
+    """The values as positional arguments where they are the first of the parameters, else by keyword."""
+    leading = [p.name for p in parameters[: len(chosen)] if p.kind is not p.KEYWORD_ONLY]
+    if leading == [p.name for p in chosen] and chosen[0].default is chosen[0].empty:
+        return ModelArguments(tuple(values))
+    return ModelArguments((), {p.name: value for p, value in zip(chosen, values, strict=True)})
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
