@@ -179,7 +179,7 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
     never = sum(d.called is False for d in plan.decisions)
     unknown = sum(d.called is None for d in plan.decisions)
     detail = f"{len(plan.converted)} converted, {len(plan.kept)} kept, {never} never called, {unknown} not known"
-    traced = not any("not traced" in note and note.startswith(type(model).__name__) for note in plan.notes)
+    traced = not any(line.startswith(f"{type(model).__name__}: not traced") for line in plan.details)
     return Outcome(str(source), "converted" if traced else "converted without trace", detail, seconds)
 
 

@@ -56,7 +56,7 @@ def joined(inputs: list[ModelArguments]) -> ModelArguments:
     if not alike or not all(isinstance(value, Tensor) for batch in inputs for value in batch.values()):
         raise UsageError(
             "calibration: the network stores values in its modules while it runs, so that several batches cannot run "
-            "side by side, and their arguments are not tensors of one set of names, which could be joined. Give one batch"
+            "side by side, and their arguments are not tensors under the same names, which could be joined. Give one."
         )
     return ModelArguments(
         tuple(torch.cat(values) for values in zip(*(batch.args for batch in inputs), strict=True)),

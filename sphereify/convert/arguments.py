@@ -101,6 +101,11 @@ Inputs: TypeAlias = Union[Tensor, "tuple[Any, ...]", "Mapping[str, Any]", ModelA
 returns), a pair of the two, or none."""
 
 
+def described(arguments: ModelArguments, inputs: Inputs) -> str:
+    """The arguments that a model ran with, in words: `inputs` are those that the user gave, if any."""
+    return arguments.described() if inputs is not None else f"assumed inputs: {arguments.described()}"
+
+
 def does_not_run(where: str, model: nn.Module, arguments: ModelArguments, reason: str) -> UsageError:
     """The error for arguments with which a model does not run.
 

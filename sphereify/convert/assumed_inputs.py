@@ -51,14 +51,14 @@ def first_that_runs(
         candidates: the arguments to try.
         run: gives a result that is true where the model ran, and what was raised.
 
-    Of candidates that differ in sizes alone, no further one is tried after two that failed in the same words.
+    Of candidates that differ in sizes alone, no further one is tried after three that failed in the same words.
     """
     errors: list[str] = []
     said: dict[Any, list[str]] = {}
     for candidate in candidates:
         form = tuple((name, value.dim(), value.dtype) for name, value in candidate.items() if isinstance(value, Tensor))
         earlier = said.setdefault(form, [])
-        if len(earlier) > 1 and earlier[-1] == earlier[-2]:
+        if len(earlier) > 2 and len(set(earlier[-3:])) == 1:
             continue
         result, raised = run(candidate)
         if result:
@@ -157,7 +157,9 @@ def _by_signature(known: "_KnownModel") -> Iterator[ModelArguments]:
     """Arguments for the parameters that a forward needs, by their names and by the first layers."""
     needed = [p for p in known.parameters if p.default is p.empty]
     if needed:
-        yield from known.arguments(needed)
+        named = [p for p in known.parameters if p in needed or known.kind(p.name) in ("moment", "labels", "context")]
+        for choice in [needed, named] if named != needed else [needed]:
+            yield from known.arguments(choice)
         return
     content = [p for p in known.parameters if known.is_content(p.name)]
     main = [p for p in known.parameters if p.name == getattr(known.model, "main_input_name", None)]
@@ -217,13 +219,13 @@ class _KnownModel:
 
     def arguments(self, chosen: list[inspect.Parameter]) -> Iterator[ModelArguments]:
         """Arguments for the chosen parameters: by their names, and by the first layers where a name says nothing."""
-        by_name = [self.of_kind(self.kind(p.name)) for p in chosen]
-        by_layers = self.by_layers()
-        ways = [[own or by_layers for own in by_name]] if any(by_name) else []
-        for values in [*ways, [by_layers] * len(chosen)]:
-            for number in range(max(map(len, values))):
-                tensors = [own[min(number, len(own) - 1)] for own in values]
-                yield _passed(self.parameters, chosen, tensors)
+        kinds = [self.kind(p.name) for p in chosen]
+        options = {kind: self.of_kind(kind) for kind in kinds}
+        options[""] = self.by_layers()
+        for named in [kinds, [""] * len(chosen)] if any(kinds) else [kinds]:
+            named = [kind if options[kind] else "" for kind in named]
+            for tensors in _varied({kind: options[kind] for kind in named}):
+                yield _passed(self.parameters, chosen, [tensors[kind] for kind in named])
 
     def kind(self, name: str) -> str:
         """What an argument of that name is; empty if the name says nothing."""
@@ -281,7 +283,7 @@ class _KnownModel:
         first = self.layers.get(nn.Conv2d)
         channels = [first.in_channels] if first is not None else self.declared("num_channels", "in_chans", "channels")
         likely = dict.fromkeys((*channels, config[0] if config else 3))
-        return [self.numbers(c, *size) for c in likely for size in dict.fromkeys(sizes)]
+        return [self.numbers(c, *size) for size in dict.fromkeys(sizes) for c in likely]
 
     def volumes(self) -> list[Tensor]:
         """Videos and volumes for the first convolution of three dimensions."""
@@ -292,24 +294,25 @@ class _KnownModel:
         sizes: list[tuple[int, ...]] = [own, *VOLUME_SIZES] if len(own) == 3 else [*VOLUME_SIZES]
         if len(own) in (1, 2):
             sizes.insert(0, (LENGTH, *(own * 2)[:2]))
-        channels = dict.fromkeys((first.in_channels, 3))
-        frames_first = [self.numbers(size[0], first.in_channels, *size[1:]) for size in sizes[:2]]
-        return [*(self.numbers(c, *size) for c in channels for size in sizes), *frames_first]
+        frames = self.declared("num_frames")[:1]
+        channels, volumes = first.in_channels, []
+        for depth, *rest in sizes:
+            volumes += [self.numbers(channels, depth, *rest), self.numbers(*(frames or (depth,)), channels, *rest)]
+            volumes += [self.numbers(3, depth, *rest)] if channels != 3 else []
+        return volumes
 
     def signals(self) -> list[Tensor]:
         """Signals for the first convolution of one dimension: channels first, channels last, and without channels."""
         first = self.layers.get(nn.Conv1d)
-        if first is None:
+        bands = self.declared("num_mel_bins", "n_mels")[:1] or ((first.in_channels,) if first is not None else ())
+        if not bands:
             return [self.numbers(SIGNAL_LENGTHS[1]), *self.images()]
-        channels = first.in_channels
-        named = self.declared("max_source_positions")
-        lengths = [*SIGNAL_LENGTHS, *(2 * length for length in named)]
-        plain = [self.numbers(length) for length in (SIGNAL_LENGTHS[1],)] if channels == 1 else []
-        return [
-            *(self.numbers(channels, length) for length in lengths),
-            *plain,
-            *(self.numbers(length, channels) for length in lengths[:1]),
-        ]
+        signals = [self.numbers(*bands, SIGNAL_LENGTHS[0])]
+        if bands == (1,):
+            signals.append(self.numbers(SIGNAL_LENGTHS[1]))
+        for length in (*self.declared("max_length"), *SIGNAL_LENGTHS):
+            signals += [self.numbers(*bands, length), self.numbers(length, *bands)]
+        return signals
 
     def features(self) -> list[Tensor]:
         """Rows and sequences for the first linear map, and images whose patches or pixels it could take."""
@@ -360,12 +363,23 @@ def _cut_images(width: int, named: tuple[int, ...]) -> Iterator[tuple[int, tuple
         yield channels, (side, side)
 
 
+def _varied(options: dict[str, list[Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """One tensor for each kind of argument: the first of each, then the others of one kind at a time."""
+    first = {kind: tensors[0] for kind, tensors in options.items()}
+    yield first
+    for kind, tensors in options.items():
+        yield from ({**first, kind: tensor} for tensor in tensors[1:])
+
+
 def _passed(parameters: list[inspect.Parameter], chosen: list[inspect.Parameter], values: list[Any]) -> ModelArguments:
-    """The values as positional arguments where they are the first of the parameters, else by keyword."""
-    leading = [p.name for p in parameters[: len(chosen)] if p.kind is not p.KEYWORD_ONLY]
-    if leading == [p.name for p in chosen] and chosen[0].default is chosen[0].empty:
-        return ModelArguments(tuple(values))
-    return ModelArguments((), {p.name: value for p, value in zip(chosen, values, strict=True)})
+    """The values of required parameters that come first as positional arguments, the others by keyword."""
+    positional = 0
+    for parameter, given in zip(parameters, chosen, strict=False):
+        if parameter is not given or given.kind is given.KEYWORD_ONLY or given.default is not given.empty:
+            break
+        positional += 1
+    by_keyword = zip(chosen[positional:], values[positional:], strict=True)
+    return ModelArguments(tuple(values[:positional]), {p.name: value for p, value in by_keyword})
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ A trace shows how modules are wired. An observation shows what is called, in mod
 which weights are passed to functions.
 """
 
+import re
 import warnings
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,9 @@ from sphereify.convert.provenance import End
 from sphereify.convert.sites import Call
 from sphereify.convert.watch import Watch, WatchBeneath
 from sphereify.errors import first_line
+
+NO_VALUES = "[Mm]eta tensor|data-dependent|DataDependent"
+"""What torch says where a forward asks for values on the meta device."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Observation:
     """Reason why no forward pass succeeded; empty if one did."""
     arguments: ModelArguments = field(default_factory=ModelArguments)
     """The arguments that the model ran with, or the first ones with which it did not."""
+    in_want_of_values: list[ModelArguments] = field(default_factory=list)
+    """Arguments with which it did not run on shapes alone, since its control flow asks for values."""
 
 
 def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = True) -> Observation:
@@ -58,7 +64,13 @@ def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes:
         example_inputs: default: the first of the usual inputs with which it runs; see `assumed_inputs`.
         on_shapes: run on the meta device; otherwise with values, on the device of the parameters.
     """
-    candidates = [ModelArguments.of(example_inputs)] if example_inputs is not None else assumed_inputs(model)
+    given = example_inputs is not None
+    return observe_first(model, [ModelArguments.of(example_inputs)] if given else assumed_inputs(model), on_shapes)
+
+
+def observe_first(model: nn.Module, candidates: list[ModelArguments], on_shapes: bool = True) -> Observation:
+    """Observe a model with the first of some arguments with which it runs; see `observe_model`."""
+    in_want: list[ModelArguments] = []
 
     def run(arguments: ModelArguments) -> tuple[dict[str, Observation], list[str]]:
         passes: dict[str, Observation] = {}
@@ -71,11 +83,13 @@ def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes:
                     passes[mode] = _observe_pass(model, arguments, on_shapes)
             except Exception as error:  # a forward may raise anything; it may need values, or other inputs
                 errors.append(first_line(error))
+        if not passes and any(re.search(NO_VALUES, error) for error in errors):
+            in_want.append(arguments)
         return passes, errors
 
     arguments, passes, errors = first_that_runs(candidates, run)
     if arguments is None:
-        return Observation(error=errors[0], arguments=candidates[0])
+        return Observation(error=errors[0], arguments=candidates[0], in_want_of_values=in_want)
     return replace(_merged(passes), arguments=arguments)
 
 

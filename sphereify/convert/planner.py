@@ -24,7 +24,7 @@ from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns
-from sphereify.wording import count
+from sphereify.wording import count, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,7 +110,14 @@ class _Planner:
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         self._check_radius(decisions)
-        return ConversionPlan(class_name(self.model), decisions, self._notes(decisions), self.objects)
+        return ConversionPlan(
+            class_name(self.model),
+            decisions,
+            self._notes(decisions),
+            self._details(),
+            self.graph.inputs,
+            self.objects,
+        )
 
     def _check_radius(self, decisions: list[Decision]) -> None:
         """Make sure that a radius that was asked for is somebody's."""
@@ -129,17 +136,29 @@ class _Planner:
                     )
 
     def _notes(self, decisions: list[Decision]) -> list[str]:
-        """Remarks on the model as a whole."""
+        """Remarks on the model as a whole, one for each kind."""
         model = type(self.model).__name__
-        notes = [
-            f"{name or model}: not traced ({why}); roles inside it come from names and shapes"
-            for name, why in self.graph.untraced.items()
-        ]
-        if self.graph.not_run and any(site.called is not True for site in self.graph.sites):
+        untraced, not_run = self.graph.untraced, self.graph.not_run
+        notes = []
+        if untraced:
+            name, why = next((name or model, shortened(why)) for name, why in untraced.items())
+            what = f"{name}: not traced ({why})"
+            if len(untraced) > 1:
+                what = f"{len(untraced)} modules: not traced ({name} and others: {why})"
+            inside = "roles inside come from names and shapes" if not_run else "a run shows what is called inside"
+            notes.append(f"{what}; {inside}")
+        if not_run and any(site.called is not True for site in self.graph.sites):
             notes.append(
-                f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
+                f"{model}: not run ({shortened(not_run)}); inputs that it takes (example_inputs=… in Python, "
+                f"--input in a terminal) would show which layers are called"
             )
         return [*notes, *_radius_notes(decisions)]
+
+    def _details(self) -> list[str]:
+        """What the remarks count, one line for each, with the whole reasons."""
+        model = type(self.model).__name__
+        details = [f"{name or model}: not traced ({why})" for name, why in self.graph.untraced.items()]
+        return [*details, *([f"{model}: not run ({self.graph.not_run})"] if self.graph.not_run else [])]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""

@@ -4,11 +4,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
 
 from sphereify.convert.model_inputs import data_config, evaluating, tensors_in, unchanged
-from sphereify.errors import UsageError
-from tests.convert.models import Net, images, plain
+from tests.convert.models import images, plain
 
 
 def test_the_data_configuration_is_that_of_the_library():
