@@ -23,8 +23,7 @@ def plan_table(plan: ConversionPlan) -> Table:
     has_radius = any(decision.radius for decision in plan.decisions)
     radius = ["radius"] if has_radius else []
     headers = ("layer", "kind", "action", "operator", *radius, "role", "why")
-    caption = f"run on {plan.inputs}" if plan.inputs else ""
-    table = text_table(*headers, title=plan.model, caption=caption)
+    table = text_table(*headers, title=plan.model)
     for decision in plan.decisions:
         add_row(
             table,
@@ -53,11 +52,14 @@ def print_plan(out: Console, plan: ConversionPlan, *, verbose: bool = False) -> 
         verbose: True to print, after the notes, the details that they count.
     """
     out.print(plan_table(plan))
+    if plan.inputs:
+        say(out, f"run on {plan.inputs}", "dim")
     for note in plan.notes:
         say(out, f"note: {note}", "yellow")
-    if plan.details:
-        for detail in plan.details if verbose else ["--verbose prints the details of the notes"]:
-            say(out, detail, "dim")
+    if plan.details and not verbose:
+        say(out, "--verbose prints the details" + ("" if plan.inputs else ", --input gives the model inputs"), "dim")
+    for detail in plan.details if verbose else []:
+        say(out, detail, "dim")
     say(out, plan.summary(), "bold")
 
 

@@ -1,5 +1,6 @@
 """The arguments of one forward pass, positional and by keyword: one type for all that run a model."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, Union
@@ -116,7 +117,7 @@ def does_not_run(where: str, model: nn.Module, arguments: ModelArguments, reason
         reason: the first line of what it raised.
     """
     advice = ""
-    if "unexpected keyword argument" in reason and not arguments.args:
+    if re.search(r"unexpected keyword|missing \d+ required", reason) and arguments.kwargs and not arguments.args:
         advice = ". A dict gives arguments by name; for a model whose one argument is a dict, give a tuple: (inputs,)"
     return UsageError(
         f"{where}: {type(model).__name__} does not run with these inputs: {reason}; got {arguments.described()}{advice}"
@@ -138,6 +139,6 @@ def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
         return f"{kind} {'×'.join(map(str, value.shape)) or 'number'}"
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
         return f"[{', '.join(_described(one) for one in value)}]"
-    return type(value).__name__ if not isinstance(value, (int, float, bool, str)) else repr(value)
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__

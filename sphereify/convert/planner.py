@@ -149,8 +149,7 @@ class _Planner:
             notes.append(f"{what}; {inside}")
         if not_run and any(site.called is not True for site in self.graph.sites):
             notes.append(
-                f"{model}: not run ({shortened(not_run)}); inputs that it takes (example_inputs=… in Python, "
-                f"--input in a terminal) would show which layers are called"
+                f"{model}: not run ({shortened(not_run)}); example_inputs=… would show which layers are called"
             )
         return [*notes, *_radius_notes(decisions)]
 
