@@ -364,11 +364,11 @@ def _cut_images(width: int, named: tuple[int, ...]) -> Iterator[tuple[int, tuple
 
 
 def _varied(options: dict[str, list[Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """One tensor for each kind of argument: the first of each, then the others of one kind at a time."""
+    """One tensor for each kind of argument: the first of each, then another one of one kind, the kinds in turn."""
     first = {kind: tensors[0] for kind, tensors in options.items()}
     yield first
-    for kind, tensors in options.items():
-        yield from ({**first, kind: tensor} for tensor in tensors[1:])
+    for number in range(1, max(map(len, options.values()))):
+        yield from ({**first, kind: own[number]} for kind, own in options.items() if number < len(own))
 
 
 def _passed(parameters: list[inspect.Parameter], chosen: list[inspect.Parameter], values: list[Any]) -> ModelArguments:
