@@ -207,7 +207,7 @@ def test_each_format_has_its_suffix(format, suffix):
 
 def test_a_model_that_runs_on_no_usual_input_needs_examples(tmp_path):
     model = sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)))
-    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give img_size, or in Python example_inputs"):
+    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give img_size or example_inputs"):
         export(model, tmp_path / "m.pt2", format="torch-export")
 
 
@@ -272,7 +272,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     path = tmp_path / "m.pt2"
     path.write_text("what was there before")
     wrong = TorchExport()
-    wrong.run = lambda path, inputs: [run_program(path, *inputs) * factor]
+    wrong.run = lambda path, inputs: [run_program(path, *inputs.args) * factor]
     monkeypatch.setitem(FORMATS, "torch-export", wrong)
     with pytest.raises(ExportError, match="computes something else than the model"):
         export(sphereify(plain()), path, images(), format="torch-export")
