@@ -1,6 +1,8 @@
 """Inputs for a model that came without any: what its declarations, its signature and its first layers suggest.
 
-The candidates are tensors on the meta device, which stand for their shapes; `filled` gives them values.
+The candidates are tensors on the meta device, which stand for their shapes; `input_values.filled` gives them values.
+They are tried in turn, so that a name or a layer that suggests something wrong costs a pass on the meta device and no
+more.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.convert.arguments import ModelArguments
+from sphereify.convert.input_values import filled, named_parameters
 from sphereify.errors import UsageError, first_line
 
 BATCH = 2
@@ -90,53 +93,6 @@ def runnable_inputs(model: nn.Module, batch: int = BATCH) -> ModelArguments:
     return arguments  # type: ignore[no-any-return]
 
 
-# --------------------------------------------------------------------------------------------------------------- values
-
-
-def filled(arguments: ModelArguments, model: nn.Module) -> ModelArguments:
-    """The arguments with values for the tensors that have none, on the device of the model.
-
-    Numbers are normal noise. Whole numbers are random, and small enough for each table of the model; masks are ones,
-    types and positions zeros, lengths those of the first sequence. The values are the same in each call.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    limit = max(1, min(tables, default=2))
-    length = next((t.shape[1] for t in arguments.tensors() if t.dim() > 1), 1)
-
-    def fill(name: str, value: Any) -> Any:
-        def place(tensor: Tensor) -> Tensor:
-            return (_values(name, tensor, limit, length) if tensor.is_meta else tensor).to(device)
-
-        return torch.utils._pytree.tree_map_only(Tensor, place, value)
-
-    return arguments.with_values(map(fill, _names(model, arguments), arguments.values()))
-
-
-def noise(shape: Iterable[int]) -> Tensor:
-    """Normal noise that is the same in each call."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def _values(name: str, like: Tensor, limit: int, length: int) -> Tensor:
-    if like.dtype == torch.bool or "mask" in name:
-        return torch.ones(like.shape, dtype=like.dtype)
-    if like.is_floating_point() or like.is_complex():
-        return noise(like.shape).to(like.dtype)
-    if "length" in name:
-        return torch.full(like.shape, length, dtype=like.dtype)
-    if re.search("type|position", name):
-        return torch.zeros(like.shape, dtype=like.dtype)
-    return torch.randint(limit, like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
-
-
-def _names(model: nn.Module, arguments: ModelArguments) -> list[str]:
-    """The name of each argument; empty where the signature has none."""
-    parameters = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY]
-    parameters += [""] * (len(arguments.args) - len(parameters))
-    return [*parameters[: len(arguments.args)], *arguments.kwargs]
-
-
 # ------------------------------------------------------------------------------------------- declarations and signature
 
 
@@ -157,8 +113,9 @@ def _by_signature(known: "_KnownModel") -> Iterator[ModelArguments]:
     """Arguments for the parameters that a forward needs, by their names and by the first layers."""
     needed = [p for p in known.parameters if p.default is p.empty]
     if needed:
-        named = [p for p in known.parameters if p in needed or known.kind(p.name) in ("moment", "labels", "context")]
-        for choice in [needed, named] if named != needed else [needed]:
+        seen = [p for p in known.parameters if p in needed or known.is_content(p.name)]
+        told = [p for p in known.parameters if p in seen or known.kind(p.name) in ("moment", "labels", "context")]
+        for choice in (seen, needed, told):
             yield from known.arguments(choice)
         return
     content = [p for p in known.parameters if known.is_content(p.name)]
@@ -169,15 +126,6 @@ def _by_signature(known: "_KnownModel") -> Iterator[ModelArguments]:
             yield from known.arguments(choice)
     if not known.parameters:  # forward(*args)
         yield from (ModelArguments((value,)) for value in known.by_layers())
-
-
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """The parameters of a model's forward that have names."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # a compiled function
-        return []
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 class _Kind(NamedTuple):
@@ -213,7 +161,7 @@ class _KnownModel:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.parameters = _parameters(model)
+        self.parameters = named_parameters(model)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.layers = _first_layers(model)
 
@@ -283,7 +231,10 @@ class _KnownModel:
         first = self.layers.get(nn.Conv2d)
         channels = [first.in_channels] if first is not None else self.declared("num_channels", "in_chans", "channels")
         likely = dict.fromkeys((*channels, config[0] if config else 3))
-        return [self.numbers(c, *size) for size in dict.fromkeys(sizes) for c in likely]
+        videos = [
+            self.numbers(*self.declared("num_frames"), c, *sizes[0]) for c in likely if self.declared("num_frames")
+        ]
+        return [*(self.numbers(c, *size) for size in dict.fromkeys(sizes) for c in likely), *videos]
 
     def volumes(self) -> list[Tensor]:
         """Videos and volumes for the first convolution of three dimensions."""
@@ -307,11 +258,12 @@ class _KnownModel:
         bands = self.declared("num_mel_bins", "n_mels")[:1] or ((first.in_channels,) if first is not None else ())
         if not bands:
             return [self.numbers(SIGNAL_LENGTHS[1]), *self.images()]
-        signals = [self.numbers(*bands, SIGNAL_LENGTHS[0])]
+        signals = [self.numbers(*bands, SIGNAL_LENGTHS[0])] if first is not None else []
         if bands == (1,):
             signals.append(self.numbers(SIGNAL_LENGTHS[1]))
         for length in (*self.declared("max_length"), *SIGNAL_LENGTHS):
-            signals += [self.numbers(*bands, length), self.numbers(length, *bands)]
+            forms = [self.numbers(*bands, length), self.numbers(length, *bands)]
+            signals += forms if first is not None else forms[::-1]
         return signals
 
     def features(self) -> list[Tensor]:
@@ -320,8 +272,11 @@ class _KnownModel:
         rows = [self.numbers(width), self.numbers(LENGTH, width)]
         if (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size"):
             return [rows[0], *self.images(), rows[1]]
+        length = self.declared("seq_len", "seq_length", "sequence_length", "context_length")[:1]
+        variates = self.declared("num_input_channels", "enc_in")[:1] or (width,)
+        series = [self.numbers(*length, *variates)] if length else []
         own = (self.declared("img_size", "image_size") * 2)[:2]
-        return [*rows, *(self.numbers(c, *size) for c, size in _cut_images(width, own))]
+        return [*rows, *series, *(self.numbers(c, *size) for c, size in _cut_images(width, own))]
 
     def declared(self, *names: str) -> tuple[int, ...]:
         """The size that the model, its configuration or a part of it has under one of these names; empty if none."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as shapes
 
 from sphereify.convert.arguments import Inputs, ModelArguments
-from sphereify.convert.assumed_inputs import assumed_inputs, filled, first_that_runs
+from sphereify.convert.assumed_inputs import assumed_inputs, first_that_runs
+from sphereify.convert.input_values import filled
 from sphereify.convert.model_inputs import tensors_in, unchanged
 from sphereify.convert.provenance import End
 from sphereify.convert.sites import Call

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, ModelArguments
-from sphereify.convert.assumed_inputs import filled, noise, runnable_inputs
+from sphereify.convert.assumed_inputs import runnable_inputs
 from sphereify.convert.copies import copy_of
 from sphereify.convert.input_channels import input_channels
+from sphereify.convert.input_values import filled, noise
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.deployment.folding import fold, is_folded

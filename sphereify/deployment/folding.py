@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sphereify.convert.arguments import Inputs, ModelArguments
-from sphereify.convert.assumed_inputs import filled
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
+from sphereify.convert.input_values import filled
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.convert.names import submodule

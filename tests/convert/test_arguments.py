@@ -8,7 +8,7 @@ from torch import nn
 
 from sphereify import calibrate, fold, plan_conversion, sphereify, suggest
 from sphereify.convert.arguments import ModelArguments
-from sphereify.convert.assumed_inputs import filled
+from sphereify.convert.input_values import filled
 from sphereify.errors import ArgumentTypeError, UsageError
 
 
