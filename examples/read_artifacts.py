@@ -6,7 +6,7 @@ import torch
 
 from sphereify import load
 from sphereify.artifact import read_document
-from sphereify.convert.model_inputs import input_channels
+from sphereify.convert.input_channels import input_channels
 
 for folder in sys.argv[1:]:
     model = load(folder)

@@ -11,7 +11,7 @@ from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.distillation import check_steps
 from sphereify.calibration.least_squares import calibrate
-from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.arguments import Inputs
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
@@ -38,15 +38,16 @@ def sphereify(
     Args:
         model: any `nn.Module`. It is copied unless `inplace=True`.
         {options}
-        calibration: batches of inputs (tensors, or tuples of arguments) for a closed-form start from what a trained
+        calibration: batches of inputs (each as `example_inputs`) for a closed-form start from what a trained
             `model` knows; see `sphereify.calibrate`, which also returns how well each layer did.
         calibration_steps: number of optimizer steps towards the original's outputs on these batches afterwards, without
             labels.
         agreement: with `calibration`, a share in (0, 1): the smallest radius is chosen whose network gives this share
             of inputs that were held out the original's class. Where none does, it is the one that agrees best, with a
             warning. `sphereify.calibration.agreement.choose_radius` also returns what was tried and how well it did.
-        example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: two images of the
-            size in the model's `pretrained_cfg`.
+        example_inputs: inputs to run what a trace cannot follow: a tensor, a tuple of arguments, a dict of keywords
+            (such as a tokenizer returns), or a pair (tuple, dict). A tensor on the meta device stands for its shape.
+            Default: the usual ones that the model's signature and first layers suggest; `plan.inputs` says which.
         inplace: change `model` itself.
 
     Returns:

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from sphereify.terminal import console, is_first_process
+from sphereify.terminal import console, is_first_process, progress_bar, say
 
 if TYPE_CHECKING:
     from sphereify.calibration.agreement import Trial
@@ -20,8 +18,7 @@ class TrainingProgress:
     def __init__(self, epochs: int):
         self.epochs = epochs
         self.console = console()
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.bar = progress_bar(self.console)
         self.task = self.bar.add_task("training", total=None)
         self.accuracy = ""
 
@@ -35,12 +32,12 @@ class TrainingProgress:
 
     def run(self, name: str, seed: int) -> None:
         """Begin another run of a comparison."""
-        self.console.print(f"{name}, seed {seed}", style="bold", markup=False)
+        say(self.console, f"{name}, seed {seed}", "bold")
         self.accuracy = ""
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        say(self.console, text, soft_wrap=True)
 
     def step(self, step: "Step") -> None:
         """Move the bar to an optimizer step."""
@@ -52,16 +49,14 @@ class TrainingProgress:
         self.accuracy = f"  accuracy {epoch.accuracy:.2%}"
         skipped = f"  {epoch.skipped} images skipped" if epoch.skipped else ""
         line = f"epoch {epoch.number:>3}/{self.epochs}  loss {epoch.loss:.4f}  test accuracy {epoch.accuracy:.2%}"
-        self.console.print(f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")
+        say(self.console, f"{line}  {epoch.images_per_second:.0f} images/s{skipped}")
 
 
 class ImagesProgress:
     """A bar over images in a terminal; its method `images` is a callback of `robustness`."""
 
     def __init__(self, what: str):
-        screen = console(stderr=True)
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+        self.bar = progress_bar(console(stderr=True))
         self.task = self.bar.add_task(what, total=None)
 
     def __enter__(self) -> "ImagesProgress":
@@ -87,9 +82,7 @@ class CalibrationProgress:
     """
 
     def __init__(self, layers: int | None, steps: int):
-        screen = console(stderr=True)
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+        self.bar = progress_bar(console(stderr=True))
         self.layers = self.bar.add_task("calibrating", total=layers)
         self.steps = self.bar.add_task("steps", total=steps, visible=steps > 0)
 
@@ -106,7 +99,7 @@ class CalibrationProgress:
 
     def trial(self, trial: "Trial") -> None:
         """Print what a trial gave, and begin another one."""
-        self.bar.console.print(f"{trial.described}: {trial.agreement:.1%} agreement with the original", markup=False)
+        say(self.bar.console, f"{trial.described}: {trial.agreement:.1%} agreement with the original")
         self.bar.update(self.layers, completed=0, total=len(trial.r2))
 
     def step(self, step: int, loss: float) -> None:

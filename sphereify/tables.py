@@ -1,4 +1,4 @@
-"""Tables and lines for a person at the terminal. Names of layers and classes may hold brackets, so cells are `Text`."""
+"""Tables and lines for a person at the terminal."""
 
 from collections.abc import Iterable
 
@@ -12,6 +12,7 @@ from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.deployment.exporting import Exported
+from sphereify.terminal import add_row, say, text_table
 from sphereify.training import Comparison, Evaluation, Robustness
 
 COLOURS = {"convert": "green", "keep": "yellow"}
@@ -22,9 +23,9 @@ def plan_table(plan: ConversionPlan) -> Table:
     has_radius = any(decision.radius for decision in plan.decisions)
     radius = ["radius"] if has_radius else []
     headers = ("layer", "kind", "action", "operator", *radius, "role", "why")
-    table = Table(*headers, title=Text(plan.model), header_style="bold")
+    table = text_table(*headers, title=plan.model)
     for decision in plan.decisions:
-        _add_row(
+        add_row(
             table,
             ", ".join([decision.name or "(the model)", *decision.aliases]),
             decision.kind,
@@ -42,12 +43,24 @@ def _radius(decision: Decision) -> str:
     return f"{decision.radius:g}{learned}" if decision.radius else ""
 
 
-def print_plan(out: Console, plan: ConversionPlan) -> None:
-    """Print the table of the sites, the notes, and a summary in one line."""
+def print_plan(out: Console, plan: ConversionPlan, *, verbose: bool = False) -> None:
+    """Print the table of the sites, the inputs of the run, the notes, and a summary in one line.
+
+    Args:
+        out: the console.
+        plan: the plan.
+        verbose: True to print, after the notes, the details that they count.
+    """
     out.print(plan_table(plan))
+    if plan.inputs:
+        say(out, f"run on {plan.inputs}", "dim")
     for note in plan.notes:
-        out.print(f"note: {note}", style="yellow", markup=False)
-    out.print(plan.summary(), style="bold", markup=False)
+        say(out, f"note: {note}", "yellow")
+    if plan.details and not verbose:
+        say(out, "--verbose prints the details" + ("" if plan.inputs else ", --input gives the model inputs"), "dim")
+    for detail in plan.details if verbose else []:
+        say(out, detail, "dim")
+    say(out, plan.summary(), "bold")
 
 
 def print_export(out: Console, written: Exported) -> None:
@@ -59,22 +72,22 @@ def print_export(out: Console, written: Exported) -> None:
         "largest difference": "unknown" if written.difference is None else f"{written.difference:.1e}",
         "operators": ", ".join(f"{times} {name}" for name, times in written.operators.items()),
     }
-    table = Table(show_header=False)
+    table = text_table()
     for row in rows.items():
-        _add_row(table, *row)
+        add_row(table, *row)
     out.print(table)
-    out.print(written.note, style=None if written.difference is not None else "yellow", markup=False)
+    say(out, written.note, "" if written.difference is not None else "yellow")
 
 
 def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
     """A row for each layer: the share of its original output that is explained, before and after the calibration."""
-    table = Table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, header_style="bold")
+    caption = "share of the original layer's output that is explained (R²)"
+    table = text_table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, caption=caption)
     for layer in layers:
         colour = "green" if layer.after >= 0.8 else "yellow" if layer.after >= 0.5 else "red"
         after = Text(_share(layer.after), colour)
         sizes = f"{layer.rows:,}", f"{layer.unknowns:,}"
-        _add_row(table, layer.name, _share(layer.before), after, *sizes, layer.note)
-    table.caption = "share of the original layer's output that is explained (R²)"
+        add_row(table, layer.name, _share(layer.before), after, *sizes, layer.note)
     return table
 
 
@@ -82,40 +95,37 @@ def print_calibration(out: Console, calibration: Calibration) -> None:
     """Print the fit of each layer in their order, the notes, and the summary."""
     out.print(calibration_table(calibration.layers.values(), "calibration"))
     for note in calibration.notes:
-        out.print(f"note: {note}", style="yellow", markup=False)
-    out.print(calibration.summary(), style="bold", markup=False)
+        say(out, f"note: {note}", "yellow")
+    say(out, calibration.summary(), "bold")
 
 
 def print_radius_choice(out: Console, choice: RadiusChoice) -> None:
     """Print the trials of radii, the radii of layers that have their own, and how far the chosen network agrees."""
     out.print(_trials_table(choice.trials))
     if not choice.chosen.is_uniform:
-        table = Table("layer", "ρ", "calibrated", title="radii of the layers' own", header_style="bold")
+        table = text_table("layer", "ρ", "calibrated", title="radii of the layers' own")
         for name, radius in choice.chosen.radii.items():
-            _add_row(table, name, f"{radius:.3g}", _share(choice.chosen.r2[name]) if name in choice.chosen.r2 else "")
+            add_row(table, name, f"{radius:.3g}", _share(choice.chosen.r2[name]) if name in choice.chosen.r2 else "")
         out.print(table)
     fit, _, _ = choice.inputs
-    out.print(
-        f"{choice.summary()}; {choice.contrast:.1%} keep their class at {LOW_CONTRAST:g} of their contrast",
-        style="bold" if choice.reached else "yellow",
-        markup=False,
-    )
+    contrast = f"{choice.contrast:.1%} keep their class at {LOW_CONTRAST:g} of their contrast"
+    say(out, f"{choice.summary()}; {contrast}", "bold" if choice.reached else "yellow")
     if not choice.reached:
-        out.print(
+        say(
+            out,
             f"what may help: more images than the {fit} that the layers were fitted to (--calibration-images), "
             f"--calibrate-steps 300, or fewer layers (sphereify suggest)",
-            style="yellow",
-            markup=False,
+            "yellow",
         )
 
 
 def _trials_table(trials: list[Trial]) -> Table:
     """A row for each radius that was tried, the smallest first."""
-    table = Table("radius", "agreement", "same class at low contrast", "mean R²", header_style="bold")
+    table = text_table("radius", "agreement", "same class at low contrast", "mean R²")
     for trial in sorted(trials, key=lambda trial: (not trial.is_uniform, trial.radius)):
         contrast = "" if trial.contrast != trial.contrast else f"{trial.contrast:.1%}"
         explained = sum(trial.r2.values()) / max(len(trial.r2), 1)
-        _add_row(table, trial.described, f"{trial.agreement:.1%}", contrast, f"{explained:.3f}")
+        add_row(table, trial.described, f"{trial.agreement:.1%}", contrast, f"{explained:.3f}")
     return table
 
 
@@ -124,27 +134,27 @@ def print_suggestion(out: Console, suggestion: Suggestion) -> None:
     if suggestion.radii:
         out.print(_trials_table(suggestion.radii))
     out.print(calibration_table(suggestion.layers, "the least explained layers first"))
-    table = Table("layers excluded", "agreement with the original", header_style="bold")
+    table = text_table("layers excluded", "agreement with the original")
     for number, agreement in suggestion.trials.items():
-        table.add_row(str(number), f"{agreement:.1%}")
+        add_row(table, str(number), f"{agreement:.1%}")
     out.print(table)
     if not suggestion.reached:
-        out.print(
+        say(
+            out,
             f"{suggestion.goal:.1%} was not reached; try --calibration-images with more images, another --operator, or "
             f"accept a greater loss",
-            style="yellow",
-            markup=False,
+            "yellow",
         )
     radius = [f"--radius {suggestion.radius:.3g}"] if suggestion.radius else []
     if not suggestion.exclude:
         how = f" and {radius[0]}" if radius else ""
-        out.print(f"{suggestion.agreement:.1%} with all layers converted{how}: nothing to exclude", style="bold")
+        say(out, f"{suggestion.agreement:.1%} with all layers converted{how}: nothing to exclude", "bold")
     else:
         first = suggestion.given.get("overrides")  # overrides win over --exclude, and the first one that matches wins
         options = (f"--override {name}=keep" if first else f"--exclude {name}" for name in suggestion.exclude)
         place = ", given before your own --override" if first else ""
         line = f"{suggestion.agreement:.1%} with: {' '.join([*radius, *options])}{place}"
-        out.print(line, style="bold", markup=False, soft_wrap=True)
+        say(out, line, "bold", soft_wrap=True)
 
 
 def _share(value: float) -> str:
@@ -153,40 +163,35 @@ def _share(value: float) -> str:
 
 def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], rows: int = 20) -> None:
     """Print the accuracy of each class, the worst first and at most `rows` of them, and of all images."""
-    table = Table("class", "images", "accuracy", title="accuracy by class", header_style="bold")
+    caption = f"the {rows} worst of {len(classes)} classes" if len(classes) > rows else ""
+    table = text_table("class", "images", "accuracy", title="accuracy by class", caption=caption)
     counts, accuracies = evaluation.confusion.sum(1).tolist(), evaluation.per_class
     order = sorted(range(len(classes)), key=lambda c: (accuracies[c] if counts[c] else 2.0, c))
     for place in order[:rows]:
-        _add_row(table, classes[place], str(counts[place]), f"{accuracies[place]:.2%}" if counts[place] else "")
-    if len(classes) > rows:
-        table.caption = f"the {rows} worst of {len(classes)} classes"
+        add_row(table, classes[place], str(counts[place]), f"{accuracies[place]:.2%}" if counts[place] else "")
     out.print(table)
     top5 = f", top-5 {evaluation.top5:.2%}" if len(classes) > 5 else ""
     skipped = f", {evaluation.skipped} could not be read" if evaluation.skipped else ""
     accuracy = f"top-1 {evaluation.top1:.2%}{top5} of {evaluation.images} images{skipped}"
-    out.print(f"{accuracy}; {evaluation.images_per_second:.0f} images/s", style="bold", markup=False)
+    say(out, f"{accuracy}; {evaluation.images_per_second:.0f} images/s", "bold")
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """A row for each network, the original first."""
-    table = Table(*comparison.columns(), header_style="bold")
+    table = text_table(*comparison.columns())
     for row in comparison.rows():
-        _add_row(table, *row)
+        add_row(table, *row)
     return table
 
 
 def robustness_table(found: Robustness) -> Table:
     """A row for each network: its accuracy on clean images, the means over the strengths, and the mean of these."""
-    table = Table(*found.columns(), header_style="bold", title="accuracy on corrupted images")
-    for row in found.rows():
-        _add_row(table, *row)
     skipped = f"; {found.skipped} could not be read" if found.skipped else ""
-    table.caption = f"means over five strengths, {found.images} images{skipped}; chance is {found.chance:.1%}"
+    caption = f"means over five strengths, {found.images} images{skipped}; chance is {found.chance:.1%}"
+    table = text_table(*found.columns(), title="accuracy on corrupted images", caption=caption)
+    for row in found.rows():
+        add_row(table, *row)
     return table
-
-
-def _add_row(table: Table, *cells: str | Text) -> None:
-    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _operator(decision: Decision) -> str:

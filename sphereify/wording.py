@@ -12,6 +12,15 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """A text for a line that has little room: its end is cut off where it is longer than `most` characters.
+
+    >>> shortened("a tensor of five dimensions", 10)
+    'a tensor …'
+    """
+    return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
+
+
 def listed(words: Iterable[str]) -> str:
     """Words with commas between them."""
     return ", ".join(words)

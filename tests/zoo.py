@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from sphereify import apply_plan, load, plan_conversion, save, sphereify
 from sphereify.choices import OPERATORS
-from sphereify.convert.model_inputs import assumed_inputs
+from sphereify.convert.assumed_inputs import assumed_inputs
 from sphereify.errors import SphereifyError
 from sphereify.sources import Source, build_model
 
@@ -179,7 +179,7 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
     never = sum(d.called is False for d in plan.decisions)
     unknown = sum(d.called is None for d in plan.decisions)
     detail = f"{len(plan.converted)} converted, {len(plan.kept)} kept, {never} never called, {unknown} not known"
-    traced = not any("not traced" in note and note.startswith(type(model).__name__) for note in plan.notes)
+    traced = not any(line.startswith(f"{type(model).__name__}: not traced") for line in plan.details)
     return Outcome(str(source), "converted" if traced else "converted without trace", detail, seconds)
 
 
@@ -190,12 +190,15 @@ def failure(source: Source, error: Exception) -> Outcome:
 def walk(model: nn.Module) -> Counter | None:
     """Sites counted without the package: layers by class, and functional calls with other weights than a layer's."""
     layers = {id(m): m for m in model.modules() if isinstance(m, LAYERS)}
-    calls = _Calls(model, layers)
-    for training in (False, True):
-        try:
-            calls.run(training)
-        except Exception:
-            continue
+    for arguments in assumed_inputs(model):
+        calls = _Calls(model, layers)
+        for training in (False, True):
+            try:
+                calls.run(training, arguments.args)
+            except Exception:
+                continue
+        if calls.succeeded:
+            break
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     packed = sum(len([n for n, _ in m.named_parameters(recurse=False) if n.endswith("proj_weight")]) for m in attention)
     if not calls.succeeded:
@@ -214,7 +217,7 @@ class _Calls(TorchFunctionMode):
         self.running: list[nn.Module] = []
         self.succeeded = False
 
-    def run(self, training: bool) -> None:
+    def run(self, training: bool, inputs: tuple[Any, ...]) -> None:
         mode = [(m, m.training) for m in self.model.modules()]
         handles = [
             h
@@ -229,7 +232,6 @@ class _Calls(TorchFunctionMode):
         self.of_layers = {id(state[n]) for n in self._layer_weights()}
         buffers = {n: b.to("meta").clone() for n, b in self.model.named_buffers()}
         self.fixed = {id(t): t for t in (*state.values(), *buffers.values())}  # held, for an id dies with its tensor
-        inputs = assumed_inputs(self.model)[-1]
         self.running.clear()
         try:
             with torch.no_grad(), self:
@@ -321,7 +323,7 @@ def real_inputs(source: Source) -> tuple[Any, ...]:
         return ([torch.rand(3, 96, 96)],)
     if "optical_flow" in name:
         return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    usual = assumed_inputs(model)
+    usual = [arguments.args for arguments in assumed_inputs(model)]
     images = [inputs for inputs in usual if inputs[0].dim() > 3]
     smaller = [tuple(t[..., :size, :size] for t in inputs) for size in (64, 128) for inputs in images]
     return tuple(torch.randn(t.shape) for t in next(inputs for inputs in [*smaller, *usual] if takes(model, inputs)))

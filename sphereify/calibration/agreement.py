@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sphereify.calibration.batches import Arguments, checked_batches
+from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.network_state import on_device
 from sphereify.calibration.results import Calibration
-from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
@@ -136,7 +136,7 @@ class RadiusChoice:
 @with_keywords_of(ConversionOptions)
 def choose_radius(
     model: nn.Module,
-    batches: Iterable[Tensor | tuple[Any, ...]],
+    batches: Iterable[Inputs],
     *,
     agreement: float = 0.98,
     steps: int = 0,
@@ -208,7 +208,7 @@ def choose_radius(
             search.trials,
             unused.agreement(network),
             unused.contrast_agreement(network),
-            (sum(len(batch[0]) for batch in fit), held_out.count, unused.count),
+            (sum(len(batch.tensors()[0]) for batch in fit), held_out.count, unused.count),
             network,
             calibration,
             options,
@@ -297,7 +297,7 @@ class RadiusSearch:
         model: nn.Module,
         plan: ConversionPlan,
         names: list[str],
-        fit: list[Arguments],
+        fit: list[ModelArguments],
         held_out: HeldOut,
         goal: float,
         seed: int = 0,
@@ -376,7 +376,7 @@ class RadiusSearch:
         return replace(self._plan, decisions=decisions)
 
 
-def _moved(inputs: list[Arguments], device: torch.device | None) -> list[Arguments]:
+def _moved(inputs: list[ModelArguments], device: torch.device | None) -> list[ModelArguments]:
     if device is None:
         return inputs
-    return [tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch) for batch in inputs]
+    return [batch.to(device) for batch in inputs]

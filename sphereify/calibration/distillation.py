@@ -4,16 +4,16 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import Arguments, checked_batches
+from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.features import are_images, feature_modules, jittered, moved, recorded
 from sphereify.calibration.head import centred
-from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, invalid
 
@@ -26,7 +26,7 @@ FEATURE_WEIGHT = 1.0
 CACHE_BYTES = 256 * 2**20
 """Size up to which the original's outputs are cached; larger ones are computed again in each step."""
 
-Example = tuple[Arguments, Callable[[], list[Tensor]]]
+Example = tuple[ModelArguments, Callable[[], list[Tensor]]]
 """Arguments of the model, and a function that gives the original's outputs for them."""
 
 
@@ -45,7 +45,7 @@ def check_steps(steps: int, name: str = "steps") -> None:
 def distill(
     model: nn.Module,
     original: nn.Module,
-    batches: Iterable[Tensor | tuple[Any, ...]],
+    batches: Iterable[Inputs],
     *,
     steps: int,
     lr: float = LEARNING_RATE,
@@ -122,15 +122,15 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _split(batch: Arguments) -> list[Arguments]:
+def _split(batch: ModelArguments) -> list[ModelArguments]:
     """A batch in pieces of at most 64 rows, if all arguments are tensors of one length."""
-    lengths = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch}
+    lengths = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in batch.values()}
     if len(lengths) > 1 or lengths <= {0}:
         return [batch]
-    return list(zip(*(value.split(BATCH_SIZE) for value in batch), strict=True))
+    return batch.cut(lambda value: value.split(BATCH_SIZE))
 
 
-def _examples(original: nn.Module, pieces: list[Arguments]) -> list[Example]:
+def _examples(original: nn.Module, pieces: list[ModelArguments]) -> list[Example]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in _outputs(original, pieces[0])) * len(pieces)
     if size > CACHE_BYTES:
         return [(piece, torch.no_grad()(functools.partial(_outputs, original, piece))) for piece in pieces]
@@ -138,9 +138,9 @@ def _examples(original: nn.Module, pieces: list[Arguments]) -> list[Example]:
     return [(piece, functools.partial(list, outputs)) for piece, outputs in zip(pieces, cached, strict=True)]
 
 
-def _outputs(network: nn.Module, arguments: Arguments) -> list[Tensor]:
+def _outputs(network: nn.Module, arguments: ModelArguments) -> list[Tensor]:
     """The floating-point tensors that a network returns."""
-    return [tensor.float() for tensor in tensors_in(network(*fresh(arguments))) if tensor.is_floating_point()]
+    return [tensor.float() for tensor in tensors_in(arguments.run(network)) if tensor.is_floating_point()]
 
 
 def _best_scale(model: nn.Module, examples: list[Example]) -> Tensor:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import Arguments
 from sphereify.calibration.held_out import lower_contrast
-from sphereify.convert.model_inputs import fresh
+from sphereify.convert.arguments import ModelArguments
 from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 
@@ -75,26 +74,26 @@ def recorded(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
-def are_images(arguments: Arguments) -> bool:
+def are_images(arguments: ModelArguments) -> bool:
     """True if the first argument is a batch of images: (B, 1 or 3, H, W) in floating point."""
-    x = arguments[0] if arguments else None
+    x = arguments.first
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4 and x.shape[1] in (1, 3)
 
 
-def moved(arguments: Arguments, generator: torch.Generator) -> Arguments:
+def moved(arguments: ModelArguments, generator: torch.Generator) -> ModelArguments:
     """The arguments with the images mirrored, half of them, and shifted alike by up to an eighth of their size."""
-    x = arguments[0]
+    x = arguments.first
     flips = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
     x = torch.where(flips[:, None, None, None], x.flip(3), x)
     height, width = x.shape[2:]
     reach = [height // LARGEST_SHIFT, width // LARGEST_SHIFT]
     down, right = (int(torch.randint(0, 2 * r + 1, (), generator=generator)) for r in reach)
     padded = F.pad(x, (reach[1], reach[1], reach[0], reach[0]), mode="replicate")
-    return padded[:, :, down : down + height, right : right + width], *arguments[1:]
+    return arguments.with_first(padded[:, :, down : down + height, right : right + width])
 
 
-def jittered(arguments: Arguments, generator: torch.Generator) -> Arguments:
+def jittered(arguments: ModelArguments, generator: torch.Generator) -> ModelArguments:
     """The arguments with the contrast of each image times a factor from 0.2 to 1, its mean kept."""
-    x = arguments[0]
+    x = arguments.first
     factor = LEAST_CONTRAST + (1 - LEAST_CONTRAST) * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return lower_contrast(x, factor.to(x)), *fresh(arguments[1:])
+    return arguments.with_first(lower_contrast(x, factor.to(x)))

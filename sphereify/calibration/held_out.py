@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import Arguments
-from sphereify.convert.model_inputs import evaluating, fresh, tensors_in
+from sphereify.convert.arguments import ModelArguments
+from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.errors import UsageError
 
 FEWEST_INPUTS = 8
@@ -26,12 +26,12 @@ class Division:
         report: an eighth, to report how well the chosen network does. Nothing is chosen by it.
     """
 
-    fit: list[Arguments]
-    choice: list[Arguments]
-    report: list[Arguments]
+    fit: list[ModelArguments]
+    choice: list[ModelArguments]
+    report: list[ModelArguments]
 
 
-def divide(inputs: list[Arguments], caller: str) -> Division:
+def divide(inputs: list[ModelArguments], caller: str) -> Division:
     """Divide batches, or the rows of a few batches: the first three quarters to fit, the rest held out in two halves.
 
     Args:
@@ -41,21 +41,20 @@ def divide(inputs: list[Arguments], caller: str) -> Division:
     Raises:
         UsageError: fewer than 8 inputs, or a few batches that cannot be cut by rows.
     """
-    lengths = [{len(value) for value in batch if isinstance(value, Tensor) and value.dim()} for batch in inputs]
+    lengths = [{len(value) for value in batch.tensors() if value.dim()} for batch in inputs]
     if sum(min(sizes, default=1) for sizes in lengths) < FEWEST_INPUTS:
         raise UsageError(
             f"{caller}: got fewer than {FEWEST_INPUTS} inputs, expected some hundred, to fit and to measure on"
         )
     if len(inputs) < FEWEST_BATCHES:
         pieces = -(-FEWEST_BATCHES // len(inputs))
-        if any(len(sizes) != 1 or min(sizes) < pieces for sizes in lengths):
+        whole = all(isinstance(value, Tensor) and value.dim() for batch in inputs for value in batch.values())
+        if not whole or any(len(sizes) != 1 or min(sizes) < pieces for sizes in lengths):
             raise UsageError(
                 f"{caller}: got fewer than {FEWEST_BATCHES} batches, which cannot be split by rows; give more, smaller "
                 f"ones"
             )
-        inputs = [
-            piece for batch in inputs for piece in zip(*(value.tensor_split(pieces) for value in batch), strict=True)
-        ]
+        inputs = [piece for batch in inputs for piece in batch.cut(lambda value: value.tensor_split(pieces))]
     held_out = len(inputs) // 4
     cut, middle = len(inputs) - held_out, len(inputs) - held_out // 2
     return Division(inputs[:cut], inputs[cut:middle], inputs[middle:])
@@ -77,7 +76,7 @@ class HeldOut:
         UsageError: the original returns no floating-point tensor.
     """
 
-    def __init__(self, original: nn.Module, inputs: list[Arguments], caller: str):
+    def __init__(self, original: nn.Module, inputs: list[ModelArguments], caller: str):
         self._inputs = inputs
         self._caller = caller
         self._targets = [self._output(original, arguments) for arguments in inputs]
@@ -100,13 +99,13 @@ class HeldOut:
     def contrast_agreement(self, converted: nn.Module) -> float:
         """The share of inputs that keep the class that the converted network gives them when their contrast is low."""
         plain = [self._output(converted, arguments) for arguments in self._inputs]
-        low = [self._output(converted, tuple(map(lower_contrast, arguments))) for arguments in self._inputs]
+        low = [self._output(converted, arguments.map(lower_contrast)) for arguments in self._inputs]
         return _same_classes(low, plain)
 
     @torch.no_grad()
-    def _output(self, network: nn.Module, arguments: Arguments) -> Tensor:
+    def _output(self, network: nn.Module, arguments: ModelArguments) -> Tensor:
         with evaluating(network):
-            tensors = tensors_in(network(*fresh(arguments)))
+            tensors = tensors_in(arguments.run(network))
             output = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         if output is None:
             raise UsageError(f"{self._caller}: the network returns no numbers on which the two could agree")

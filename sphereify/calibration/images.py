@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from sphereify.calibration.options import CalibrationOptions
-from sphereify.convert.model_inputs import data_config, input_channels
+from sphereify.convert.input_channels import input_channels
+from sphereify.convert.model_inputs import data_config
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
 from sphereify.errors import UsageError, option

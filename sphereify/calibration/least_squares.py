@@ -11,12 +11,11 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sphereify.calibration.batches import Arguments, checked_batches, joined, range_warning
+from sphereify.calibration.batches import checked_batches, joined, range_warning
 from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.head import set_head
 from sphereify.calibration.layer import set_layer
@@ -26,6 +25,7 @@ from sphereify.calibration.paired_passes import run_paired
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.rows import MOST_ROWS, Batch
 from sphereify.calibration.trial_runs import can_take_turns, first_run
+from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
@@ -40,7 +40,7 @@ WHOLE = slice(None)
 def calibrate(
     model: nn.Module,
     original: nn.Module,
-    batches: Iterable[Tensor | tuple[Any, ...]],
+    batches: Iterable[Inputs],
     *,
     steps: int = 0,
     contrast_jitter: bool = False,
@@ -55,7 +55,7 @@ def calibrate(
     Args:
         model: from `apply_plan(original, plan)`.
         original: the network before the conversion, trained. It is not changed.
-        batches: inputs: tensors, or tuples of the model's arguments. 500 to 2,000 images are usual. The memory needed
+        batches: inputs, each as `example_inputs` of `plan_conversion`. 500 to 2,000 images are usual. The memory needed
             is that of the activations of all of them at one place of the network.
         steps: number of optimizer steps towards the original's outputs afterwards; see `distill`. Usual: 0, or 200 to
             500.
@@ -74,7 +74,7 @@ def calibrate(
 
     Raises:
         UsageError: no batches, negative steps, or a model that was not converted.
-        ArgumentTypeError: batches that are neither tensors nor tuples.
+        ArgumentTypeError: batches that are neither tensors nor tuples nor mappings.
         DataError: inputs that are not finite, or make the original's outputs so. Nothing has been changed then.
 
     Both models run in eval mode and get their mode back afterwards; layers are set without autocast, steps follow the
@@ -93,7 +93,7 @@ def calibrate(
     inputs = checked_batches(batches)
     with on_device(device, model, original) as target:
         if target is not None:
-            inputs = [tuple(x.to(target) if isinstance(x, Tensor) else x for x in batch) for batch in inputs]
+            inputs = [batch.to(target) for batch in inputs]
         kind = next(itertools.chain(model.parameters(), model.buffers())).device.type
         with no_autocast(kind), evaluating(model, original), restored_on_error(model):
             calibration = _fit_layers(model, original, plan, inputs, seed, positions, on_layer)
@@ -108,7 +108,7 @@ def _fit_layers(
     model: nn.Module,
     original: nn.Module,
     plan: ConversionPlan,
-    inputs: list[Arguments],
+    inputs: list[ModelArguments],
     seed: int,
     positions: int,
     on_layer: Callable[[str, float], None],

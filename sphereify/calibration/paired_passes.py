@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import Arguments
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.norms import keeps_statistics, scale_of, shift_of
 from sphereify.calibration.rows import Batch, rows_at, sampled_positions
@@ -24,7 +23,7 @@ from sphereify.calibration.tracking import (
     pause_before,
     record_places,
 )
-from sphereify.convert.model_inputs import fresh
+from sphereify.convert.arguments import ModelArguments
 from sphereify.errors import DataError
 from sphereify.nn.functional_calls import AngularCall
 
@@ -36,7 +35,7 @@ def run_paired(
     model: nn.Module,
     reference: nn.Module,
     pairs: dict[str, LayerPair],
-    inputs: list[Arguments],
+    inputs: list[ModelArguments],
     *,
     seed: int,
     positions: int,
@@ -65,10 +64,10 @@ def run_paired(
             handle.remove()
 
 
-def _body(network: nn.Module, arguments: Arguments, tracker: Any = None) -> Callable[[], None]:
+def _body(network: nn.Module, arguments: ModelArguments, tracker: Any = None) -> Callable[[], None]:
     def run() -> None:
         with tracker or contextlib.nullcontext():
-            network(*fresh(arguments))
+            arguments.run(network)
 
     return run
 

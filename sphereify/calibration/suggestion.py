@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from sphereify.calibration.agreement import POSITIONS, RadiusSearch, Trial, plan_with_radius
-from sphereify.calibration.batches import Arguments, checked_batches
+from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.results import LayerFit
-from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
@@ -92,7 +92,7 @@ def _options(
 @with_keywords_of(ConversionOptions)
 def suggest(
     model: nn.Module,
-    batches: Iterable[Tensor | tuple[Any, ...]],
+    batches: Iterable[Inputs],
     *,
     loss: float = 0.02,
     example_inputs: Inputs = None,
@@ -169,7 +169,7 @@ def suggest(
 
 def _radius_search(
     model: nn.Module,
-    fit: list[Arguments],
+    fit: list[ModelArguments],
     held_out: HeldOut,
     goal: float,
     example_inputs: Inputs,

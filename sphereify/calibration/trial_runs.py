@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.calibration.batches import Arguments
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.lockstep import Pass, active_pass
-from sphereify.convert.model_inputs import fresh, tensors_in
+from sphereify.convert.arguments import ModelArguments
+from sphereify.convert.model_inputs import tensors_in
 from sphereify.errors import DataError, UsageError, first_line
 
 
-def first_run(reference: nn.Module, pairs: dict[str, LayerPair], arguments: Arguments) -> tuple[list[Tensor], Counter]:
+def first_run(
+    reference: nn.Module, pairs: dict[str, LayerPair], arguments: ModelArguments
+) -> tuple[list[Tensor], Counter]:
     """The outputs of the original for a batch, and the number of calls of each layer.
 
     Raises:
@@ -27,10 +29,10 @@ def first_run(reference: nn.Module, pairs: dict[str, LayerPair], arguments: Argu
         for name, pair in pairs.items()
     ]
     try:
-        output = reference(*fresh(arguments))
+        output = arguments.run(reference)
     except TypeError as error:
         raise UsageError(
-            f"calibration: the model does not take the first batch, a tuple of {len(arguments)} "
+            f"calibration: the model does not take the first batch, {arguments.described()} "
             f"({first_line(error)}). Leave labels out: [images for images, _ in loader]."
         ) from error
     finally:
@@ -45,7 +47,7 @@ def first_run(reference: nn.Module, pairs: dict[str, LayerPair], arguments: Argu
 
 
 def can_take_turns(
-    reference: nn.Module, pairs: dict[str, LayerPair], inputs: list[Arguments], first: list[Tensor]
+    reference: nn.Module, pairs: dict[str, LayerPair], inputs: list[ModelArguments], first: list[Tensor]
 ) -> bool:
     """Try whether passes of several batches may take turns in one network.
 
@@ -53,12 +55,12 @@ def can_take_turns(
     tried; `first` are the outputs for the first one, run alone.
     """
     ends = [inputs[0], inputs[-1]]
-    alone = [first, list(tensors_in(reference(*fresh(ends[1]))))]
+    alone = [first, list(tensors_in(ends[1].run(reference)))]
     together: dict[int, list[Tensor]] = {}
 
     def body(number: int) -> Callable[[], Any]:
         def run() -> None:
-            together[number] = list(tensors_in(reference(*fresh(ends[number]))))
+            together[number] = list(tensors_in(ends[number].run(reference)))
 
         return run
 

@@ -9,6 +9,7 @@ from sphereify import choices
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
+from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
 from sphereify.models import SPECIFICATION, SourceOptions, open_model
 
@@ -18,21 +19,28 @@ if TYPE_CHECKING:
     from sphereify.convert.plan import ConversionPlan
 
 Model = Annotated[str, typer.Argument(help=SPECIFICATION, show_default=False)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Print what the notes count, line by line.", rich_help_panel=OUTPUT)
+]
+FLAGS = {"example_inputs": "--input"}
+"""Options of the library that have another name here."""
 Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.", rich_help_panel=OUTPUT)]
 
 
-@with_options()
+@with_options(flags=FLAGS)
 def convert(
     model: Model,
     conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions)],
     source: SourceOptions,
     calibration: CalibrationOptions,
+    inputs: Annotated[InputOptions, Fields(only=("input",))],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to write; default: MODEL-OPERATOR.", rich_help_panel=OUTPUT),
     ] = None,
     force: Force = False,
     json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
     # Where an agreement chooses the radius, a learned one has no start before.
@@ -49,17 +57,18 @@ def convert(
 
     network = open_model(model, source)
     before = getattr(network, "conversion_plan", None)
+    example_inputs = inputs.for_model(network)
     batches = None if calibration.data is None else calibration_images(network, calibration)
     choice = result = None
     if calibration.agreement is not None:
-        choice = _choose_radius(network, batches, calibration, conversion)
+        choice = _choose_radius(network, batches, calibration, {**conversion, "example_inputs": example_inputs})
         converted, result = choice.network, choice.calibration
     else:
-        converted = sphereify(network, inplace=batches is None, **options.keywords())
+        converted = sphereify(network, inplace=batches is None, example_inputs=example_inputs, **options.keywords())
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
     save(converted, folder)
-    _print_plan(converted.conversion_plan, json)  # type: ignore[arg-type]
+    _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
     if json:
         return
     if result is not None:
@@ -76,12 +85,14 @@ def convert(
     print(f"saved to {folder}/ (model.safetensors, conversion.json)")
 
 
-@with_options()
+@with_options(flags=FLAGS)
 def inspect(
     model: Model,
     conversion: ConversionOptions,
     source: SourceOptions,
+    inputs: InputOptions,
     json: Json = False,
+    verbose: Verbose = False,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Run the model to see that each layer is called.", rich_help_panel=OUTPUT),
@@ -102,18 +113,20 @@ def inspect(
     if energy or energy_plot is not None:
         _print_energy(network, energy_plot)
         return
-    plan = plan_conversion(network, **conversion.keywords())
+    example_inputs = inputs.for_model(network)
+    plan = plan_conversion(network, example_inputs=example_inputs, **conversion.keywords())
     if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
         plan = getattr(network, "conversion_plan", plan)
-    _print_plan(plan.verify(network) if verify else plan, json)
+    _print_plan(plan.verify(network, example_inputs) if verify else plan, json, verbose)
 
 
-@with_options(flags={"loss": "--accuracy-loss"})
+@with_options(flags={**FLAGS, "loss": "--accuracy-loss"})
 def suggest(
     model: Model,
     conversion: ConversionOptions,
     source: SourceOptions,
     calibration: Annotated[CalibrationOptions, Fields(without=("steps", "contrast_jitter", "agreement"))],
+    inputs: Annotated[InputOptions, Fields(only=("input",))],
     accuracy_loss: Annotated[
         float,
         typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
@@ -123,19 +136,25 @@ def suggest(
     from sphereify.calibration.images import calibration_images
     from sphereify.calibration.suggestion import suggest as find
     from sphereify.tables import print_suggestion
-    from sphereify.terminal import console
+    from sphereify.terminal import console, say
 
     network = open_model(model, source)
     batches = calibration_images(network, calibration)
 
     def show(excluded: int, agreement: float) -> None:
-        console().print(f"{excluded} layers excluded: {agreement:.1%} agreement", markup=False)
+        say(console(), f"{excluded} layers excluded: {agreement:.1%} agreement")
 
     def show_radius(trial: Any) -> None:
-        console().print(f"{trial.described}: {trial.agreement:.1%} agreement", markup=False)
+        say(console(), f"{trial.described}: {trial.agreement:.1%} agreement")
 
     suggestion = find(
-        network, batches, loss=accuracy_loss, on_trial=show, on_radius=show_radius, **conversion.keywords()
+        network,
+        batches,
+        loss=accuracy_loss,
+        example_inputs=inputs.for_model(network),
+        on_trial=show,
+        on_radius=show_radius,
+        **conversion.keywords(),
     )
     print_suggestion(console(), suggestion)
 
@@ -180,14 +199,14 @@ def _choose_radius(
         )
 
 
-def _print_plan(plan: "ConversionPlan", as_json: bool) -> None:
+def _print_plan(plan: "ConversionPlan", as_json: bool, verbose: bool) -> None:
     from sphereify.tables import print_plan
     from sphereify.terminal import console
 
     if as_json:
         print(plan.to_json())
     else:
-        print_plan(console(), plan)
+        print_plan(console(), plan, verbose=verbose)
 
 
 def _print_energy(network: Any, picture: Path | None) -> None:

@@ -6,16 +6,18 @@ from typing import Annotated
 import typer
 
 from sphereify.cli.options import Fields, with_options
+from sphereify.convert.input_options import InputOptions
 from sphereify.deployment.options import ExportOptions
 from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved, open_model
 
 
-@with_options()
+@with_options(flags={"example_inputs": "--input"})
 def export(
     model: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A saved artifact.", show_default=False)],
     form: ExportOptions,
     source: Annotated[SourceOptions, Fields(only=("factory",), panel="")],
+    inputs: Annotated[InputOptions, Fields(only=("input",), panel="")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: ARTIFACT.onnx or ARTIFACT.pt2.")
     ] = None,
@@ -34,4 +36,5 @@ def export(
     from sphereify.tables import print_export
     from sphereify.terminal import console
 
-    print_export(console(), write(open_model(model, source), file, **vars(form)))
+    network = open_model(model, source)
+    print_export(console(), write(network, file, inputs.for_model(network), **vars(form)))

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeleton
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import is_within, join
-from sphereify.convert.observe import Observation, observe_model
+from sphereify.convert.observe import Observation, observe_first, observe_model
 from sphereify.convert.sites import (
     ATTENTION,
     UNANSWERABLE,
@@ -30,7 +30,7 @@ from sphereify.convert.sites import (
     weight_of,
 )
 from sphereify.convert.trace import TraceFacts, trace_model
-from sphereify.errors import UsageError, option
+from sphereify.errors import option
 from sphereify.nn import AngularHead
 from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
@@ -48,6 +48,8 @@ class ModelGraph:
     """Reason why no forward pass succeeded; empty if one did."""
     output: tuple[int, ...] | None = None
     """Shape of the model's output in that pass, if it is one tensor."""
+    inputs: str = ""
+    """The inputs of that pass in words."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -78,16 +80,21 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         guess = seen.error or not (seen.outputs or seen.ends)
         sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
     order = facts.order if seen.error else seen.order
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
+    inputs = "" if seen.error else described(seen.arguments, example_inputs)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, inputs)
 
 
 def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
-    """An observation on shapes alone, or with values if the control flow depends on them and inputs are at hand."""
+    """An observation on shapes alone, or with values where the control flow depends on them."""
     seen = observe_model(bones, example_inputs)
-    if seen.error and example_inputs is not None:
-        with_values = observe_model(bones, example_inputs, on_shapes=False)
+    given = example_inputs is not None
+    candidates = [seen.arguments] if given else seen.in_want_of_values
+    if seen.error and candidates and not any(parameter.is_meta for parameter in bones.parameters()):
+        with_values = observe_first(bones, candidates, on_shapes=False)
+        if with_values.error and not given:
+            return seen
         if with_values.error:
-            raise UsageError(f"{option('example_inputs')}: {type(bones).__name__} does not run with them: {seen.error}")
+            raise does_not_run(option("example_inputs"), bones, seen.arguments, seen.error)
         seen = replace(with_values, by_values=True)
     return seen
 
@@ -267,7 +274,7 @@ def _add_call_to_module(table: _SiteTable, holder: str, call: Call, unclear: str
 
 def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFacts, seen: Observation) -> None:
     """Make a site of a functional call whose weight no module that is a site holds."""
-    name = call.parameter or join(call.owner, "computed")
+    name = call.parameter or call.part or join(call.owner, "computed")
     while name in table.extra and call.parameter is None:
         name += "'"
     if name in table.extra and table.extra[name].call != call:

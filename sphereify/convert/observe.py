@@ -4,19 +4,25 @@ A trace shows how modules are wired. An observation shows what is called, in mod
 which weights are passed to functions.
 """
 
+import re
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shapes
 
-from sphereify.convert.model_inputs import Inputs, arguments_of, assumed_inputs, tensors_in, unchanged
+from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.assumed_inputs import assumed_inputs, first_that_runs
+from sphereify.convert.input_values import filled
+from sphereify.convert.model_inputs import tensors_in, unchanged
 from sphereify.convert.provenance import End
 from sphereify.convert.sites import Call
 from sphereify.convert.watch import Watch, WatchBeneath
 from sphereify.errors import first_line
+
+NO_VALUES = "[Mm]eta tensor|data-dependent|DataDependent"
+"""What torch says where a forward asks for values on the meta device."""
 
 
 @dataclass
@@ -45,6 +51,10 @@ class Observation:
     """True if values decide what is called, so that another input may call what these inputs did not."""
     error: str = ""
     """Reason why no forward pass succeeded; empty if one did."""
+    arguments: ModelArguments = field(default_factory=ModelArguments)
+    """The arguments that the model ran with, or the first ones with which it did not."""
+    in_want_of_values: list[ModelArguments] = field(default_factory=list)
+    """Arguments with which it did not run on shapes alone, since its control flow asks for values."""
 
 
 def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes: bool = True) -> Observation:
@@ -52,13 +62,20 @@ def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes:
 
     Args:
         model: the skeleton of a model. Its mode changes, nothing else.
-        example_inputs: default: two images of the size in `pretrained_cfg`, else of 224×224 pixels.
+        example_inputs: default: the first of the usual inputs with which it runs; see `assumed_inputs`.
         on_shapes: run on the meta device; otherwise with values, on the device of the parameters.
     """
-    candidates = [arguments_of(example_inputs)] if example_inputs is not None else assumed_inputs(model)
-    errors = []
-    for arguments in candidates:
+    given = example_inputs is not None
+    return observe_first(model, [ModelArguments.of(example_inputs)] if given else assumed_inputs(model), on_shapes)
+
+
+def observe_first(model: nn.Module, candidates: list[ModelArguments], on_shapes: bool = True) -> Observation:
+    """Observe a model with the first of some arguments with which it runs; see `observe_model`."""
+    in_want: list[ModelArguments] = []
+
+    def run(arguments: ModelArguments) -> tuple[dict[str, Observation], list[str]]:
         passes: dict[str, Observation] = {}
+        errors = []
         for mode in ("evaluation", "training"):
             model.train(mode == "training")
             try:
@@ -67,9 +84,14 @@ def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes:
                     passes[mode] = _observe_pass(model, arguments, on_shapes)
             except Exception as error:  # a forward may raise anything; it may need values, or other inputs
                 errors.append(first_line(error))
-        if passes:
-            return _merged(passes)
-    return Observation(error=errors[0])
+        if not passes and any(re.search(NO_VALUES, error) for error in errors):
+            in_want.append(arguments)
+        return passes, errors
+
+    arguments, passes, errors = first_that_runs(candidates, run)
+    if arguments is None:
+        return Observation(error=errors[0], arguments=candidates[0], in_want_of_values=in_want)
+    return replace(_merged(passes), arguments=arguments)
 
 
 def _merged(passes: dict[str, Observation]) -> Observation:
@@ -95,10 +117,10 @@ def _only_in(one: Observation, other: Observation) -> set[Call]:
 
 
 @torch.no_grad()
-def _observe_pass(model: nn.Module, arguments: tuple[Any, ...], on_shapes: bool) -> Observation:
+def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) -> Observation:
     first = next(model.parameters(), None)
     device = torch.device("meta") if on_shapes or first is None else first.device
-    arguments = _placed(arguments, device)
+    placed = arguments.to(device) if device.type == "meta" else filled(arguments, model)
     parameters = {name: p.detach().to(device) for name, p in model.named_parameters()}
     buffers = {name: b.clone() if b.device == device else b.to(device) for name, b in model.named_buffers()}
     watch = Watch(parameters, buffers)
@@ -108,7 +130,7 @@ def _observe_pass(model: nn.Module, arguments: tuple[Any, ...], on_shapes: bool)
     output = None
     try:
         with torch.random.fork_rng(devices=[]), largest, watch.entering(model), WatchBeneath(watch), watch:
-            output = torch.func.functional_call(model, {**parameters, **buffers}, arguments)
+            output = torch.func.functional_call(model, {**parameters, **buffers}, placed.args, dict(placed.kwargs))
     except Exception:
         if not (on_shapes and _has_run_all_layers(model, seen.finished)):
             raise
@@ -124,18 +146,6 @@ def _observe_pass(model: nn.Module, arguments: tuple[Any, ...], on_shapes: bool)
         direct=provenance.direct(output),
         causal=watch.causality.causal,
     )
-
-
-def _placed(arguments: tuple[Any, ...], device: torch.device) -> Any:
-    """The arguments on a device, with noise for tensors that have no values."""
-
-    def place(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "meta" and device.type != "meta":
-            return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
-        return tensor.to(device)
-
-    with torch.random.fork_rng(devices=[]):
-        return torch.utils._pytree.tree_map_only(Tensor, place, arguments)
 
 
 def _has_run_all_layers(model: nn.Module, finished: set[str]) -> bool:

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeleton
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.observe import observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
-from sphereify.errors import ArtifactError, UsageError
+from sphereify.errors import ArtifactError
 from sphereify.wording import count
 
 PLAN_VERSION = 2
@@ -83,7 +83,11 @@ class ConversionPlan:
     """Class of the model."""
     decisions: list[Decision]
     notes: list[str] = field(default_factory=list)
-    """Remarks on the model as a whole, such as parts that could not be traced."""
+    """Remarks on the model as a whole, one line for each kind."""
+    details: list[str] = field(default_factory=list)
+    """What the remarks count, one line for each: modules that could not be traced, with the reasons."""
+    inputs: str = field(default="", compare=False)
+    """The inputs that the model was run on, and whether they were assumed; empty if it was not run."""
     objects: dict[str, Any] = field(default_factory=dict, compare=False)
     """Operator objects by the name that decisions use. They are not part of the JSON."""
 
@@ -102,7 +106,7 @@ class ConversionPlan:
 
         Args:
             model: the plain or the converted model; a copy of it runs.
-            inputs: a tensor or a tuple of arguments; default: two images of the size in the model's `pretrained_cfg`.
+            inputs: as `example_inputs` of `plan_conversion`.
 
         Returns:
             A plan in which a site that is never called is kept, with that reason.
@@ -112,7 +116,7 @@ class ConversionPlan:
         """
         seen = observe_model(skeleton(model), inputs, on_shapes=False)
         if seen.error:
-            raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
+            raise does_not_run("verify", model, seen.arguments, seen.error)
         calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
         decisions = []
         for decision in self.decisions:
@@ -124,7 +128,7 @@ class ConversionPlan:
             if decision.action == "convert" and not called:
                 decision = replace(decision, action="keep", reason="never called in training or evaluation")
             decisions.append(replace(decision, called=called))
-        return replace(self, decisions=in_order(decisions, seen.order))
+        return replace(self, decisions=in_order(decisions, seen.order), inputs=described(seen.arguments, inputs))
 
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
@@ -135,7 +139,8 @@ class ConversionPlan:
             f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {radius:<{room}}{d.reason}".rstrip()
             for d, radius in zip(self.decisions, radii, strict=True)
         ]
-        return "\n".join([f"{self.model}: {self.summary()}", *lines, *self.notes])
+        run = [f"run on {self.inputs}"] if self.inputs else []
+        return "\n".join([f"{self.model}: {self.summary()}", *lines, *run, *self.notes])
 
     def summary(self) -> str:
         """One line: how many sites of each kind are converted, and how many are kept."""
@@ -159,7 +164,9 @@ class ConversionPlan:
         plain = {
             "version": PLAN_VERSION,
             "model": self.model,
+            "inputs": self.inputs,
             "notes": self.notes,
+            "details": self.details,
             "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
         }
         return json.dumps(plain, indent=1)
@@ -179,7 +186,8 @@ class ConversionPlan:
                     f"reads. Upgrade with: pip install --upgrade sphereify"
                 )
             decisions = [_decision(decision, plain["version"]) for decision in plain["decisions"]]
-            return cls(plain["model"], decisions, list(plain["notes"]))
+            notes, details = list(plain["notes"]), list(plain.get("details", ()))
+            return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
 

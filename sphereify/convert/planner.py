@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from sphereify import choices
+from sphereify.convert.arguments import Inputs
 from sphereify.convert.graph import ModelGraph, read_graph
 from sphereify.convert.merging import merging_note
 from sphereify.convert.model_checks import check_model, quantized_layers
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan, Decision
@@ -26,7 +26,7 @@ from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns
-from sphereify.wording import count
+from sphereify.wording import count, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,8 +62,9 @@ def plan_conversion(
     Args:
         model: any `nn.Module`, on any device.
         {options}
-        example_inputs: a tensor or a tuple of arguments, to run what a trace cannot follow; default: two images of the
-            size in the model's `pretrained_cfg`.
+        example_inputs: inputs to run what a trace cannot follow: a tensor, a tuple of arguments, a dict of keywords
+            (such as a tokenizer returns), or a pair (tuple, dict). A tensor on the meta device stands for its shape.
+            Default: the usual ones that the model's signature and first layers suggest; `plan.inputs` says which.
 
     Raises:
         ArgumentTypeError: not an `nn.Module`.
@@ -111,7 +112,14 @@ class _Planner:
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         self._check_radius(decisions)
-        return ConversionPlan(class_name(self.model), decisions, self._notes(decisions), self.objects)
+        return ConversionPlan(
+            class_name(self.model),
+            decisions,
+            self._notes(decisions),
+            self._details(),
+            self.graph.inputs,
+            self.objects,
+        )
 
     def _check_radius(self, decisions: list[Decision]) -> None:
         """Make sure that a radius that was asked for is somebody's."""
@@ -130,18 +138,29 @@ class _Planner:
                     )
 
     def _notes(self, decisions: list[Decision]) -> list[str]:
-        """Remarks on the model as a whole."""
+        """Remarks on the model as a whole, one for each kind."""
         model = type(self.model).__name__
-        notes = [
-            f"{name or model}: not traced ({why}); roles inside it come from names and shapes"
-            for name, why in self.graph.untraced.items()
-        ]
-        if self.graph.not_run and any(site.called is not True for site in self.graph.sites):
+        untraced, not_run = self.graph.untraced, self.graph.not_run
+        notes = []
+        if untraced:
+            name, why = next((name or model, shortened(why)) for name, why in untraced.items())
+            what = f"{name}: not traced ({why})"
+            if len(untraced) > 1:
+                what = f"{len(untraced)} modules: not traced ({name} and others: {why})"
+            inside = "roles inside come from names and shapes" if not_run else "a run shows what is called inside"
+            notes.append(f"{what}; {inside}")
+        if not_run and any(site.called is not True for site in self.graph.sites):
             notes.append(
-                f"{model}: not run ({self.graph.not_run}); example_inputs=… would show which layers are called"
+                f"{model}: not run ({shortened(not_run)}); example_inputs=… would show which layers are called"
             )
         merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
         return [*notes, *_radius_notes(decisions), *([merging] if merging else [])]
+
+    def _details(self) -> list[str]:
+        """What the remarks count, one line for each, with the whole reasons."""
+        model = type(self.model).__name__
+        details = [f"{name or model}: not traced ({why})" for name, why in self.graph.untraced.items()]
+        return [*details, *([f"{model}: not run ({self.graph.not_run})"] if self.graph.not_run else [])]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""

@@ -69,6 +69,8 @@ class Call:
     """Number of groups of a convolution."""
     transposed: bool = False
     """True if the filters are the columns of the parameter, as in `torch.addmm(bias, x, weight)`."""
+    part: str = ""
+    """Name of the slice of another module's or a combined parameter that a computed weight is: `qkv_weight.slice0`."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class Watch(TorchFunctionMode):
         self.names = {id(tensor): name for name, tensor in parameters.items()}
         self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
         self.constant = {id(tensor) for tensor in buffers.values()}
+        self.slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+        """By parameter: the offset and the shape of each slice of it that was a weight."""
         self.computed: set[int] = set()
         """Tensors, by id, that are computed from parameters and constants alone."""
         self.alive: list[Any] = []  # an id is only good while its tensor lives
@@ -124,6 +126,7 @@ class Watch(TorchFunctionMode):
         name = self.names.get(id(base)) if whole else None
         if self._in_own_function():
             return self._note_product(args, kwargs, "own-backward")
+        part = "" if name is not None or base is None else self._part(base, call.source)
         columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
         owner, nth = self.stack[-1]
         self.stack[-1][1] += name is None
@@ -136,11 +139,27 @@ class Watch(TorchFunctionMode):
             nth=0 if name else nth,
             groups=call.geometry[3] if call.geometry else 1,
             transposed=columns,
+            part=part,
         )
         learned = name is not None or id(call.source) in self.computed
         (self.sightings.calls if learned else self.sightings.fixed).append(noted)
-        self.sightings.order.append(name or f"{owner}.computed")
+        self.sightings.order.append(name or part or f"{owner}.computed")
         return self.sightings.order[-1]
+
+    def _part(self, base: Tensor, view: Tensor) -> str:
+        """The name of a slice of a parameter, by number in the order in which they are met; empty for other views.
+
+        A layer that takes a slice of its own weight is known by its own name.
+        """
+        name = self.names.get(id(base), "")
+        owner = self.stack[-1][0]
+        if not name or view.numel() == base.numel() or name == f"{owner}.weight":
+            return ""
+        slices = self.slices.setdefault(name, [])
+        place = (int(view.storage_offset()), tuple(view.shape))
+        if place not in slices:
+            slices.append(place)
+        return f"{name}.slice{slices.index(place)}"
 
     def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
         """Note another product with a parameter: no site that can be made angular, but the plan accounts for it."""

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
-from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
+from sphereify.convert.input_values import filled
+from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.errors import UnsupportedModelError
 
 TOLERANCE = 3e-2
@@ -29,9 +31,9 @@ def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], exam
     Raises:
         UnsupportedModelError: the outputs differ, or none of them is a finite number.
     """
-    arguments = arguments_of(example_inputs)
+    arguments = filled(ModelArguments.of(example_inputs), model)
     try:
-        outputs = _both(copy_of(model).double(), fold, _in_double(arguments))
+        outputs = _both(copy_of(model).double(), fold, arguments.map(_double))
     except Exception:  # no float64 on this device, or a forward that fixes a dtype
         outputs = _both(copy_of(model), fold, arguments)
     if not any(_finite(expected).numel() for expected in outputs[0]):
@@ -60,7 +62,7 @@ def _finite(output: Tensor) -> Tensor:
 
 
 def _both(
-    network: nn.Module, fold: Callable[[nn.Module], nn.Module], arguments: tuple
+    network: nn.Module, fold: Callable[[nn.Module], nn.Module], arguments: ModelArguments
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a network and, after it has been folded, those of its folded form."""
     with evaluating(network):
@@ -68,15 +70,12 @@ def _both(
     return expected, _outputs(fold(network), arguments)
 
 
-def _outputs(network: nn.Module, arguments: tuple) -> list[Tensor]:
+def _outputs(network: nn.Module, arguments: ModelArguments) -> list[Tensor]:
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         torch.manual_seed(SEED)
-        return list(tensors_in(network(*fresh(arguments))))
+        return list(tensors_in(arguments.run(network)))
 
 
-def _in_double(arguments: tuple) -> tuple:
-    """The arguments with floating-point tensors in float64."""
-    return tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
-    )
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.assumed_inputs import runnable_inputs
 from sphereify.convert.copies import copy_of
+from sphereify.convert.input_channels import input_channels
+from sphereify.convert.input_values import filled, noise
 from sphereify.convert.model_checks import check_model
-from sphereify.convert.model_inputs import (
-    Inputs,
-    arguments_of,
-    input_channels,
-    noise,
-    runnable_inputs,
-    tensors_in,
-)
+from sphereify.convert.model_inputs import tensors_in
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
@@ -78,8 +75,9 @@ def export(
     Args:
         model: converted or folded; in evaluation it takes and returns tensors. It is not changed.
         path: the file. One that exists is replaced when the new one is complete.
-        example_inputs: a tensor or a tuple of tensors that the model takes, with the batch in dimension 0; default:
-            two random images.
+        example_inputs: tensors that the model takes, with the batch in dimension 0, as for `plan_conversion`; a file
+            for `torch.export.load` takes by keyword what is given by keyword. Default: random inputs of the usual
+            kind and size.
         format: "onnx" (needs the packages of `pip install 'sphereify[export]'`) or "torch-export", a .pt2 file for
             `torch.export.load`.
         folded: fold the model first; see `sphereify.fold`.
@@ -110,12 +108,14 @@ def export(
         reference = copy_of(model).eval()
         inputs = _inputs(reference, example_inputs, options)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
-        axes = tuple(_dynamic_axes(one, options) for one in inputs)
+        axes = tuple(_dynamic_axes(one, options) for one in inputs.values())
         program = _traced(network, inputs, axes)
         try:
             with replacing(target) as aside:
                 written = _write(chosen, program, aside, axes, options, target)
-                difference, note = _check(chosen, aside, reference, tuple(map(_other_input, inputs, axes)))
+                difference, note = _check(
+                    chosen, aside, reference, inputs.with_values(map(_other_input, inputs.values(), axes))
+                )
                 size = aside.stat().st_size
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -145,42 +145,53 @@ def _without_warnings() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _inputs(model: nn.Module, example_inputs: Inputs, options: ExportOptions) -> tuple[Tensor, ...]:
+def _inputs(model: nn.Module, example_inputs: Inputs, options: ExportOptions) -> ModelArguments:
     """Inputs to trace with, on the model's device: at least two rows, if the file is to take any number of them."""
     inputs = _default_inputs(model, options) if example_inputs is None else _given(model, example_inputs, options)
     if options.batch_size is None:  # torch.export takes a size of 1 for a constant
-        inputs = tuple(torch.cat([one, one]) if len(one) == 1 else one for one in inputs)
+        inputs = inputs.map(lambda one: torch.cat([one, one]) if len(one) == 1 else one)
     return inputs
 
 
-def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> tuple[Tensor, ...]:
-    arguments = arguments_of(example_inputs)
-    for one in arguments:
+def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> ModelArguments:
+    arguments = _in_order(ModelArguments.of(example_inputs), model)
+    for one in arguments.values():
         if not isinstance(one, Tensor):
-            raise wrong_type("example_inputs", one, "a tensor or a tuple of tensors, with the batch in dimension 0")
+            expected = "a tensor, or a tuple or a dict of tensors, with the batch in dimension 0"
+            raise wrong_type(option("example_inputs"), one, expected)
         if one.dim() == 0:
-            raise UsageError("example_inputs: got a tensor without dimensions, expected the batch in dimension 0")
+            raise UsageError(
+                f"{option('example_inputs')}: got a tensor without dimensions, expected the batch in dimension 0"
+            )
     if options.img_size is not None:
-        raise UsageError(f"{option('img_size')}: has no effect with example_inputs, which have a size of their own")
-    if options.batch_size is not None and any(len(one) != options.batch_size for one in arguments):
-        sizes = ", ".join(sorted({str(len(one)) for one in arguments}))
-        raise invalid("batch_size", options.batch_size, f"that of example_inputs, {sizes}")
-    device = next(model.parameters(), torch.empty(0)).device
-    return tuple(one.to(device) for one in arguments)
+        raise UsageError(
+            f"{option('img_size')}: has no effect with {option('example_inputs')}, which have a size of their own"
+        )
+    if options.batch_size is not None and any(len(one) != options.batch_size for one in arguments.values()):
+        sizes = ", ".join(sorted({str(len(one)) for one in arguments.values()}))
+        raise invalid("batch_size", options.batch_size, f"that of {option('example_inputs')}, {sizes}")
+    return filled(arguments, model)
 
 
-def _default_inputs(model: nn.Module, options: ExportOptions) -> tuple[Tensor, ...]:
+def _in_order(arguments: ModelArguments, model: nn.Module) -> ModelArguments:
+    """The arguments with those by keyword in the order of the signature, in which a file takes them."""
+    places = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
+    names = sorted(arguments.kwargs, key=lambda name: places.get(name, len(places)))
+    return ModelArguments(arguments.args, {name: arguments.kwargs[name] for name in names})
+
+
+def _default_inputs(model: nn.Module, options: ExportOptions) -> ModelArguments:
     """Random inputs of the size that is asked for, or trained on, or usual for such a model."""
     batch = options.batch_size or 2
     trained = (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size") or []
     size = trained[-2:] if options.img_size is None else [options.img_size] * 2
     if size:
         like = next(model.parameters(), torch.empty(0))
-        return (noise([batch, input_channels(model), *size]).to(like),)
+        return ModelArguments((noise([batch, input_channels(model), *size]).to(like),))
     try:
         return runnable_inputs(model, batch)
     except UsageError as error:
-        raise UsageError(f"{error}; give {option('img_size')}, or in Python example_inputs") from error
+        raise UsageError(f"{error}; give {option('img_size')} or {option('example_inputs')}") from error
 
 
 def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:
@@ -205,10 +216,16 @@ def _other_input(one: Tensor, axes: Axes) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- trace and file
 
 
-def _traced(network: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axes, ...]) -> torch.export.ExportedProgram:
-    dynamic = tuple(dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes)
+def _traced(network: nn.Module, inputs: ModelArguments, axes: tuple[Axes, ...]) -> torch.export.ExportedProgram:
+    dynamic = inputs.with_values(dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes)
     try:
-        return torch.export.export(network, inputs, dynamic_shapes=_by_parameter(network, dynamic), strict=False)
+        return torch.export.export(
+            network,
+            inputs.args,
+            dict(inputs.kwargs),
+            dynamic_shapes=_by_parameter(network, dynamic),
+            strict=False,
+        )
     except Exception as error:  # the tracer, or the forward, may raise anything
         sizes = any(axis > 0 for one in axes for axis in one)
         hint = f"; its image size may have to be fixed: leave out {option('dynamic_size')}" if sizes else ""
@@ -217,12 +234,9 @@ def _traced(network: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axes, ..
         ) from error
 
 
-def _by_parameter(network: nn.Module, dynamic: tuple[dict[int, Any], ...]) -> Any:
-    """Dynamic shapes for torch.export: one entry for each argument, those of *args in a tuple of their own."""
-    parameters = list(inspect.signature(network.forward).parameters.values())
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = dynamic[len(named) :]
-    return dynamic if not rest else (*dynamic[: len(named)], rest)
+def _by_parameter(network: nn.Module, dynamic: ModelArguments) -> dict[str, Any]:
+    """Dynamic shapes for torch.export, by parameter: those of *args as a tuple, those of **kwargs as a dict."""
+    return dict(inspect.signature(network.forward).bind(*dynamic.args, **dynamic.kwargs).arguments)
 
 
 def _write(
@@ -244,7 +258,7 @@ def _write(
 # --------------------------------------------------------------------------------------------------------------- check
 
 
-def _check(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float | None, str]:
+def _check(chosen: Format, path: Path, model: nn.Module, inputs: ModelArguments) -> tuple[float | None, str]:
     """Compare the file with the model, on these inputs and on zeros.
 
     Returns:
@@ -255,10 +269,10 @@ def _check(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, .
     """
     if not is_installed(chosen.runtime):
         return None, f"not checked: {chosen.runtime} is not installed"
-    shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs)
+    shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs.values())
     largest = 0.0
-    for what, probe in (("a random input", inputs), ("zeros", tuple(map(torch.zeros_like, inputs)))):
-        expected = list(tensors_in(model(*probe)))
+    for what, probe in (("a random input", inputs), ("zeros", inputs.map(torch.zeros_like))):
+        expected = list(tensors_in(probe.run(model)))
         if what == "zeros" and not all(one.isfinite().all() for one in expected if one.is_floating_point()):
             continue  # this model has no answer to zeros
         try:

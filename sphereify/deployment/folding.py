@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.convert.arguments import Inputs
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
 from sphereify.convert.model_checks import check_model
-from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sphereify import choices
+from sphereify.convert.arguments import ModelArguments
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.errors import ExportError, UsageError, option
 
@@ -43,7 +44,7 @@ class Format(Protocol):
             ExportError: the format cannot express the program.
         """
 
-    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
         """The outputs of the file for these inputs."""
 
 
@@ -74,11 +75,11 @@ class Onnx:
         converted.save(str(path), external_data=False)
         return Written(operators, converted.model.opset_imports[""])
 
-    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        feed = {slot.name: one.cpu().numpy() for slot, one in zip(session.get_inputs(), inputs, strict=True)}
+        feed = {slot.name: one.cpu().numpy() for slot, one in zip(session.get_inputs(), inputs.values(), strict=True)}
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 
 
@@ -95,9 +96,9 @@ class TorchExport:
         nodes = (node for node in program.graph.nodes if node.op == "call_function")
         return Written(Counter(str(node.target) for node in nodes))
 
-    def run(self, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
         program = torch.export.load(io.BytesIO(path.read_bytes()))
-        return list(tensors_in(program.module()(*inputs)))
+        return list(tensors_in(inputs.run(program.module())))
 
 
 FORMATS: dict[str, Format] = {"onnx": Onnx(), "torch-export": TorchExport()}

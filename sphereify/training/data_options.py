@@ -80,7 +80,8 @@ class DataOptions:
         Raises:
             DataError, UsageError: as `sphereify.datasets.load_data`.
         """
-        from sphereify.convert.model_inputs import data_config, input_channels
+        from sphereify.convert.input_channels import input_channels
+        from sphereify.convert.model_inputs import data_config
         from sphereify.datasets import load_data
         from sphereify.sources import RECORD_ATTRIBUTE
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sphereify import plan_conversion, sphereify
 from sphereify.calibration.agreement import LADDER, RadiusSearch, Trial, choose_radius
+from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.held_out import divide
 from sphereify.convert.plan import ConversionPlan
 from sphereify.errors import SphereifyWarning, UsageError
@@ -46,8 +47,8 @@ def share_of_same_classes(converted: nn.Module, original: nn.Module, x: torch.Te
 @pytest.mark.parametrize(("number", "size"), [(16, 4), (9, 3), (1, 8), (3, 40)])
 def test_the_three_parts_hold_each_input_once(number, size):
     rows = torch.arange(number * size).view(-1, 1)
-    parts = divide([(batch,) for batch in rows.split(size)], "test")
-    values = [torch.cat([batch for (batch,) in part]).flatten() for part in (parts.fit, parts.choice, parts.report)]
+    parts = divide(checked_batches(rows.split(size)), "test")
+    values = [torch.cat([batch.first for batch in part]).flatten() for part in (parts.fit, parts.choice, parts.report)]
     assert torch.equal(torch.cat(values), rows.flatten())
     assert len(values[0]) >= 0.7 * len(rows)
     assert all(len(part) for part in values)
@@ -56,7 +57,7 @@ def test_the_three_parts_hold_each_input_once(number, size):
 @pytest.mark.parametrize("batches", [[torch.zeros(7, 3)], [torch.zeros(1, 3), torch.zeros(9, 3)]])
 def test_inputs_that_are_too_few_are_an_error(batches):
     with pytest.raises(UsageError, match="fewer than 8"):
-        divide([(batch,) for batch in batches], "agreement")
+        divide(checked_batches(batches), "agreement")
 
 
 def test_the_agreement_is_that_of_the_network_on_inputs_that_nothing_else_has_used(network, inputs, short_ladder):

@@ -9,6 +9,7 @@ from torch import nn
 from sphereify import calibrate, plan_conversion, sphereify
 from sphereify.calibration.distillation import distill
 from sphereify.calibration.features import feature_modules, moved, recorded
+from sphereify.convert.arguments import ModelArguments
 from sphereify.errors import UsageError
 from tests.calibration.networks import Residual, smooth_images, trained_statistics
 
@@ -138,7 +139,7 @@ def test_both_networks_see_the_same_varied_images_and_only_the_converted_one_les
 
 def test_varied_images_are_mirrored_or_not_and_shifted_alike():
     images = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
-    (varied, label) = moved((images, "label"), torch.Generator().manual_seed(3))
+    varied, label = moved(ModelArguments((images, "label")), torch.Generator().manual_seed(3)).args
     assert label == "label"
     assert varied.shape == images.shape
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")

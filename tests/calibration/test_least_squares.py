@@ -1,7 +1,6 @@
 """The closed-form start: exact where an exact answer exists, close to the original elsewhere, never in the way."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -175,7 +174,7 @@ def test_a_calibrated_network_is_closer_to_its_original_than_copied_weights(oper
 
 
 class DefinedBackwards(nn.Module):
-    """Layers run in another order than they were written down in."""
+    """Layers run in another order than they were written down in. It takes small images, which nobody would assume."""
 
     def __init__(self, traceable: bool):
         super().__init__()
@@ -184,8 +183,8 @@ class DefinedBackwards(nn.Module):
         self.first = nn.Conv2d(3, 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.traceable and bool(x.sum() > math.inf):
-            return x
+        if not self.traceable and x.shape[-1] > 16:
+            raise ValueError("small images only")
         return F.leaky_relu(self.last(self.first(x).relu()), 1.0)
 
 
@@ -280,12 +279,16 @@ def test_a_model_that_was_not_converted_is_an_error():
 
 
 class Unused(nn.Module):
+    """Takes small images, which nobody would assume: without inputs it is not run."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.rare = nn.Conv2d(3, 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 16:
+            raise ValueError("small images only")
         return F.leaky_relu(self.rare(x) if float(x.max()) > 1e9 else self.conv(x), 1.0)
 
 

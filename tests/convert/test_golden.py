@@ -25,6 +25,8 @@ OPTIONS = {
 RENAMED = {"only_read": "output_read_only"}
 LATER = {"radius": 0.0, "learn_radius": False}
 """Fields that plans of that time do not have, with the values that mean what was then."""
+LATER_OF_CALLS = {"part": ""}
+"""The same for the functional call of a decision."""
 
 
 def written(name):
@@ -38,6 +40,8 @@ def test_an_old_plan_is_read_decision_by_decision(name):
     assert len(plan.decisions) == len(old["decisions"])
     new = json.loads(plan.to_json())["decisions"]
     for before, after in zip(old["decisions"], new, strict=True):
+        if before["call"] is not None:
+            before["call"] = LATER_OF_CALLS | before["call"]
         assert after == LATER | {RENAMED.get(field, field): value for field, value in before.items()}
 
 

@@ -35,7 +35,7 @@ def around(part, width=6):
     that without inputs it can only be traced."""
     torch.manual_seed(0)
     return Net(
-        lambda n, x: n.last(n.part(n.first(x[:, 3:]).tanh()).tanh()).tanh(),
+        lambda n, x: n.last(n.part(n.first(x[..., 3:]).tanh()).tanh()).tanh(),
         first=nn.Linear(4, 4),
         part=part,
         last=nn.Linear(width, 3),

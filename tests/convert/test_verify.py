@@ -112,7 +112,7 @@ def test_a_functional_call_is_proved_by_its_weight():
 
 def test_inputs_that_do_not_fit_are_refused_rather_than_ignored():
     model = Net(lambda n, x: n.fc(F.linear(x, n.used.weight).relu()), used=nn.Linear(4, 4), fc=nn.Linear(4, 2))
-    with pytest.raises(UsageError, match="example_inputs: Net does not run with them: RuntimeError"):
+    with pytest.raises(UsageError, match="example_inputs: Net does not run with these inputs: RuntimeError"):
         plan_conversion(model, example_inputs=torch.randn(3, 7))
 
 

@@ -207,7 +207,7 @@ def test_each_format_has_its_suffix(format, suffix):
 
 def test_a_model_that_runs_on_no_usual_input_needs_examples(tmp_path):
     model = sphereify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)))
-    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give img_size, or in Python example_inputs"):
+    with pytest.raises(UsageError, match=r"Sequential does not run on .*; give img_size or example_inputs"):
         export(model, tmp_path / "m.pt2", format="torch-export")
 
 
@@ -272,7 +272,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     path = tmp_path / "m.pt2"
     path.write_text("what was there before")
     wrong = TorchExport()
-    wrong.run = lambda path, inputs: [run_program(path, *inputs) * factor]
+    wrong.run = lambda path, inputs: [run_program(path, *inputs.args) * factor]
     monkeypatch.setitem(FORMATS, "torch-export", wrong)
     with pytest.raises(ExportError, match="computes something else than the model"):
         export(sphereify(plain()), path, images(), format="torch-export")
@@ -342,3 +342,37 @@ def test_a_long_name_is_no_obstacle(tmp_path):
     path = tmp_path / ("n" * 250 + ".pt2")
     export(sphereify(net), path, torch.randn(2, 3, 4, 4), format="torch-export")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+class ByKeyword(nn.Module):
+    """Takes what it looks at after optional arguments, some by keyword alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, first=None, x=None, other=None, *, scale=None):
+        return self.fc(x) * scale
+
+
+@pytest.mark.parametrize("format", ["torch-export", pytest.param("onnx", marks=pytest.mark.export)])
+def test_inputs_by_keyword_are_exported_in_the_order_of_the_signature(format, tmp_path):
+    torch.manual_seed(0)
+    given = {"scale": torch.rand(3, 1), "x": torch.randn(3, 4)}
+    model = sphereify(ByKeyword(), example_inputs=given).eval()
+    path = tmp_path / f"model.{SUFFIXES[format]}"
+    assert export(model, path, given, format=format).difference <= 1e-5
+    new = {"x": torch.randn(5, 4), "scale": torch.rand(5, 1)}
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        assert [slot.name for slot in session.get_inputs()] == ["x", "scale"]
+        output = torch.from_numpy(session.run(None, {name: one.numpy() for name, one in new.items()})[0])
+    else:
+        output = torch.export.load(path).module()(**new)
+    torch.testing.assert_close(output, model(**new), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_without_values_are_enough_to_export(tmp_path):
+    model = network("cosine")
+    written = export(model, tmp_path / "model.pt2", torch.empty(2, 3, 16, 16, device="meta"), format="torch-export")
+    assert written.difference <= 1e-5

@@ -1,0 +1,100 @@
+"""What a plan says beside its decisions: the inputs of the run, one note for each kind, and the details."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
+from tests.convert.models import Net
+
+
+class Branching(nn.Module):
+    """Cannot be traced: its control flow depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() < 1e9 else x
+
+
+def several(number=5, **more):
+    parts = {f"part{i}": Branching() for i in range(number)}
+
+    def forward(n, x):
+        for name in parts:
+            x = getattr(n, name)(x)
+        return n.last(x)
+
+    return Net(forward, **parts, last=nn.Linear(4, 2), **more)
+
+
+def test_modules_that_are_not_traced_are_one_note_with_their_number():
+    plan = plan_conversion(several(), example_inputs=torch.randn(3, 4))
+    (note,) = plan.notes
+    assert note.startswith("5 modules: not traced (part0 and others: ")
+    assert len(note) < 250
+    assert [line.partition(":")[0] for line in plan.details] == [f"part{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_no_note_says_that_roles_come_from_names_where_a_run_gave_them(given):
+    plan = plan_conversion(several(), example_inputs=torch.randn(3, 4) if given else None)
+    assert plan.inputs == ("float32 3×4" if given else "assumed inputs: float32 2×4")
+    assert not any("names" in note for note in plan.notes)
+    assert {d.name: d.role for d in plan.decisions}["last"] == "classifier"
+
+
+def test_a_plan_without_a_run_says_why_and_that_roles_come_from_names():
+    def refuse(n, x):
+        raise RuntimeError(f"not {x.sum() if False else 'today'}")
+
+    plan = plan_conversion(Net(refuse, fc=nn.Linear(4, 2), used=Branching()))
+    assert plan.inputs == ""
+    assert "names and shapes" in plan.notes[0]
+    assert "not run (RuntimeError: not today); example_inputs=… would show" in plan.notes[1]
+
+
+def test_inputs_and_details_survive_json_and_a_plan_without_them_is_read():
+    plan = plan_conversion(several(), example_inputs=torch.randn(3, 4))
+    again = ConversionPlan.from_json(plan.to_json())
+    assert (again, again.inputs, again.details) == (plan, plan.inputs, plan.details)
+    assert "run on float32 3×4" in str(plan)
+
+
+class Attention(nn.Module):
+    """Query, key and value are slices of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Parameter(torch.randn(12, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        q, k, v = (F.linear(x, w) for w in self.qkv.chunk(3))
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_slices_are_named_by_the_parameter_that_they_come_from():
+    model = Net(lambda n, x: n.fc(n.b(n.a(x))), a=Attention(), b=Attention(), fc=nn.Linear(4, 3))
+    x = torch.randn(2, 5, 4)
+    plan = plan_conversion(model, example_inputs=x)
+    slices = [f"{owner}.qkv.slice{i}" for owner in "ab" for i in range(3)]
+    assert [d.name for d in plan.decisions if d.kind == "linear" and not d.type] == slices
+    assert all(d.called for d in plan.verify(model, x).decisions)
+    plan_conversion(model, example_inputs=x, exclude="a.qkv.slice1")  # a pattern without a match would be an error
+
+
+def test_a_single_slice_is_converted_by_its_name_and_from_the_plan_in_json():
+    torch.manual_seed(0)
+    model = Net(lambda n, x: n.fc(F.linear(x, n.weight[2:6]).relu()), fc=nn.Linear(4, 3))
+    model.weight = nn.Parameter(torch.randn(8, 4))
+    x = torch.randn(6, 4)
+    converted = sphereify(model, example_inputs=x)
+    assert [d.name for d in converted.conversion_plan.converted] == ["weight.slice0", "fc"]
+    again = apply_plan(model, ConversionPlan.from_json(converted.conversion_plan.to_json()))
+    torch.testing.assert_close(again(x), converted(x))
+    with torch.no_grad():
+        converted.weight.mul_(3)
+    torch.testing.assert_close(converted(x), again(x), rtol=1e-3, atol=1e-3)
