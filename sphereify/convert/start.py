@@ -37,9 +37,14 @@ class Filters:
         return math.prod(self.shape[1:])
 
     def lengths(self) -> Tensor:
-        """‖w‖ of each filter."""
+        """√(‖w‖² + ε) of each filter, by which an angular layer divides."""
         assert self.weight is not None
-        return self.weight.detach().float().flatten(1).norm(dim=1)
+        return (self.weight.detach().float().flatten(1).square().sum(1) + self.eps).sqrt()
+
+    def are_zero(self) -> Tensor:
+        """True for each filter that has no direction, as in layers that start as the zero map."""
+        assert self.weight is not None
+        return ~self.weight.detach().flatten(1).any(1)
 
     def slopes(self) -> Any:
         """The factor from w·x / (‖w‖·‖x‖) to g(θ) for a patch of usual length: a number, or one for each filter."""
@@ -47,10 +52,29 @@ class Filters:
 
 
 def start_beta(beta: Tensor, filters: Filters) -> None:
-    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS."""
+    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS.
+
+    The same holds for its gradient, and for filters of zeros, whose β is √(ε·fan_in) and not zero: such a layer stays
+    the zero map until it is trained, and its filters then move as those of the original do.
+    """
     if filters.weight is not None:
         with torch.no_grad():
             beta.copy_(filters.lengths() * math.sqrt(filters.fan_in) / filters.slopes())
+
+
+def start_classes(weight: Tensor) -> None:
+    """Give each class whose weights are all zero the direction that a fresh `nn.Linear` would have.
+
+    The angle to a filter of zeros is not defined, and a head has no β that could make the scores 0 instead. The
+    directions are the same in each call.
+    """
+    if weight.is_meta:
+        return
+    classes, features = weight.shape
+    uniform = torch.rand(classes, features, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    fresh = ((2 * uniform - 1) / math.sqrt(features)).to(weight)
+    with torch.no_grad():
+        weight.copy_(torch.where(weight.any(1, keepdim=True), weight, fresh))
 
 
 class Statistics(NamedTuple):
@@ -88,13 +112,15 @@ def statistics_behind(norm: Any, filters: Filters, beta: Tensor | None) -> Stati
         scale: Any = 1.0 if beta is None else beta.float()
         shift: Any = 0.0 if filters.bias is None else filters.bias.float()
         zeros = torch.zeros_like(norm.running_mean, dtype=torch.float32)
+        fresh = Statistics(zeros + shift, zeros + (scale * filters.slopes()) ** 2 / filters.fan_in)
         if not is_trained(norm):
-            return Statistics(zeros + shift, zeros + (scale * filters.slopes()) ** 2 / filters.fan_in)
+            return fresh
         if filters.weight is None:
             return None
         factor = scale * _factors(norm, filters)
         variance = factor**2 * (norm.running_var.float() + norm.eps) - norm.eps
-        return Statistics(factor * (norm.running_mean.float() - shift) + shift, variance.clamp_min(0))
+        variance = torch.where(filters.are_zero(), fresh.variance, variance.clamp_min(0))  # directions are to come
+        return Statistics(factor * (norm.running_mean.float() - shift) + shift, variance)
 
 
 def take_over_norm(beta: Tensor, shift: Tensor, norm: Any, filters: Filters) -> None:
@@ -115,14 +141,15 @@ def _factors(norm: Any, filters: Filters) -> Tensor:
     """The factor of each filter from its inner product to g(θ), by the statistics that a trained BatchNorm has of it.
 
     A filter of random direction gives the product a mean square of ‖w‖²·‖x‖² / fan_in, and a trained one a multiple of
-    it (see `_alignment`); so the filters of a group together tell the length of the patches that they saw.
+    it (see `_alignment`); so the filters of a group together tell the length of the patches that they saw. Filters of
+    zeros tell nothing.
     """
     shift: Any = 0.0 if filters.bias is None else filters.bias.float()
-    lengths = (filters.lengths() ** 2 + filters.eps).sqrt()
+    lengths = filters.lengths()
     squares = (norm.running_var.float() + (norm.running_mean.float() - shift) ** 2) / lengths**2
-    grouped = (
-        squares.view(filters.groups, -1).mean(1, keepdim=True).expand(filters.groups, len(squares) // filters.groups)
-    )
+    tells = (~filters.are_zero()).float().view(filters.groups, -1)
+    sums = (squares.view(filters.groups, -1) * tells).sum(1, keepdim=True)
+    grouped = (sums / tells.sum(1, keepdim=True).clamp_min(1)).expand_as(tells)
     patches = (grouped.reshape(-1) * filters.fan_in / _alignment(filters.shape) + filters.eps).sqrt()
     return filters.slopes() / (lengths * patches)
 
