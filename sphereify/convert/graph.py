@@ -4,14 +4,13 @@ Three witnesses are heard. The modules say what exists. A trace says how it is w
 says what is called, and which weights are passed to functions. Where neither reaches, roles come from names and shapes.
 """
 
-import contextlib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from sphereify.convert.copies import skeleton
+from sphereify.convert.copies import skeletons
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import is_within, join
 from sphereify.convert.observe import Observation, observe_model
@@ -56,12 +55,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     Raises:
         UsageError: the model does not run with `example_inputs`.
     """
-    bones: nn.Module | None = None
-    facts, seen = TraceFacts(untraced={"": "it cannot be copied"}), Observation(error="it cannot be copied")
-    with contextlib.suppress(Exception):  # whatever a user's __deepcopy__ raises: names alone then describe the model
-        bones = skeleton(model)
-    if bones is not None:
-        facts, seen = trace_model(bones), _observed(bones, example_inputs)
+    bones, facts, seen = _witnesses(model, example_inputs)
     table = _SiteTable(
         [
             _module_site(name, aliases, module, model, facts, seen)
@@ -81,14 +75,35 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
 
 
+def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:
+    """A skeleton of the model, a trace of it, and an observation of it; of the first skeleton that runs, else the last.
+
+    There is none of a model that cannot be copied: names alone then describe it.
+    """
+    reason = "it cannot be copied"
+    bones, facts, seen = None, TraceFacts(untraced={"": reason}), Observation(error=reason)
+    errors: list[str] = []
+    copies = skeletons(model)
+    while True:
+        try:
+            bones = next(copies)
+        except Exception:  # no further one, or whatever a user's __deepcopy__ raises
+            break
+        facts, seen = trace_model(bones), _observed(bones, example_inputs)
+        if not seen.error:
+            return bones, facts, seen
+        errors.append(seen.error)
+    if bones is not None and example_inputs is not None:
+        raise UsageError(f"{option('example_inputs')}: {type(model).__name__} does not run with them: {errors[0]}")
+    return bones, facts, seen
+
+
 def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
     """An observation on shapes alone, or with values if the control flow depends on them and inputs are at hand."""
     seen = observe_model(bones, example_inputs)
     if seen.error and example_inputs is not None:
         with_values = observe_model(bones, example_inputs, on_shapes=False)
-        if with_values.error:
-            raise UsageError(f"{option('example_inputs')}: {type(bones).__name__} does not run with them: {seen.error}")
-        seen = replace(with_values, by_values=True)
+        return seen if with_values.error else replace(with_values, by_values=True)
     return seen
 
 

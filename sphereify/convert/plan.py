@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sphereify.convert.copies import skeleton
+from sphereify.convert.copies import skeletons
 from sphereify.convert.model_inputs import Inputs
-from sphereify.convert.observe import observe_model
+from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
-from sphereify.errors import ArtifactError, UsageError
+from sphereify.errors import ArtifactError, UnsupportedModelError, UsageError
 from sphereify.wording import count
 
 PLAN_VERSION = 2
@@ -105,9 +105,7 @@ class ConversionPlan:
         Raises:
             UsageError: the model does not run with these inputs.
         """
-        seen = observe_model(skeleton(model), inputs, on_shapes=False)
-        if seen.error:
-            raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {seen.error}")
+        seen = _observed(model, inputs)
         calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
         decisions = []
         for decision in self.decisions:
@@ -177,6 +175,22 @@ class ConversionPlan:
             return cls(plain["model"], decisions, list(plain["notes"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
+
+
+def _observed(model: nn.Module, inputs: Inputs) -> Observation:
+    """What runs of a copy of the model, with values, show."""
+    errors = []
+    try:
+        for bones in skeletons(model):
+            seen = observe_model(bones, inputs, on_shapes=False)
+            if not seen.error:
+                return seen
+            errors.append(seen.error)
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        raise UnsupportedModelError(
+            f"verify: runs a copy of {type(model).__name__}, which cannot be copied ({type(error).__name__}: {error})"
+        ) from error
+    raise UsageError(f"verify: {type(model).__name__} does not run with these inputs: {errors[0]}")
 
 
 def _decision(plain: dict[str, Any], version: int) -> Decision:

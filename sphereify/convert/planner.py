@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 EXCLUDED, OVERRIDDEN = "excluded by pattern", "an override keeps it"
 CAUSAL = "no radius: causal"
 
+ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
+FEW_INPUTS = {
+    2: "fan-in 2: one of its two numbers, the length, is lost",
+    3: "fan-in 3: one of its three numbers, the length, is lost",
+}
+"""Remarks on what an angle leaves of a few inputs, by their number."""
+
 HEAD_REASONS = {
     "w-softmax": "classifier: logits ‖x‖·g(θ)",
     "ga-softmax": "classifier: logits ‖x‖·g(θ), of the target ‖x‖·ψ(θ) in training",
@@ -193,9 +200,10 @@ class _Planner:
             return replace(decision, reason=HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
         rescale, drops_norm, reason = self._rescale(site, setting)
         radius, without = self._radius(site, setting)
+        lost = "" if radius else FEW_INPUTS.get(site.fan_in, "")
         return replace(
             decision,
-            reason=f"{reason}; {without}" if without else reason,
+            reason="; ".join(filter(None, (reason, without, lost))),
             radius=radius,
             learn_radius=self.options.learn_radius and radius > 0,
             rescale=rescale,
@@ -342,7 +350,7 @@ def _cannot_convert(site: Site) -> str | None:
     if site.kind not in SWAPPED.values():
         return next(reason for kind, reason in OTHER_KINDS.items() if site.kind.startswith(kind))
     if site.call is not None or (module is not None and is_swapped(module)):
-        return None
+        return ONE_INPUT if site.fan_in == 1 else None
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return f"{class_name(module)} is a subclass, and no single convolution or linear map was seen in its forward"

@@ -1,5 +1,6 @@
 """Sites: the places in a model where a convolution or a linear map happens, as a module or as a functional call."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -116,6 +117,11 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """All names of the site, the first one first."""
         return (self.name, *self.aliases)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that one filter multiplies."""
+        return math.prod(self.shape[1:])
 
 
 def is_site(module: nn.Module) -> bool:

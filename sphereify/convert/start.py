@@ -37,9 +37,9 @@ class Filters:
         return math.prod(self.shape[1:])
 
     def lengths(self) -> Tensor:
-        """√(‖w‖² + ε) of each filter, by which an angular layer divides."""
+        """‖w‖ of each filter."""
         assert self.weight is not None
-        return (self.weight.detach().float().flatten(1).square().sum(1) + self.eps).sqrt()
+        return self.weight.detach().float().flatten(1).norm(dim=1)
 
     def are_zero(self) -> Tensor:
         """True for each filter that has no direction, as in layers that start as the zero map."""
@@ -54,12 +54,13 @@ class Filters:
 def start_beta(beta: Tensor, filters: Filters) -> None:
     """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS.
 
-    The same holds for its gradient, and for filters of zeros, whose β is √(ε·fan_in) and not zero: such a layer stays
-    the zero map until it is trained, and its filters then move as those of the original do.
+    The filters then have the gradient that they had, too. So have filters of zeros, which g(θ) divides by √ε and not by
+    0: with a β of √(ε·fan_in) such a layer is the zero map until it is trained. With a β of 0 nothing in it would move.
     """
     if filters.weight is not None:
         with torch.no_grad():
-            beta.copy_(filters.lengths() * math.sqrt(filters.fan_in) / filters.slopes())
+            lengths = filters.lengths().clamp_min(math.sqrt(filters.eps))
+            beta.copy_(lengths * math.sqrt(filters.fan_in) / filters.slopes())
 
 
 def start_classes(weight: Tensor) -> None:
@@ -70,11 +71,11 @@ def start_classes(weight: Tensor) -> None:
     """
     if weight.is_meta:
         return
-    classes, features = weight.shape
-    uniform = torch.rand(classes, features, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    fresh = ((2 * uniform - 1) / math.sqrt(features)).to(weight)
-    with torch.no_grad():
-        weight.copy_(torch.where(weight.any(1, keepdim=True), weight, fresh))
+    with torch.inference_mode():  # as for statistics
+        zero = ~weight.any(1)
+        if zero.any():
+            uniform = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight[zero] = ((2 * uniform - 1) / math.sqrt(weight.shape[1])).to(weight)[zero]
 
 
 class Statistics(NamedTuple):
@@ -145,7 +146,7 @@ def _factors(norm: Any, filters: Filters) -> Tensor:
     zeros tell nothing.
     """
     shift: Any = 0.0 if filters.bias is None else filters.bias.float()
-    lengths = filters.lengths()
+    lengths = (filters.lengths() ** 2 + filters.eps).sqrt()
     squares = (norm.running_var.float() + (norm.running_mean.float() - shift) ** 2) / lengths**2
     tells = (~filters.are_zero()).float().view(filters.groups, -1)
     sums = (squares.view(filters.groups, -1) * tells).sum(1, keepdim=True)

@@ -4,6 +4,7 @@ The graphs come from torchvision's node-path tracer with timm's registries of un
 forward cannot be followed becomes a leaf and is traced by itself.
 """
 
+import functools
 import inspect
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from sphereify.convert.hooks import with_hooks
 from sphereify.convert.model_inputs import unchanged
 from sphereify.convert.names import is_within, join
 from sphereify.convert.sites import ATTENTION, Call, Role, is_affine_norm, is_site, site_modules
@@ -146,7 +148,12 @@ def _make_tracer(opaque: set[type]) -> Any:
         def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # On success the module leaves the list again; on failure the innermost one stays last.
             self.entered.append(module)
-            result = super().call_module(module, forward, args, kwargs)
+            plain = functools.partial(super().call_module, module, forward)
+            has_hooks = module._forward_hooks or module._forward_pre_hooks
+            if has_hooks and self.is_leaf_module(module, self.path_of_module(module)):
+                result = with_hooks(module, plain, args, kwargs)
+            else:
+                result = plain(args, kwargs)
             self.entered.pop()
             return result
 
