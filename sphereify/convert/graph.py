@@ -5,13 +5,14 @@ says what is called, and which weights are passed to functions. Where neither re
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from sphereify.convert.copies import skeletons
-from sphereify.convert.model_inputs import Inputs
+from sphereify.convert.model_inputs import Inputs, arguments_of
 from sphereify.convert.names import is_within, join
 from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import (
@@ -47,6 +48,8 @@ class ModelGraph:
     """Reason why no forward pass succeeded; empty if one did."""
     output: tuple[int, ...] | None = None
     """Shape of the model's output in that pass, if it is one tensor."""
+    left_out: tuple[str, ...] = ()
+    """Arguments of the forward that default to None, where it is not clear what is called when they are given."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -64,6 +67,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     )
     _add_calls(table, model, facts, seen)
     _add_attention(table, model)
+    _add_own_attention(table, model, facts, seen)
     _add_angular_calls(table, model)
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
@@ -72,7 +76,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         guess = seen.error or not (seen.outputs or seen.ends)
         sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
     order = facts.order if seen.error else seen.order
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, _left_out(facts, example_inputs))
 
 
 def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:
@@ -107,6 +111,14 @@ def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
     return seen
 
 
+def _left_out(facts: TraceFacts, example_inputs: Inputs) -> tuple[str, ...]:
+    """The arguments that were not given when the model ran, where it is not clear what is called when they are."""
+    if isinstance(example_inputs, Mapping):
+        return tuple(name for name in facts.left_out if name not in example_inputs)
+    given = 1 if example_inputs is None else len(arguments_of(example_inputs))
+    return facts.left_out[max(0, given - facts.required) :]
+
+
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
@@ -122,9 +134,10 @@ def _module_site(
     norm = None if any(n in facts.unnormalized for n in names) else first(facts.norms)
     weight: Any = weight_of(module)
     traced = any(n in facts.called for n in names)
-    called: bool | None = traced or (None if facts.is_untraced(name) else False)
+    called: bool | None = traced or (None if facts.is_untraced(name) or facts.left_out else False)
     if not seen.error:
         called = any(n in seen.order for n in names) or (None if seen.by_values else False)
+    called = called or any(n in facts.called_with_more for n in names) or called
     site = Site(
         name,
         kind_of(module),
@@ -136,6 +149,7 @@ def _module_site(
         norm_seen=norm is not None and _only_reads(norm, model),
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
+        reader=first({name.rpartition(".")[0]: reader for name, reader in seen.readers.items()}) or "",
         angular=isinstance(module, (AngularLayer, AngularHead)),
         direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
         causal=_causal_sign(names, module, model, seen),
@@ -316,6 +330,22 @@ def _add_attention(table: _SiteTable, model: nn.Module) -> None:
             has_bias = module.out_proj.bias is not None
             call = Call(owner, "linear", join(out.name, "weight"), out.shape, has_bias)
             table.update(out.name, called=True, call=call, attention=owner)
+
+
+def _add_own_attention(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Observation) -> None:
+    """Add the projections that other modules hand to `F.multi_head_attention_forward`."""
+    for call in facts.attention if seen.error else seen.attention:
+        if isinstance(model.get_submodule(call.owner), ATTENTION):
+            continue
+        weight = call.parameter or ""
+        call, unclear = _localized(call, model, [])
+        holder = weight.rpartition(".")[0]
+        if holder in table.by_name:
+            _add_call_to_module(table, holder, call, unclear, seen)
+            table.update(holder, attention=call.owner)
+        else:
+            _add_call_site(table, call, unclear, facts, seen)
+            table.extra[weight] = replace(table.extra[weight], attention=call.owner)
 
 
 def _add_angular_calls(table: _SiteTable, model: nn.Module) -> None:

@@ -106,7 +106,7 @@ class ConversionPlan:
             UsageError: the model does not run with these inputs.
         """
         seen = _observed(model, inputs)
-        calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
+        calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed, *seen.attention]}
         decisions = []
         for decision in self.decisions:
             called = any(name in seen.order for name in (decision.name, *decision.aliases))

@@ -94,10 +94,12 @@ class Site:
     """True if this normalization follows nothing else, and this site in one place only, channel by filter."""
     called: bool | None = None
     """True if the forward calls the site; None if neither a trace nor a forward pass can tell."""
+    reader: str = ""
+    """Name of a function that is called with the weight, for a module whose forward need not be called."""
     call: Call | None = None
     """Functional call to make angular, if the site is one."""
     attention: str | None = None
-    """Name of the nn.MultiheadAttention that this projection belongs to."""
+    """Name of the module that hands this projection to `F.multi_head_attention_forward`; nn.MultiheadAttention does."""
     fixed: bool = False
     """True for a functional call whose weight is not learned."""
     unclear: str = ""

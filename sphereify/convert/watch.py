@@ -8,6 +8,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from sphereify.convert.model_inputs import tensors_in
 from sphereify.convert.operations import word
 from sphereify.convert.provenance import Provenance
 from sphereify.convert.sites import Call
+from sphereify.nn.attention import projections
 from sphereify.nn.functional_calls import FUNCTIONS
 
 PRODUCT_FUNCTIONS = {
@@ -26,6 +28,9 @@ PRODUCT_FUNCTIONS = {
     Tensor.mv,
 }  # fmt: skip
 """Functions that multiply and whose calls are no linear map of rows, or cannot be seen to be one."""
+
+NO_READING = {"getattr", "size", "dim", "numel", "is_complex", "is_floating_point", "get_device", "data_ptr"}
+"""Functions, by name, that are called with a tensor and read nothing of its values, such as its shape or dtype."""
 
 OF_VALUES: dict[str, Callable[..., Tensor]] = {
     "nms": lambda boxes, *_, **__: torch.arange(len(boxes), device=boxes.device),
@@ -44,6 +49,10 @@ class Sightings:
     """Functional calls with a learned weight."""
     fixed: list[Call] = field(default_factory=list)
     """Functional calls with a weight that is no parameter's: a buffer, or computed from activations."""
+    attention: list[Call] = field(default_factory=list)
+    """Projections by whole parameters that `F.multi_head_attention_forward` makes."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the first function that was called with it."""
     finished: set[str] = field(default_factory=set)
     """Modules whose forward came to its end."""
 
@@ -102,6 +111,7 @@ class Watch(TorchFunctionMode):
         finally:
             self.depth -= is_function
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._note_readers(func, operands)
         self._follow(func, operands, result)
         self.provenance.note(func, operands, result, weight)
         self.causality.note_result(func, args, kwargs, result)
@@ -112,6 +122,9 @@ class Watch(TorchFunctionMode):
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         """Note a convolution, a linear map or another product with a parameter, and return the name of its weight."""
+        if func is F.multi_head_attention_forward:
+            self._note_attention(args, kwargs)
+            return ""
         function = FUNCTIONS.get(func)
         call = function.read(args, kwargs) if function is not None else None
         multiplies = function is not None and function.any_product
@@ -141,6 +154,24 @@ class Watch(TorchFunctionMode):
         (self.sightings.calls if learned else self.sightings.fixed).append(noted)
         self.sightings.order.append(name or f"{owner}.computed")
         return self.sightings.order[-1]
+
+    def _note_attention(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the projections of queries, keys, values and outputs."""
+        for weight, has_bias in projections(args, kwargs):
+            parameter = self.names.get(id(weight))
+            if parameter is not None:
+                call = Call(self.stack[-1][0], "linear", parameter, tuple(weight.shape), has_bias)
+                self.sightings.attention.append(call)
+                self.sightings.order.append(parameter)
+
+    def _note_readers(self, func: Any, operands: list[Tensor]) -> None:
+        """Note which parameters a function is called with, in whatever role."""
+        name = word(func)
+        if name not in NO_READING:
+            for tensor in operands:
+                parameter = self._parameter(tensor)
+                if parameter is not None:
+                    self.sightings.readers.setdefault(parameter, name)
 
     def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
         """Note another product with a parameter: no site that can be made angular, but the plan accounts for it."""
