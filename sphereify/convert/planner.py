@@ -54,6 +54,7 @@ OTHER_KINDS = {
     "embedding": "table that is looked up, not multiplied",
     "own-backward": "product inside an autograd.Function, whose backward is its own and would stay plain",
     "beneath": "product by torch.ops or in a scripted function, beneath the functions that can be answered",
+    "experts": "product with one of several matrices in a parameter, chosen while it runs, as for experts",
     "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
 }
 """Reasons to keep the sites that are no convolution or linear map, by the beginning of their kind."""

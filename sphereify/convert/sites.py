@@ -47,6 +47,7 @@ UNANSWERABLE = {
     "product": "its weight is multiplied by other means (einsum, bmm, W @ x)",
     "own-backward": "its weight is used inside an autograd.Function, whose backward is its own",
     "beneath": "its weight is used by torch.ops or in a scripted function",
+    "experts": "its weight is one of several in a parameter, chosen while it runs",
 }
 """Kinds of calls that cannot be answered with an angle -> the reason to keep the layer that holds the weight."""
 
