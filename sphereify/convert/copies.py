@@ -23,6 +23,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = dict(_computed_tensors(model))
     try:
+        memo |= _compiled_parts(model)
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's __deepcopy__ raises
         raise UnsupportedModelError(
@@ -53,7 +54,7 @@ def skeleton(model: nn.Module, hooks: set[int] | None = None) -> nn.Module:
         hooks: ids of hooks of `model` that run all the same.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    memo.update(_computed_tensors(model))
+    memo |= _computed_tensors(model) | _compiled_parts(model)
     bones = copy.deepcopy(model, memo)
     for original, module in zip(model.modules(), bones.modules(), strict=True):
         make_plain(module)
@@ -89,6 +90,20 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
         elif isinstance(getattr(value, "__dict__", None), dict):
             waiting += vars(value).values()
     return found
+
+
+def _compiled_parts(model: nn.Module) -> dict[int, nn.Module]:
+    """Copies, by id, of the parts that torch.jit has compiled. A plain deepcopy leaves them without leaf parameters."""
+    copies: dict[int, nn.Module] = {}
+    for part in model.modules():
+        if isinstance(part, torch.jit.ScriptModule) and id(part) not in copies:
+            with torch.no_grad():
+                copied = copy.deepcopy(part)
+            for parameter, original in zip(copied.parameters(), part.parameters(), strict=True):
+                parameter.requires_grad_(original.requires_grad)
+            inner = zip(part.modules(), copied.modules(), strict=True)
+            copies |= {id(module): its_copy for module, its_copy in inner}
+    return copies
 
 
 def _drop_hooks(module: nn.Module, original: nn.Module, kept: set[int]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sphereify.convert.copies import skeletons
 from sphereify.convert.model_inputs import Inputs, arguments_of
@@ -21,6 +21,7 @@ from sphereify.convert.sites import (
     Call,
     Role,
     Site,
+    compiled_sites,
     in_order,
     is_affine_norm,
     is_site,
@@ -35,6 +36,9 @@ from sphereify.nn import AngularHead
 from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
+
+
+COMPLEX = "its weight is complex: the angle is that of real vectors"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
             for name, (module, aliases) in site_modules(model).items()
         ]
     )
+    _add_compiled(table, model)
     _add_calls(table, model, facts, seen)
     _add_attention(table, model)
     _add_own_attention(table, model, facts, seen)
@@ -138,6 +143,7 @@ def _module_site(
     if not seen.error:
         called = any(n in seen.order for n in names) or (None if seen.by_values else False)
     called = called or any(n in facts.called_with_more for n in names) or called
+    complex_weight = isinstance(weight, Tensor) and weight.is_complex()
     site = Site(
         name,
         kind_of(module),
@@ -149,6 +155,7 @@ def _module_site(
         norm_seen=norm is not None and _only_reads(norm, model),
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
+        unclear=COMPLEX if complex_weight else "",
         reader=first({name.rpartition(".")[0]: reader for name, reader in seen.readers.items()}) or "",
         angular=isinstance(module, (AngularLayer, AngularHead)),
         direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
@@ -239,6 +246,15 @@ class _SiteTable:
         self.by_name.update(dict.fromkeys(new.names, new))
 
 
+def _add_compiled(table: _SiteTable, model: nn.Module) -> None:
+    """Add the layers of parts that torch.jit has compiled, to be kept."""
+    for name, (kind, shape, part) in compiled_sites(model).items():
+        reason = f"compiled by torch.jit, as a part of {part}: convert the Python module that it was made from"
+        site = Site(name, kind, shape, unclear=reason)
+        table.sites.append(site)
+        table.by_name[name] = site
+
+
 def _add_calls(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Observation) -> None:
     """Give each functional call to the module whose weight it uses, or make a site of it."""
     calls = facts.calls if seen.error else seen.calls
@@ -272,6 +288,8 @@ def _localized(call: Call, model: nn.Module, computed: list[Call]) -> tuple[Call
         several = len(inside) > 1
         return call, "its weight is computed, and so is that of another call made there" if several else ""
     weight = model.get_parameter(call.parameter)
+    if weight.is_complex() and call.kind not in UNANSWERABLE:
+        return call, COMPLEX
     own = next((n for n, p in owner.named_parameters(remove_duplicate=False) if p is weight), None)
     if own is None:
         return call, f"{call.owner} is given its weight, {call.parameter}, by another module"

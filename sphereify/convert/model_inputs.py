@@ -132,7 +132,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """Put networks into eval mode, and each of their modules back into its own mode at the end."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
+    modules = [module for network in networks for module in network.modules()]
+    modes = [(module, module.training) for module in modules if hasattr(module, "training")]  # not so if it is frozen
     try:
         for network in networks:
             network.eval()

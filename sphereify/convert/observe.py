@@ -147,5 +147,6 @@ def _placed(arguments: tuple[Any, ...], device: torch.device) -> Any:
 
 def _has_run_all_layers(model: nn.Module, finished: set[str]) -> bool:
     """True if the forward of every module with parameters came to its end."""
-    layers = (n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
+    modules = ((n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
+    layers = (n for n, m in modules if next(m.parameters(recurse=False), None) is not None)
     return all(name in finished for name in layers)

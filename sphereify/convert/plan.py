@@ -109,7 +109,9 @@ class ConversionPlan:
         calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed, *seen.attention]}
         decisions = []
         for decision in self.decisions:
-            called = any(name in seen.order for name in (decision.name, *decision.aliases))
+            called: bool | None = any(name in seen.order for name in (decision.name, *decision.aliases))
+            if not (decision.type or decision.call):
+                called = decision.called  # inside a part that torch.jit has compiled
             if decision.call is not None:
                 owner = decision.call.owner
                 is_attention = isinstance(model.get_submodule(owner), ATTENTION) and owner in seen.order

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sphereify.nn import AngularHead
@@ -171,6 +172,27 @@ def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     return {all_names[0]: (modules[key], tuple(all_names[1:])) for key, all_names in names.items()}
+
+
+def compiled_sites(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """The sites in parts that torch.jit has compiled: name -> kind, shape, and name of the part.
+
+    Such a part shows its layers by the names of their classes. One that shows none is itself the site.
+    """
+    kinds = {base.__name__: kind for base, kind in KINDS.items()}
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    parts: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{part}.") for part in parts):
+            continue
+        parts.append(name)
+        layers = {
+            f"{name}.{own}".rstrip("."): (kinds[layer.original_name], tuple(layer.weight.shape), name)
+            for own, layer in module.named_modules()
+            if getattr(layer, "original_name", "") in kinds and isinstance(getattr(layer, "weight", None), torch.Tensor)
+        }
+        found |= layers or {name: ("compiled", (), name)}
+    return found
 
 
 def in_order(sites: Iterable[Any], order: list[str]) -> list[Any]:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -174,7 +175,9 @@ def _make_tracer(opaque: set[type]) -> Any:
         entered: list[nn.Module]
 
         def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-            if is_site(module) or is_affine_norm(module) or type(module) in opaque:
+            if is_site(module) or is_affine_norm(module) or isinstance(module, torch.jit.ScriptModule):
+                return True
+            if type(module) in opaque:
                 return True
             return super().is_leaf_module(module, qualified_name)
 

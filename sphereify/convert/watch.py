@@ -86,6 +86,8 @@ class Watch(TorchFunctionMode):
         """Note which modules of `model` are entered and left."""
         handles = []
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
 
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
                 self.stack.append([name, 0])
