@@ -37,7 +37,6 @@ from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 
-
 COMPLEX = "its weight is complex: the angle is that of real vectors"
 
 
@@ -81,7 +80,9 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         guess = seen.error or not (seen.outputs or seen.ends)
         sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
     order = facts.order if seen.error else seen.order
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, _left_out(facts, example_inputs))
+    return ModelGraph(
+        tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, _left_out(facts, example_inputs)
+    )
 
 
 def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:

@@ -117,7 +117,7 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _rebound(hook: Any, copies: dict[int, Any], depth: int = 3) -> Any:
-    """A hook with the copies in place of what it refers to; the same hook where it refers to nothing that was copied."""
+    """A hook with the copies in place of what it refers to; the same hook where nothing of that was copied."""
     if not isinstance(hook, types.FunctionType) or not depth:
         return copies.get(id(hook), hook)
 

@@ -27,10 +27,12 @@ def rows(width=16, number=6):
     return torch.randn(number, width, generator=torch.Generator().manual_seed(0))
 
 
-# ---------------------------------------------------------------------------------------------------------- few inputs
+# ----------------------------------------------------------------------------------------------------------- few inputs
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(1, 6), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 1, groups=6), nn.Conv1d(1, 6, 1)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(1, 6), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 1, groups=6), nn.Conv1d(1, 6, 1)]
+)
 @pytest.mark.parametrize("radius", [0.0, 2.0])
 def test_of_a_single_number_only_the_sign_would_be_left(layer, radius):
     model = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, CLASSES))
@@ -64,7 +66,7 @@ def test_of_two_or_three_numbers_the_plan_says_what_is_lost(layer, lost):
     assert ("fan-in" in decision.reason) == bool(lost)
 
 
-# -------------------------------------------------------------------------------------------- attention of one's own
+# ----------------------------------------------------------------------------------------------- attention of one's own
 
 
 class Attention(nn.Module):
@@ -154,7 +156,7 @@ def test_a_weight_that_goes_into_another_one_is_not_said_to_be_unused():
     assert decisions(unused)["spare"].reason == "never called by the model's forward"
 
 
-# ---------------------------------------------------------------------------------------------------- optional arguments
+# --------------------------------------------------------------------------------------------------- optional arguments
 
 
 class Towers(nn.Module):
@@ -196,7 +198,7 @@ def test_where_no_trace_follows_other_arguments_they_are_named():
     assert both["spare"].reason == "never called by the model's forward"
 
 
-# --------------------------------------------------------------------------------------------------------------- experts
+# -------------------------------------------------------------------------------------------------------------- experts
 
 
 class Experts(nn.Module):
@@ -275,7 +277,7 @@ def test_an_operation_of_a_library_that_takes_a_matrix_of_parameters_is_kept():
     assert actions(model, images()) == {"offset": "convert", "deform.weight": "keep", "fc": "convert"}
 
 
-# ------------------------------------------------------------------------------------------- compiled parts, complex weights
+# -------------------------------------------------------------------------------------- compiled parts, complex weights
 
 
 def part():
