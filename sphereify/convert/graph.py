@@ -157,7 +157,7 @@ def _module_site(
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
         unclear=COMPLEX if complex_weight else "",
-        reader=first({name.rpartition(".")[0]: reader for name, reader in seen.readers.items()}) or "",
+        reader=next((seen.readers[f"{n}.weight"] for n in names if f"{n}.weight" in seen.readers), ""),
         angular=isinstance(module, (AngularLayer, AngularHead)),
         direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
         causal=_causal_sign(names, module, model, seen),

@@ -97,6 +97,7 @@ def trace_model(bones: nn.Module) -> TraceFacts:
         training = TraceFacts()
         _collect(bones.train(), "", training, is_root=True)
         facts.add_training(training)
+    if unseen or "" in facts.untraced:
         _trace_with_all_arguments(bones.eval(), facts)
     return facts
 
@@ -106,13 +107,12 @@ def _trace_with_all_arguments(bones: nn.Module, facts: TraceFacts) -> None:
     parameters = list(inspect.signature(bones.forward).parameters.values())
     optional = tuple(p.name for p in parameters if p.default is None)
     facts.required = next((i for i, p in enumerate(parameters) if p.default is None), 0)
-    if optional:
+    if optional and _graph_of(bones, all_arguments=True)[0] is None:
+        facts.left_out = optional
+    elif optional:
         given = TraceFacts()
         _collect(bones, "", given, is_root=True, all_arguments=True)
-        if "" in given.untraced:
-            facts.left_out = optional
-        else:
-            facts.called_with_more = given.called
+        facts.called_with_more = given.called
 
 
 def _collect(

@@ -188,12 +188,18 @@ def by_shape(image):
         raise ValueError
 
 
-def test_where_no_trace_follows_other_arguments_they_are_named():
+def by_shape_always(image):
+    if image.shape[0] > 10:
+        raise ValueError
+
+
+@pytest.mark.parametrize("look", [by_shape, by_shape_always])
+def test_where_no_trace_follows_other_arguments_they_are_named(look):
     for x in (None, images()):
-        decision = decisions(Towers(by_shape), x)["text"]
+        decision = decisions(Towers(look), x)["text"]
         assert decision.action == "keep"
         assert decision.reason == "not called without text: give them as example_inputs if they call it"
-    both = decisions(Towers(by_shape), (images(), torch.ones(2, 4, dtype=torch.long)))
+    both = decisions(Towers(look), (images(), torch.ones(2, 4, dtype=torch.long)))
     assert both["text"].action == "convert"
     assert both["spare"].reason == "never called by the model's forward"
 
