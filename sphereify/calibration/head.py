@@ -32,7 +32,8 @@ def set_head(pair: LayerPair, batches: list[Batch]) -> LayerFit:
     if not pair.tied:
         lengths = head.weight.norm(dim=1, keepdim=True)
         solved = regress(x, target, accumulated(head.weight))
-        head.weight.copy_(solved * (lengths / solved.norm(dim=1, keepdim=True).clamp_min(1e-12)))
+        size = solved.norm(dim=1, keepdim=True)
+        head.weight.copy_(torch.where(size > 1e-12, solved * (lengths / size.clamp_min(1e-12)), head.weight))
         candidates.append(_parameters(head))
     candidates.sort(key=lambda parameters: _divergence_with(head, parameters, x, target))
     _set_parameters(head, candidates[0])

@@ -79,14 +79,18 @@ def _current_scale(pair: LayerPair, bias: Tensor | None, part: slice) -> tuple[T
 
 
 def _set_scale(pair: LayerPair, solution: Fit, bias: Tensor | None, part: slice, batches: list[Batch]) -> None:
-    """Put β and γ where the layer has them, else into the normalization that follows."""
+    """Put β and γ where the layer has them, else into the normalization that follows.
+
+    A filter of zeros keeps the β that it started with: with one of 0 it would never be trained.
+    """
     layer, norm = pair.layer, pair.new_norm
     beta, gamma = solution.beta, solution.gamma
+    has_direction = solution.filters.any(1)
     shift = bias if bias is not None else layer.gamma[part] if layer.gamma is not None else None
     if shift is not None and not (shift.dim() == 1 and _is_part_of_parameter(shift, pair.owner)):
         shift = None
     if layer.beta is not None:
-        layer.beta[part].copy_(beta)
+        layer.beta[part].copy_(torch.where(has_direction, beta, layer.beta[part]))
         if shift is not None:
             shift.copy_(gamma)
         return
@@ -98,7 +102,9 @@ def _set_scale(pair: LayerPair, solution: Fit, bias: Tensor | None, part: slice,
     if shift is not None:
         shift.zero_()  # the norm holds γ
     if keeps_statistics(norm):
-        set_batch_norm(norm, beta, gamma, solution.mean, solution.variance)
+        beta = torch.where(has_direction, beta, scale_of(norm).flatten())
+        variance = torch.where(has_direction, solution.variance, norm.running_var)
+        set_batch_norm(norm, beta, gamma, solution.mean, variance)
     elif getattr(norm, "weight", None) is not None and norm.weight.numel() == len(beta):
         refit_affine(pair, norm, batches)
 

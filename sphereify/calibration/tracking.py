@@ -120,6 +120,8 @@ class TrackedPass(Pass):
 def record_places(network: nn.Module) -> Iterator[Any]:
     """Hooks that record what goes in and out of each module; yields their handles."""
     for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
             current = active_pass()

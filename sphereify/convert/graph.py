@@ -4,15 +4,14 @@ Three witnesses are heard. The modules say what exists. A trace says how it is w
 says what is called, and which weights are passed to functions. Where neither reaches, roles come from names and shapes.
 """
 
-import contextlib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, described, does_not_run
-from sphereify.convert.copies import skeleton
+from sphereify.convert.copies import skeletons
 from sphereify.convert.names import is_within, join
 from sphereify.convert.observe import Observation, observe_first, observe_model
 from sphereify.convert.sites import (
@@ -21,6 +20,7 @@ from sphereify.convert.sites import (
     Call,
     Role,
     Site,
+    compiled_sites,
     in_order,
     is_affine_norm,
     is_site,
@@ -36,6 +36,8 @@ from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 
+COMPLEX = "its weight is complex: the angle is that of real vectors"
+
 
 @dataclass(frozen=True)
 class ModelGraph:
@@ -50,6 +52,8 @@ class ModelGraph:
     """Shape of the model's output in that pass, if it is one tensor."""
     inputs: str = ""
     """The inputs of that pass in words."""
+    left_out: tuple[str, ...] = ()
+    """Arguments of the forward that default to None, where it is not clear what is called when they are given."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -58,20 +62,17 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     Raises:
         UsageError: the model does not run with `example_inputs`.
     """
-    bones: nn.Module | None = None
-    facts, seen = TraceFacts(untraced={"": "it cannot be copied"}), Observation(error="it cannot be copied")
-    with contextlib.suppress(Exception):  # whatever a user's __deepcopy__ raises: names alone then describe the model
-        bones = skeleton(model)
-    if bones is not None:
-        facts, seen = trace_model(bones), _observed(bones, example_inputs)
+    bones, facts, seen = _witnesses(model, example_inputs)
     table = _SiteTable(
         [
             _module_site(name, aliases, module, model, facts, seen)
             for name, (module, aliases) in site_modules(model).items()
         ]
     )
+    _add_compiled(table, model)
     _add_calls(table, model, facts, seen)
     _add_attention(table, model)
+    _add_own_attention(table, model, facts, seen)
     _add_angular_calls(table, model)
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
@@ -81,22 +82,51 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
         sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
     order = facts.order if seen.error else seen.order
     inputs = "" if seen.error else described(seen.arguments, example_inputs)
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, inputs)
+    left_out = _left_out(facts, seen)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, inputs, left_out)
+
+
+def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:
+    """A skeleton of the model, a trace of it, and an observation of it; of the first skeleton that runs, else the last.
+
+    There is none of a model that cannot be copied: names alone then describe it.
+    """
+    reason = "it cannot be copied"
+    bones, facts, seen = None, TraceFacts(untraced={"": reason}), Observation(error=reason)
+    failed = []
+    copies = skeletons(model)
+    while True:
+        try:
+            bones = next(copies)
+        except Exception:  # no further one, or whatever a user's __deepcopy__ raises
+            break
+        facts, seen = trace_model(bones), _observed(bones, example_inputs)
+        if not seen.error:
+            return bones, facts, seen
+        failed.append(seen)
+    if bones is not None and example_inputs is not None and not _has_no_values(bones):
+        raise does_not_run(option("example_inputs"), model, failed[0].arguments, failed[0].error)
+    return bones, facts, seen
 
 
 def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
     """An observation on shapes alone, or with values where the control flow depends on them."""
     seen = observe_model(bones, example_inputs)
-    given = example_inputs is not None
-    candidates = [seen.arguments] if given else seen.in_want_of_values
-    if seen.error and candidates and not any(parameter.is_meta for parameter in bones.parameters()):
+    candidates = [seen.arguments] if example_inputs is not None else seen.in_want_of_values
+    if seen.error and candidates and not _has_no_values(bones):
         with_values = observe_first(bones, candidates, on_shapes=False)
-        if with_values.error and not given:
-            return seen
-        if with_values.error:
-            raise does_not_run(option("example_inputs"), bones, seen.arguments, seen.error)
-        seen = replace(with_values, by_values=True)
+        return seen if with_values.error else replace(with_values, by_values=True)
     return seen
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _left_out(facts: TraceFacts, seen: Observation) -> tuple[str, ...]:
+    """The arguments that were not given when the model ran, where it is not clear what is called when they are."""
+    positional = max(0, len(seen.arguments.args) - facts.required)
+    return tuple(name for name in facts.left_out[positional:] if name not in seen.arguments.kwargs)
 
 
 # -------------------------------------------------------------------------------------------------------------- modules
@@ -114,9 +144,11 @@ def _module_site(
     norm = None if any(n in facts.unnormalized for n in names) else first(facts.norms)
     weight: Any = weight_of(module)
     traced = any(n in facts.called for n in names)
-    called: bool | None = traced or (None if facts.is_untraced(name) else False)
+    called: bool | None = traced or (None if facts.is_untraced(name) or facts.left_out else False)
     if not seen.error:
         called = any(n in seen.order for n in names) or (None if seen.by_values else False)
+    called = called or any(n in facts.called_with_more for n in names) or called
+    complex_weight = isinstance(weight, Tensor) and weight.is_complex()
     site = Site(
         name,
         kind_of(module),
@@ -128,6 +160,8 @@ def _module_site(
         norm_seen=norm is not None and _only_reads(norm, model),
         owns_norm=norm is not None and facts.calls_once(norm, names),
         called=called,
+        unclear=COMPLEX if complex_weight else "",
+        reader=next((seen.readers[f"{n}.weight"] for n in names if f"{n}.weight" in seen.readers), ""),
         angular=isinstance(module, (AngularLayer, AngularHead)),
         direct=None if seen.error else any(f"{n}.weight" in seen.direct for n in names),
         causal=_causal_sign(names, module, model, seen),
@@ -217,6 +251,15 @@ class _SiteTable:
         self.by_name.update(dict.fromkeys(new.names, new))
 
 
+def _add_compiled(table: _SiteTable, model: nn.Module) -> None:
+    """Add the layers of parts that torch.jit has compiled, to be kept."""
+    for name, (kind, shape, part) in compiled_sites(model).items():
+        reason = f"compiled by torch.jit, as a part of {part}: convert the Python module that it was made from"
+        site = Site(name, kind, shape, unclear=reason)
+        table.sites.append(site)
+        table.by_name[name] = site
+
+
 def _add_calls(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Observation) -> None:
     """Give each functional call to the module whose weight it uses, or make a site of it."""
     calls = facts.calls if seen.error else seen.calls
@@ -250,6 +293,8 @@ def _localized(call: Call, model: nn.Module, computed: list[Call]) -> tuple[Call
         several = len(inside) > 1
         return call, "its weight is computed, and so is that of another call made there" if several else ""
     weight = model.get_parameter(call.parameter)
+    if weight.is_complex() and call.kind not in UNANSWERABLE:
+        return call, COMPLEX
     own = next((n for n, p in owner.named_parameters(remove_duplicate=False) if p is weight), None)
     if own is None:
         return call, f"{call.owner} is given its weight, {call.parameter}, by another module"
@@ -308,6 +353,22 @@ def _add_attention(table: _SiteTable, model: nn.Module) -> None:
             has_bias = module.out_proj.bias is not None
             call = Call(owner, "linear", join(out.name, "weight"), out.shape, has_bias)
             table.update(out.name, called=True, call=call, attention=owner)
+
+
+def _add_own_attention(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Observation) -> None:
+    """Add the projections that other modules hand to `F.multi_head_attention_forward`."""
+    for call in facts.attention if seen.error else seen.attention:
+        if isinstance(model.get_submodule(call.owner), ATTENTION):
+            continue
+        weight = call.parameter or ""
+        call, unclear = _localized(call, model, [])
+        holder = weight.rpartition(".")[0]
+        if holder in table.by_name:
+            _add_call_to_module(table, holder, call, unclear, seen)
+            table.update(holder, attention=call.owner)
+        else:
+            _add_call_site(table, call, unclear, facts, seen)
+            table.extra[weight] = replace(table.extra[weight], attention=call.owner)
 
 
 def _add_angular_calls(table: _SiteTable, model: nn.Module) -> None:

@@ -24,8 +24,8 @@ def check_model(model: object) -> None:
 
     Raises:
         ArgumentTypeError: not an `nn.Module`.
-        UnsupportedModelError: it is, or holds, a module that is wrapped, compiled, folded, scripted or not yet
-            initialised.
+        UnsupportedModelError: it is, or holds, a module that is wrapped, compiled, folded or not yet initialised; or it
+            is compiled by torch.jit as a whole.
     """
     if not isinstance(model, nn.Module):
         raise wrong_type("model", model, "a torch.nn.Module")
@@ -41,9 +41,11 @@ def check_model(model: object) -> None:
         if is_folded_layer(module):
             raise UnsupportedModelError(f"{place} is folded for inference: take the model that it was folded from")
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(
-                f"{place} is compiled by torch.jit: convert the Python model that it was made from"
-            )
+            if not name:  # the layers of a part are kept
+                raise UnsupportedModelError(
+                    f"{place} is compiled by torch.jit: convert the Python model that it was made from"
+                )
+            continue
         has_uninitialized = getattr(module, "has_uninitialized_params", None)
         if has_uninitialized is not None and has_uninitialized():
             raise UnsupportedModelError(
@@ -60,7 +62,8 @@ def quantized_layers(model: nn.Module) -> list[str]:
             continue
         cls = type(module)
         of_torch = cls.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized"))
-        integer = is_site(module) and not _weight(module).is_floating_point()
+        weight = _weight(module) if is_site(module) else torch.empty(0)
+        integer = not (weight.is_floating_point() or weight.is_complex())
         if integer or (of_torch and re.search("Conv|Linear", cls.__name__)):
             names.append(name)
     return names

@@ -1,6 +1,7 @@
 """The preparation of a model's images, the tensors in its output, and ways to run it that leave no trace in it."""
 
 import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """Put networks into eval mode, and each of their modules back into its own mode at the end."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
+    modules = [module for network in networks for module in network.modules()]
+    modes = [(module, module.training) for module in modules if hasattr(module, "training")]  # not so if it is frozen
     try:
         for network in networks:
             network.eval()
@@ -57,19 +59,24 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of each module at the end: masks, caches and proxies that a forward pass leaves there."""
-    states = [(module, _attributes(module)) for module in model.modules()]
+    """Restore the attributes of each module at the end: masks, caches and proxies that a forward pass leaves there.
+
+    Containers are restored in place, since hooks may hold on to them.
+    """
+    states = [(module, dict(vars(module))) for module in model.modules()]
+    contents: list[tuple[Any, Any]] = []
+    for _, state in states:
+        for name, value in state.items():
+            if type(value) in (dict, OrderedDict, defaultdict, list, set):
+                contents.append((value, copy.copy(value)))
+            elif isinstance(value, (dict, list, set)):  # a class of its own may forbid changes
+                state[name] = copy.copy(value)
     try:
         yield
     finally:
         for module, state in states:
             vars(module).clear()
             vars(module).update(state)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with copies of its containers."""
-    return {
-        name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
-        for name, value in vars(module).items()
-    }
+        for container, before in contents:
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)

@@ -35,6 +35,10 @@ class Observation:
     """Functional calls with a learned weight."""
     fixed: list[Call] = field(default_factory=list)
     """Functional calls with a weight that is no parameter's: a buffer, or computed from activations."""
+    attention: list[Call] = field(default_factory=list)
+    """Projections that a forward hands to `F.multi_head_attention_forward`."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Parameter -> a function that is called with it."""
     output: tuple[int, ...] | None = None
     """Shape of the output in evaluation, if that is one tensor."""
     ends: list[End] = field(default_factory=list)
@@ -98,8 +102,9 @@ def _merged(passes: dict[str, Observation]) -> Observation:
     """The facts of the passes that succeeded, those of evaluation first."""
     evaluation, training = passes.get("evaluation"), passes.get("training")
     merged = replace(evaluation) if evaluation is not None else Observation()
-    for name in ("order", "calls", "fixed"):
+    for name in ("order", "calls", "fixed", "attention"):
         setattr(merged, name, list(dict.fromkeys(x for one in passes.values() for x in getattr(one, name))))
+    merged.readers = {parameter: reader for one in passes.values() for parameter, reader in one.readers.items()}
     merged.causal = {weight: sign for one in passes.values() for weight, sign in one.causal.items()}
     if training is not None:
         merged.direct = training.direct
@@ -140,6 +145,8 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
         seen.order,
         seen.calls,
         seen.fixed,
+        seen.attention,
+        seen.readers,
         output=tuple(output.shape) if isinstance(output, Tensor) else None,
         ends=provenance.ends(output),
         outputs=sum(1 for _ in tensors_in(output)),
@@ -150,5 +157,6 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
 
 def _has_run_all_layers(model: nn.Module, finished: set[str]) -> bool:
     """True if the forward of every module with parameters came to its end."""
-    layers = (n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
+    modules = ((n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
+    layers = (n for n, m in modules if next(m.parameters(recurse=False), None) is not None)
     return all(name in finished for name in layers)

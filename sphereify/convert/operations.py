@@ -21,7 +21,15 @@ KEEPS_CLASSES = {
 """Operations between the classifier and the output of a model that leave each channel its class."""
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
-PRODUCT_NAMES = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}
+GROUPED_PRODUCTS = {
+    "grouped_mm", "_grouped_mm", "scaled_grouped_mm", "_scaled_grouped_mm",
+}  # fmt: skip
+"""Products in which each group of rows has a matrix of its own, as the tokens of each expert."""
+PRODUCT_NAMES = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"} | GROUPED_PRODUCTS
+CASTS = {"bfloat16", "half", "double", "expand", "expand_as", "repeat_interleave", "detach"}
+"""Further operations that leave values what they are, but for rounding and repetition."""
+SELECTS = {"getitem", "index_select", "gather", "take_along_dim", "select", "narrow", "chunk", "unbind", "split"}
+"""Operations that take parts of a tensor."""
 
 
 def word(function: object) -> str:

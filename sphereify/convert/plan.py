@@ -8,10 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from sphereify.convert.arguments import Inputs, described, does_not_run
-from sphereify.convert.copies import skeleton
-from sphereify.convert.observe import observe_model
+from sphereify.convert.copies import skeletons
+from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
-from sphereify.errors import ArtifactError
+from sphereify.errors import ArtifactError, UnsupportedModelError
 from sphereify.wording import count
 
 PLAN_VERSION = 2
@@ -114,13 +114,13 @@ class ConversionPlan:
         Raises:
             UsageError: the model does not run with these inputs.
         """
-        seen = observe_model(skeleton(model), inputs, on_shapes=False)
-        if seen.error:
-            raise does_not_run("verify", model, seen.arguments, seen.error)
-        calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed]}
+        seen = _observed(model, inputs)
+        calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed, *seen.attention]}
         decisions = []
         for decision in self.decisions:
-            called = any(name in seen.order for name in (decision.name, *decision.aliases))
+            called: bool | None = any(name in seen.order for name in (decision.name, *decision.aliases))
+            if not (decision.type or decision.call):
+                called = decision.called  # inside a part that torch.jit has compiled
             if decision.call is not None:
                 owner = decision.call.owner
                 is_attention = isinstance(model.get_submodule(owner), ATTENTION) and owner in seen.order
@@ -190,6 +190,22 @@ class ConversionPlan:
             return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
+
+
+def _observed(model: nn.Module, inputs: Inputs) -> Observation:
+    """What runs of a copy of the model, with values, show."""
+    failed = []
+    try:
+        for bones in skeletons(model):
+            seen = observe_model(bones, inputs, on_shapes=False)
+            if not seen.error:
+                return seen
+            failed.append(seen)
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        raise UnsupportedModelError(
+            f"verify: runs a copy of {type(model).__name__}, which cannot be copied ({type(error).__name__}: {error})"
+        ) from error
+    raise does_not_run("verify", model, failed[0].arguments, failed[0].error)
 
 
 def _decision(plain: dict[str, Any], version: int) -> Decision:

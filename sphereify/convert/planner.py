@@ -5,6 +5,7 @@ Everything that can be refused is refused here, so that applying a plan has noth
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
-from sphereify.convert.sites import SWAPPED, Call, Site, class_name, is_swapped
+from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import UnsupportedModelError, UsageError, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.operators import is_built_in, make_operator
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
 
 EXCLUDED, OVERRIDDEN = "excluded by pattern", "an override keeps it"
 CAUSAL = "no radius: causal"
+
+ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
+FEW_INPUTS = {
+    2: "fan-in 2: one of its two numbers, the length, is lost",
+    3: "fan-in 3: one of its three numbers, the length, is lost",
+}
+"""Remarks on what an angle leaves of a few inputs, by their number."""
 
 HEAD_REASONS = {
     "w-softmax": "classifier: logits ‖x‖·g(θ)",
@@ -48,6 +56,7 @@ OTHER_KINDS = {
     "embedding": "table that is looked up, not multiplied",
     "own-backward": "product inside an autograd.Function, whose backward is its own and would stay plain",
     "beneath": "product by torch.ops or in a scripted function, beneath the functions that can be answered",
+    "experts": "product with one of several matrices in a parameter, chosen while it runs, as for experts",
     "product": "product with a parameter that is no linear map of rows (einsum, bmm, W @ x); F.linear would be one",
 }
 """Reasons to keep the sites that are no convolution or linear map, by the beginning of their kind."""
@@ -220,9 +229,10 @@ class _Planner:
             return replace(decision, reason=HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
         rescale, drops_norm, reason = self._rescale(site, setting)
         radius, without = self._radius(site, setting)
+        lost = "" if radius else FEW_INPUTS.get(site.fan_in, "")
         return replace(
             decision,
-            reason=f"{reason}; {without}" if without else reason,
+            reason="; ".join(filter(None, (reason, without, lost))),
             radius=radius,
             learn_radius=self.options.learn_radius and radius > 0,
             rescale=rescale,
@@ -244,7 +254,16 @@ class _Planner:
         return {}
 
     def _reason_to_keep(self, site: Site, setting: dict[str, Any] | str) -> str | None:
+        if site.called is False and not (site.angular or site.fixed or site.unclear):
+            return self._reason_for_no_call(site)
         return _cannot_convert(site) or self._should_not_convert(site, setting)
+
+    def _reason_for_no_call(self, site: Site) -> str:
+        if site.reader:
+            return f"its own forward is not called: its weight is an operand of {site.reader}"
+        if self.graph.left_out:
+            return f"not called without {_few(self.graph.left_out)}: give them as example_inputs if they call it"
+        return "never called by the model's forward"
 
     def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:
         if isinstance(setting, str):
@@ -254,7 +273,9 @@ class _Planner:
                 "not included": "no include pattern matches",
             }[setting]
         if site.attention is not None and self.options.attention == "keep":
-            return f"projection of {site.attention} (nn.MultiheadAttention): attention='convert' makes it angular"
+            owner = self.model.get_submodule(site.attention)
+            what = "nn.MultiheadAttention" if isinstance(owner, ATTENTION) else "by F.multi_head_attention_forward"
+            return f"projection of {site.attention or 'the model'} ({what}): attention='convert' makes it angular"
         if site.role == "auxiliary":
             return "auxiliary classifier: it runs in training only and keeps its loss"
         if site.role == "classifier":
@@ -371,17 +392,20 @@ def _cannot_convert(site: Site) -> str | None:
         return "its filter is not learned: a buffer, or computed from activations"
     if site.unclear:
         return site.unclear
-    if site.called is False:
-        return "never called by the model's forward"
     if site.call is not None and site.attention is None and _is_position_table(site.call):
         return "table of positions: its products are attention scores, not features"
     if site.kind not in SWAPPED.values():
         return next(reason for kind, reason in OTHER_KINDS.items() if site.kind.startswith(kind))
     if site.call is not None or (module is not None and is_swapped(module)):
-        return None
+        return ONE_INPUT if site.fan_in == 1 else None
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return f"{class_name(module)} is a subclass, and no single convolution or linear map was seen in its forward"
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names of some."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _is_position_table(call: Call) -> bool:

@@ -19,7 +19,7 @@ from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.pretrained_models import guard_methods
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
-from sphereify.convert.start import Filters, Statistics, start_beta, statistics_behind, take_over_norm
+from sphereify.convert.start import Filters, Statistics, start_beta, start_classes, statistics_behind, take_over_norm
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
@@ -73,6 +73,8 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     # All parts exist; from here on nothing can fail half-way.
     for name, twin in twins.items():
         become(plain[name], twin)
+        if isinstance(twin, AngularHead):
+            start_classes(twin.weight)
     for name, rest in rests.items():
         become(norms[name], rest)
     for decision in (d for d in plan.converted if d.call):
@@ -192,7 +194,7 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight
     if call.beta is not None and tuple(filters.shape) == decision.shape:
-        start_beta(call.beta, Filters(decision.shape, filters, None, operator, radius=call.radius_value))
+        start_beta(call.beta, Filters(decision.shape, filters, None, operator, radius=call.radius_value, eps=call.eps))
     return call
 
 

@@ -1,9 +1,11 @@
 """Sites: the places in a model where a convolution or a linear map happens, as a module or as a functional call."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sphereify.nn import AngularHead
@@ -46,6 +48,7 @@ UNANSWERABLE = {
     "product": "its weight is multiplied by other means (einsum, bmm, W @ x)",
     "own-backward": "its weight is used inside an autograd.Function, whose backward is its own",
     "beneath": "its weight is used by torch.ops or in a scripted function",
+    "experts": "its weight is one of several in a parameter, chosen while it runs",
 }
 """Kinds of calls that cannot be answered with an angle -> the reason to keep the layer that holds the weight."""
 
@@ -95,10 +98,12 @@ class Site:
     """True if this normalization follows nothing else, and this site in one place only, channel by filter."""
     called: bool | None = None
     """True if the forward calls the site; None if neither a trace nor a forward pass can tell."""
+    reader: str = ""
+    """Name of a function that is called with the weight, for a module whose forward need not be called."""
     call: Call | None = None
     """Functional call to make angular, if the site is one."""
     attention: str | None = None
-    """Name of the nn.MultiheadAttention that this projection belongs to."""
+    """Name of the module that hands this projection to `F.multi_head_attention_forward`; nn.MultiheadAttention does."""
     fixed: bool = False
     """True for a functional call whose weight is not learned."""
     unclear: str = ""
@@ -118,6 +123,11 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """All names of the site, the first one first."""
         return (self.name, *self.aliases)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that one filter multiplies."""
+        return math.prod(self.shape[1:])
 
 
 def is_site(module: nn.Module) -> bool:
@@ -164,6 +174,27 @@ def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     return {all_names[0]: (modules[key], tuple(all_names[1:])) for key, all_names in names.items()}
+
+
+def compiled_sites(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """The sites in parts that torch.jit has compiled: name -> kind, shape, and name of the part.
+
+    Such a part shows its layers by the names of their classes. One that shows none is itself the site.
+    """
+    kinds = {base.__name__: kind for base, kind in KINDS.items()}
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    parts: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{part}.") for part in parts):
+            continue
+        parts.append(name)
+        layers = {
+            f"{name}.{own}".rstrip("."): (kinds[layer.original_name], tuple(layer.weight.shape), name)
+            for own, layer in module.named_modules()
+            if getattr(layer, "original_name", "") in kinds and isinstance(getattr(layer, "weight", None), torch.Tensor)
+        }
+        found |= layers or {name: ("compiled", (), name)}
+    return found
 
 
 def in_order(sites: Iterable[Any], order: list[str]) -> list[Any]:

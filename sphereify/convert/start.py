@@ -41,16 +41,41 @@ class Filters:
         assert self.weight is not None
         return self.weight.detach().float().flatten(1).norm(dim=1)
 
+    def are_zero(self) -> Tensor:
+        """True for each filter that has no direction, as in layers that start as the zero map."""
+        assert self.weight is not None
+        return ~self.weight.detach().flatten(1).any(1)
+
     def slopes(self) -> Any:
         """The factor from w·x / (‖w‖·‖x‖) to g(θ) for a patch of usual length: a number, or one for each filter."""
         return _slope_at_right_angles(self.operator, self.shape[0]) / math.sqrt(1 + self.radius**2)
 
 
 def start_beta(beta: Tensor, filters: Filters) -> None:
-    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS."""
+    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS.
+
+    The filters then have the gradient that they had, too. So have filters of zeros, which g(θ) divides by √ε and not by
+    0: with a β of √(ε·fan_in) such a layer is the zero map until it is trained. With a β of 0 nothing in it would move.
+    """
     if filters.weight is not None:
         with torch.no_grad():
-            beta.copy_(filters.lengths() * math.sqrt(filters.fan_in) / filters.slopes())
+            lengths = filters.lengths().clamp_min(math.sqrt(filters.eps))
+            beta.copy_(lengths * math.sqrt(filters.fan_in) / filters.slopes())
+
+
+def start_classes(weight: Tensor) -> None:
+    """Give each class whose weights are all zero the direction that a fresh `nn.Linear` would have.
+
+    The angle to a filter of zeros is not defined, and a head has no β that could make the scores 0 instead. The
+    directions are the same in each call.
+    """
+    if weight.is_meta:
+        return
+    with torch.inference_mode():  # as for statistics
+        zero = ~weight.any(1)
+        if zero.any():
+            uniform = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight[zero] = ((2 * uniform - 1) / math.sqrt(weight.shape[1])).to(weight)[zero]
 
 
 class Statistics(NamedTuple):
@@ -88,13 +113,15 @@ def statistics_behind(norm: Any, filters: Filters, beta: Tensor | None) -> Stati
         scale: Any = 1.0 if beta is None else beta.float()
         shift: Any = 0.0 if filters.bias is None else filters.bias.float()
         zeros = torch.zeros_like(norm.running_mean, dtype=torch.float32)
+        fresh = Statistics(zeros + shift, zeros + (scale * filters.slopes()) ** 2 / filters.fan_in)
         if not is_trained(norm):
-            return Statistics(zeros + shift, zeros + (scale * filters.slopes()) ** 2 / filters.fan_in)
+            return fresh
         if filters.weight is None:
             return None
         factor = scale * _factors(norm, filters)
         variance = factor**2 * (norm.running_var.float() + norm.eps) - norm.eps
-        return Statistics(factor * (norm.running_mean.float() - shift) + shift, variance.clamp_min(0))
+        variance = torch.where(filters.are_zero(), fresh.variance, variance.clamp_min(0))  # directions are to come
+        return Statistics(factor * (norm.running_mean.float() - shift) + shift, variance)
 
 
 def take_over_norm(beta: Tensor, shift: Tensor, norm: Any, filters: Filters) -> None:
@@ -115,14 +142,15 @@ def _factors(norm: Any, filters: Filters) -> Tensor:
     """The factor of each filter from its inner product to g(θ), by the statistics that a trained BatchNorm has of it.
 
     A filter of random direction gives the product a mean square of ‖w‖²·‖x‖² / fan_in, and a trained one a multiple of
-    it (see `_alignment`); so the filters of a group together tell the length of the patches that they saw.
+    it (see `_alignment`); so the filters of a group together tell the length of the patches that they saw. Filters of
+    zeros tell nothing.
     """
     shift: Any = 0.0 if filters.bias is None else filters.bias.float()
     lengths = (filters.lengths() ** 2 + filters.eps).sqrt()
     squares = (norm.running_var.float() + (norm.running_mean.float() - shift) ** 2) / lengths**2
-    grouped = (
-        squares.view(filters.groups, -1).mean(1, keepdim=True).expand(filters.groups, len(squares) // filters.groups)
-    )
+    tells = (~filters.are_zero()).float().view(filters.groups, -1)
+    sums = (squares.view(filters.groups, -1) * tells).sum(1, keepdim=True)
+    grouped = (sums / tells.sum(1, keepdim=True).clamp_min(1)).expand_as(tells)
     patches = (grouped.reshape(-1) * filters.fan_in / _alignment(filters.shape) + filters.eps).sqrt()
     return filters.slopes() / (lengths * patches)
 

@@ -4,19 +4,24 @@ The graphs come from torchvision's node-path tracer with timm's registries of un
 forward cannot be followed becomes a leaf and is traced by itself.
 """
 
+import functools
 import inspect
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
+from sphereify.convert.hooks import with_hooks
 from sphereify.convert.model_inputs import unchanged
 from sphereify.convert.names import is_within, join
 from sphereify.convert.sites import ATTENTION, Call, Role, is_affine_norm, is_site, site_modules
 from sphereify.convert.wiring import Wiring
 from sphereify.errors import first_line
+from sphereify.nn.attention import projections
 
 
 @dataclass
@@ -40,10 +45,18 @@ class TraceFacts:
     """Sites whose output is turned or cut on its way to a norm, so that its channels may be other than the filters."""
     calls: list[Call] = field(default_factory=list)
     """Functional calls on a parameter."""
+    attention: list[Call] = field(default_factory=list)
+    """Projections by whole parameters that `F.multi_head_attention_forward` makes."""
     outputs: int = 0
     """Number of the model's outputs that end in sites."""
     untraced: dict[str, str] = field(default_factory=dict)
     """Modules that cannot be traced -> the reason."""
+    called_with_more: set[str] = field(default_factory=set)
+    """Modules that are sites and whose forward is called when the arguments that default to None are given, too."""
+    left_out: tuple[str, ...] = ()
+    """Arguments of the model that default to None, where no trace shows what is called when they are given."""
+    required: int = 0
+    """Number of arguments of the model in front of those."""
 
     def is_untraced(self, name: str) -> bool:
         """True if a site lies inside a module that cannot be traced."""
@@ -60,6 +73,7 @@ class TraceFacts:
         """Add the sites that only the training graph calls; an output among them is an auxiliary classifier."""
         self.called |= training.called
         self.calls += [call for call in training.calls if call not in self.calls]
+        self.attention += [call for call in training.attention if call not in self.attention]
         in_evaluation = set(self.order)
         for name in training.order:
             if name not in in_evaluation:
@@ -83,40 +97,61 @@ def trace_model(bones: nn.Module) -> TraceFacts:
         training = TraceFacts()
         _collect(bones.train(), "", training, is_root=True)
         facts.add_training(training)
+    if unseen or "" in facts.untraced:
+        _trace_with_all_arguments(bones.eval(), facts)
     return facts
 
 
-def _collect(module: nn.Module, prefix: str, facts: TraceFacts, is_root: bool = False) -> None:
+def _trace_with_all_arguments(bones: nn.Module, facts: TraceFacts) -> None:
+    """Add what is called when each argument is given: a text, where the usual inputs are images alone."""
+    parameters = list(inspect.signature(bones.forward).parameters.values())
+    optional = tuple(p.name for p in parameters if p.default is None)
+    facts.required = next((i for i, p in enumerate(parameters) if p.default is None), 0)
+    if optional and _graph_of(bones, all_arguments=True)[0] is None:
+        facts.left_out = optional
+    elif optional:
+        given = TraceFacts()
+        _collect(bones, "", given, is_root=True, all_arguments=True)
+        facts.called_with_more = given.called
+
+
+def _collect(
+    module: nn.Module, prefix: str, facts: TraceFacts, is_root: bool = False, all_arguments: bool = False
+) -> None:
     """Trace one module, or its children if that fails, and the leaves of its graph that hold sites."""
     if isinstance(module, ATTENTION):
         return  # its projections are known without a trace
     is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    graph, reason, owners = (None, "", {}) if is_container else _graph_of(module)
+    graph, reason, owners = (None, "", {}) if is_container else _graph_of(module, all_arguments)
     if graph is None:
         if not is_container:
             facts.untraced[prefix] = reason
         for name, child in module.named_children():
             if not is_site(child) and any(map(is_site, child.modules())):
-                _collect(child, join(prefix, name), facts)
+                _collect(child, join(prefix, name), facts, all_arguments=all_arguments)
         return
     _read(graph, module, prefix, facts, owners, is_root)
     for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
         leaf = module.get_submodule(target)
         if not is_site(leaf) and any(is_site(inner) for inner in leaf.modules()):
-            _collect(leaf, join(prefix, target), facts)
+            _collect(leaf, join(prefix, target), facts, all_arguments=all_arguments)
 
 
-def _graph_of(root: nn.Module) -> tuple[fx.Graph | None, str, dict[fx.Node, str]]:
+def _graph_of(root: nn.Module, all_arguments: bool) -> tuple[fx.Graph | None, str, dict[fx.Node, str]]:
     """A graph of `root` or the reason why there is none, and for each node the module whose forward makes it.
 
     The graph has as few leaves as possible: a class whose forward fails becomes a leaf, and the trace starts again.
+
+    Args:
+        root: a module.
+        all_arguments: trace what is done when arguments are given that default to None.
     """
     opaque: set[type] = set()
     while True:
         tracer = _make_tracer(opaque)
         try:
             with unchanged(root):
-                return tracer.trace(root, concrete_args=_defaults(root)), "", tracer.node_to_qualname
+                return tracer.trace(root, concrete_args=_defaults(root, all_arguments)), "", tracer.node_to_qualname
         except Exception as error:  # a traced forward may raise anything
             culprit = next((m for m in reversed(tracer.entered) if type(m) not in opaque), None)
             if culprit is None or culprit is root or isinstance(culprit, type(root)):
@@ -124,10 +159,11 @@ def _graph_of(root: nn.Module) -> tuple[fx.Graph | None, str, dict[fx.Node, str]
             opaque.add(type(culprit))
 
 
-def _defaults(root: nn.Module) -> dict[str, Any]:
+def _defaults(root: nn.Module, all_arguments: bool) -> dict[str, Any]:
     """Default values of the arguments that are usually left out, such as masks and flags."""
     parameters = inspect.signature(root.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or type(p.default) in (bool, int, float, str)}
+    left_out = [p for p in parameters if not (all_arguments and p.default is None)]
+    return {p.name: p.default for p in left_out if p.default is None or type(p.default) in (bool, int, float, str)}
 
 
 def _make_tracer(opaque: set[type]) -> Any:
@@ -139,14 +175,21 @@ def _make_tracer(opaque: set[type]) -> Any:
         entered: list[nn.Module]
 
         def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-            if is_site(module) or is_affine_norm(module) or type(module) in opaque:
+            if is_site(module) or is_affine_norm(module) or isinstance(module, torch.jit.ScriptModule):
+                return True
+            if type(module) in opaque:
                 return True
             return super().is_leaf_module(module, qualified_name)
 
         def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # On success the module leaves the list again; on failure the innermost one stays last.
             self.entered.append(module)
-            result = super().call_module(module, forward, args, kwargs)
+            plain = functools.partial(super().call_module, module, forward)
+            has_hooks = module._forward_hooks or module._forward_pre_hooks
+            if has_hooks and self.is_leaf_module(module, self.path_of_module(module)):
+                result = with_hooks(module, plain, args, kwargs)
+            else:
+                result = plain(args, kwargs)
             self.entered.pop()
             return result
 
@@ -197,6 +240,13 @@ def _read(
         shape = tuple(wiring.parameters[relative].shape)
         owner = join(prefix, owners[node]).rstrip(".")
         facts.calls.append(Call(owner, "product", join(prefix, relative), shape, False))
+    for node in (node for node in graph.nodes if node.target is F.multi_head_attention_forward):
+        owner = join(prefix, owners[node]).rstrip(".")
+        for weight, has_bias in projections(node.args, node.kwargs):
+            parameter = wiring.parameters.get(str(getattr(weight, "target", "")))
+            if parameter is not None:
+                name = join(prefix, str(weight.target))
+                facts.attention.append(Call(owner, "linear", name, tuple(parameter.shape), has_bias))
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     facts.shared_norms |= {join(prefix, name) for name, times in calls.items() if times > 1}
     for node in wiring.shortcuts():

@@ -8,15 +8,18 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sphereify.convert.causality import CausalityWitness
 from sphereify.convert.model_inputs import tensors_in
-from sphereify.convert.operations import word
+from sphereify.convert.operations import CASTS, GROUPED_PRODUCTS, PRODUCT_NAMES, SAME_VALUES, SELECTS, word
 from sphereify.convert.provenance import Provenance
 from sphereify.convert.sites import Call
+from sphereify.nn.attention import projections
 from sphereify.nn.functional_calls import FUNCTIONS
 
 PRODUCT_FUNCTIONS = {
@@ -26,6 +29,9 @@ PRODUCT_FUNCTIONS = {
     Tensor.mv,
 }  # fmt: skip
 """Functions that multiply and whose calls are no linear map of rows, or cannot be seen to be one."""
+
+NO_READING = {"getattr", "size", "dim", "numel", "is_complex", "is_floating_point", "get_device", "data_ptr"}
+"""Functions, by name, that are called with a tensor and read nothing of its values, such as its shape or dtype."""
 
 OF_VALUES: dict[str, Callable[..., Tensor]] = {
     "nms": lambda boxes, *_, **__: torch.arange(len(boxes), device=boxes.device),
@@ -44,6 +50,10 @@ class Sightings:
     """Functional calls with a learned weight."""
     fixed: list[Call] = field(default_factory=list)
     """Functional calls with a weight that is no parameter's: a buffer, or computed from activations."""
+    attention: list[Call] = field(default_factory=list)
+    """Projections by whole parameters that `F.multi_head_attention_forward` makes."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the first function that was called with it."""
     finished: set[str] = field(default_factory=set)
     """Modules whose forward came to its end."""
 
@@ -61,12 +71,15 @@ class Watch(TorchFunctionMode):
         self.stack: list[list[Any]] = [["", 0]]
         """Modules whose forward is running: name, and number of computed weights seen so far in this forward."""
         self.names = {id(tensor): name for name, tensor in parameters.items()}
+        self.dimensions = {name: p.dim() for name, p in parameters.items()}
         self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
         self.constant = {id(tensor) for tensor in buffers.values()}
         self.slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
         """By parameter: the offset and the shape of each slice of it that was a weight."""
         self.computed: set[int] = set()
         """Tensors, by id, that are computed from parameters and constants alone."""
+        self.sources = WeakIdKeyDictionary()
+        """Tensor that holds values of one parameter alone, moved, cast or selected -> the name of the parameter."""
         self.alive: list[Any] = []  # an id is only good while its tensor lives
         self.own_functions = _own_functions()
 
@@ -75,6 +88,8 @@ class Watch(TorchFunctionMode):
         """Note which modules of `model` are entered and left."""
         handles = []
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks
 
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
                 self.stack.append([name, 0])
@@ -104,6 +119,8 @@ class Watch(TorchFunctionMode):
         finally:
             self.depth -= is_function
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._note_readers(func, operands)
+        self._note_source(func, operands, result)
         self._follow(func, operands, result)
         self.provenance.note(func, operands, result, weight)
         self.causality.note_result(func, args, kwargs, result)
@@ -114,10 +131,15 @@ class Watch(TorchFunctionMode):
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
         """Note a convolution, a linear map or another product with a parameter, and return the name of its weight."""
+        if func is F.multi_head_attention_forward:
+            self._note_attention(args, kwargs)
+            return ""
         function = FUNCTIONS.get(func)
         call = function.read(args, kwargs) if function is not None else None
         multiplies = function is not None and function.any_product
         if function is None or call is None or (multiplies and not self._is_matrix(call.source)):
+            if word(func) in GROUPED_PRODUCTS:
+                return self._note_product(args, kwargs, "experts")
             return self._note_product(args, kwargs) if func in PRODUCT_FUNCTIONS else ""
         if id(call.x) in self.names or id(call.x) in self.computed or id(call.x) in self.constant:
             return ""  # of parameters alone: a weight is computed here
@@ -142,6 +164,8 @@ class Watch(TorchFunctionMode):
             part=part,
         )
         learned = name is not None or id(call.source) in self.computed
+        if not learned and call.source in self.sources:
+            return self._note_product(args, kwargs, "experts")
         (self.sightings.calls if learned else self.sightings.fixed).append(noted)
         self.sightings.order.append(name or part or f"{owner}.computed")
         return self.sightings.order[-1]
@@ -161,15 +185,35 @@ class Watch(TorchFunctionMode):
             slices.append(place)
         return f"{name}.slice{slices.index(place)}"
 
+    def _note_attention(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the projections of queries, keys, values and outputs."""
+        for weight, has_bias in projections(args, kwargs):
+            parameter = self.names.get(id(weight))
+            if parameter is not None:
+                call = Call(self.stack[-1][0], "linear", parameter, tuple(weight.shape), has_bias)
+                self.sightings.attention.append(call)
+                self.sightings.order.append(parameter)
+
+    def _note_readers(self, func: Any, operands: list[Tensor]) -> None:
+        """Note which parameters a function is called with, in whatever role."""
+        name = word(func)
+        if name not in NO_READING:
+            for tensor in operands:
+                parameter = self._parameter(tensor)
+                if parameter is not None:
+                    self.sightings.readers.setdefault(parameter, name)
+
     def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
         """Note another product with a parameter: no site that can be made angular, but the plan accounts for it."""
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if all(id(t) in self.names or id(t) in self.computed or id(t) in self.constant for t in operands):
             return ""
         for tensor in operands:
-            name = self._parameter(tensor)
+            name = self._parameter(tensor) or self.sources.get(tensor)
             if tensor.dim() >= 2 and (name is not None or id(tensor) in self.computed):
-                self._add_product(kind, name, tensor)
+                selected = name is not None and id(tensor) not in self.computed and id(tensor) not in self.names
+                is_own = selected and self._parameter(tensor) is None
+                self._add_product("experts" if is_own else kind, name, tensor)
                 return ""
         return ""
 
@@ -184,6 +228,16 @@ class Watch(TorchFunctionMode):
         owner = self.stack[-1][0]
         self.sightings.order.append(name or f"{owner}.computed")
         self.sightings.calls.append(Call(owner, kind, name, tuple(tensor.shape), has_bias=False))
+
+    def _note_source(self, func: Any, operands: list[Tensor], result: Any) -> None:
+        """Note results that hold values of one parameter alone; of a table they are features, of a stack weights."""
+        name = word(func)
+        source = (self._parameter(operands[0]) or self.sources.get(operands[0])) if operands else None
+        if source is None or name not in SAME_VALUES | SELECTS | CASTS:
+            return
+        of_stack = len(operands) == 1 or self.dimensions[source] > 2
+        for tensor in tensors_in(result) if of_stack else ():
+            self.sources[tensor] = source
 
     def _parameter(self, tensor: Tensor) -> str | None:
         """The name of the parameter that a tensor is, or is a view of."""
@@ -220,16 +274,21 @@ class Watch(TorchFunctionMode):
 
 
 class WatchBeneath(TorchDispatchMode):
-    """Notes products that no Python function makes: those of `torch.ops` and of scripted functions."""
+    """Notes products that no Python function makes: those of `torch.ops` and of scripted functions.
 
-    OPERATIONS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "convolution")
+    What an operation of a library computes is not known: one that takes a matrix of parameters is taken for a product.
+    """
+
+    OPERATIONS = PRODUCT_NAMES | {"addmm", "addmv", "linear", "convolution"}
+    OF_TORCH = ("aten", "prim", "prims", "c10d", "profiler")
 
     def __init__(self, watch: Watch):
         super().__init__()
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not self.watch.depth and func.overloadpacket.__name__ in self.OPERATIONS:
+        is_product = func.overloadpacket.__name__ in self.OPERATIONS or func.namespace not in self.OF_TORCH
+        if not self.watch.depth and is_product:
             self.watch.note_beneath(args)
         return func(*args, **(kwargs or {}))
 

@@ -20,6 +20,9 @@ FUNCTIONAL_NORMS = {F.batch_norm: 3, F.layer_norm: 2, F.group_norm: 2}
 TURNED = {"t", "transpose", "permute", "to", "type_as", "float", "getattr"}
 """Operations after which a weight is still that weight, turned or in another dtype."""
 
+MOVED = {"getitem", "view", "reshape", "contiguous", "bfloat16", "half", "double"}
+"""Operations after which a weight is a part of it, or the same in another shape or dtype."""
+
 
 class Wiring:
     """The graph of a model or of a part of it; sites are named relative to that part."""
@@ -103,7 +106,7 @@ class Wiring:
             multiplies = node.op in ("call_function", "call_method") and self.name(node) in PRODUCT_NAMES
             for source in node.all_input_nodes if multiplies and node not in self.sites else ():
                 origin = self._source(source)
-                while isinstance(origin, fx.Node) and self.name(origin) in ("getitem", "view", "reshape", "contiguous"):
+                while isinstance(origin, fx.Node) and self.name(origin) in MOVED:
                     origin = self._source(origin.args[0])
                 if isinstance(origin, fx.Node) and origin.op == "get_attr" and str(origin.target) in self.parameters:
                     yield node, str(origin.target)

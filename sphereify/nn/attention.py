@@ -1,5 +1,6 @@
 """`F.multi_head_attention_forward` with angular projections of queries, keys, values and outputs."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +10,15 @@ from torch import Tensor
 
 Project = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
 """(x, weight, bias, rows) -> the angular answer to F.linear(x, weight, bias), whose weight is `rows` of a parameter."""
+
+
+def projections(args: tuple, kwargs: dict[str, Any]) -> list[tuple[Any, bool]]:
+    """The weights of the projections in a call of `F.multi_head_attention_forward`, and whether each has a bias."""
+    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    inputs = separate if given.get("use_separate_proj_weight") else ("in_proj_weight",)
+    weights = [(given.get(name), given.get("in_proj_bias") is not None) for name in inputs]
+    return [*weights, (given.get("out_proj_weight"), given.get("out_proj_bias") is not None)]
 
 
 def attend(
@@ -38,7 +48,8 @@ def attend(
         query, …, options: the arguments of `F.multi_head_attention_forward`.
     """
     separate = [options.pop(name, None) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    options.pop("use_separate_proj_weight", None)
+    if options.pop("use_separate_proj_weight", False):
+        in_proj_weight = None  # torch does not look at it either
     together = projection_of(in_proj_weight)
     weights: Any = in_proj_weight.chunk(3) if in_proj_weight is not None else separate
     biases: Any = in_proj_bias.chunk(3) if in_proj_bias is not None else (None,) * 3

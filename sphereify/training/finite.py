@@ -38,7 +38,8 @@ def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]  # takes no hooks
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules]
     try:
         model(images)
     finally:

@@ -316,6 +316,33 @@ def test_black_images_are_no_division_by_zero(tmp_path, operator, folded):
         torch.testing.assert_close(torch.from_numpy(got), model(image), rtol=1e-4, atol=1e-5)
 
 
+def normalized_by_itself(norm):
+    """Of zeros it makes rounding errors, which each normalization by its own spread enlarges."""
+    torch.manual_seed(0)
+    blocks = [layer for c in (3, 8, 8) for layer in (nn.Conv2d(c, 8, 3, padding=1), norm(8), nn.ReLU())]
+    return sphereify(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))).eval()
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d])
+def test_where_rounding_decides_the_outputs_for_zeros_they_are_no_test(tmp_path, norm):
+    model = normalized_by_itself(norm)
+    x = images()
+    nearly = 1e-6 * images(seed=5)
+    assert (model(nearly) - model(x * 0)).abs().max() > 1e-3 * model(x * 0).abs().max()  # so is the model itself
+    written = export(model, tmp_path / "m.onnx", x)
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+    assert written.note.startswith("checked with onnxruntime on a random input of 3×3×8×8")
+
+
+@pytest.mark.parametrize(("norm", "zeros"), [(nn.InstanceNorm2d, math.nan), (nn.Identity, 1.0)])
+def test_outputs_for_zeros_that_are_not_finite_or_not_rounding_are_refused(tmp_path, monkeypatch, norm, zeros):
+    wrong = TorchExport()
+    wrong.run = lambda path, inputs: [run_program(path, *inputs) + (0 if inputs[0].any() else zeros)]
+    monkeypatch.setitem(FORMATS, "torch-export", wrong)
+    with pytest.raises(ExportError, match="computes something else than the model: on zeros"):
+        export(normalized_by_itself(norm), tmp_path / "m.pt2", images(), format="torch-export")
+
+
 def test_a_batch_of_one_is_enough_to_export_for_any_batch(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     export(sphereify(net), tmp_path / "net.pt2", torch.randn(1, 3, 4, 4), format="torch-export")
