@@ -15,6 +15,7 @@ from sphereify.convert.copies import skeleton
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import is_within, join
 from sphereify.convert.observe import Observation, observe_model
+from sphereify.convert.output_layers import with_output_layers
 from sphereify.convert.sites import (
     ATTENTION,
     UNANSWERABLE,
@@ -23,7 +24,6 @@ from sphereify.convert.sites import (
     Site,
     in_order,
     is_affine_norm,
-    is_site,
     is_swapped,
     kind_of,
     site_modules,
@@ -32,7 +32,6 @@ from sphereify.convert.sites import (
 from sphereify.convert.trace import TraceFacts, trace_model
 from sphereify.errors import UsageError, option
 from sphereify.nn import AngularHead
-from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 
@@ -46,8 +45,6 @@ class ModelGraph:
     """Modules whose forward cannot be traced -> the reason; "" is the model itself."""
     not_run: str
     """Reason why no forward pass succeeded; empty if one did."""
-    output: tuple[int, ...] | None = None
-    """Shape of the model's output in that pass, if it is one tensor."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -74,11 +71,9 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
     sites = _with_pointwise_among_causal([*table.sites, *table.extra.values()])
-    if "" in facts.untraced:
-        guess = seen.error or not (seen.outputs or seen.ends)
-        sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
+    sites = with_output_layers(model, sites, facts, seen)
     order = facts.order if seen.error else seen.order
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error)
 
 
 def _observed(bones: nn.Module, example_inputs: Inputs) -> Observation:
@@ -324,35 +319,3 @@ def _add_own_calls(table: _SiteTable, bones: nn.Module) -> None:
         if len(inner) == 1:
             parameter = join(site.name, inner[0].parameter) if inner[0].parameter else None
             table.update(site.name, call=replace(inner[0], owner=site.name, parameter=parameter))
-
-
-# ---------------------------------------------------------------------------------------------------------- classifiers
-
-
-def _with_ends(sites: list[Site], seen: Observation) -> list[Site]:
-    """The sites with the classifiers that an observation shows, for a model that cannot be traced as a whole."""
-    outputs = 1 if seen.output is not None else len(seen.ends)
-    scores = frozenset().union(*(end.weights for end in seen.ends if end.keeps_classes))
-    ends = frozenset().union(*(end.weights for end in seen.ends))
-
-    def weights_of(site: Site) -> set[str]:
-        own = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")}
-        return {*site.names, *own, *([site.call.parameter] if site.call is not None and site.call.parameter else [])}
-
-    return [
-        replace(s, role="classifier", heads=outputs, processed=not weights_of(s) & scores)
-        if weights_of(s) & ends
-        else s
-        for s in sites
-    ]
-
-
-def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:
-    """The sites with a classifier by its name, for a model that can be neither traced nor run as a whole."""
-    classifiers = {id(module) for module in own_classifier(model) if is_site(module)}
-    if not classifiers:
-        linear = [site for site in sites if site.kind == "linear" and site.module is not None]
-        usual = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|output|out)(\.|$)")
-        fits = linear and (output is None or (len(output) == 2 and output[1] == linear[-1].shape[0]))
-        classifiers = {id(linear[-1].module)} if fits and usual.search(linear[-1].name) else set()
-    return [replace(s, role="classifier", heads=1) if id(s.module) in classifiers else s for s in sites]

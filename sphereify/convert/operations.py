@@ -19,6 +19,7 @@ KEEPS_CLASSES = {
     "selectadaptivepool2d",
 }  # fmt: skip
 """Operations between the classifier and the output of a model that leave each channel its class."""
+SOFTMAX = {"softmax", "softmax2d"}
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
 PRODUCT_NAMES = {"matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv"}

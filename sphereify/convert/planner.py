@@ -17,7 +17,7 @@ from sphereify.convert.model_checks import check_model, quantized_layers
 from sphereify.convert.model_inputs import Inputs
 from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
-from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.sites import SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import UnsupportedModelError, UsageError, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
@@ -233,7 +233,7 @@ class _Planner:
         if site.role == "classifier":
             return self._reason_to_keep_head(site)
         if site.role == "shortcut" and self.options.skip_shortcuts and not setting:
-            return "1×1 convolution on a residual shortcut"
+            return KEPT_SHORTCUT
         return None
 
     def _reason_to_keep_head(self, site: Site) -> str | None:
@@ -247,12 +247,11 @@ class _Planner:
             return "more is done to its scores before the output: an angular head would change what that means"
         if self.options.head != "auto":
             return None
-        if self.graph.output is not None and len(self.graph.output) != 2:
-            return (
-                f"the output has shape {self.graph.output}, not one score a class and image: ask with head='w-softmax'"
-            )
         if site.heads > 1:
             return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
+        shape = next((s for s in site.output_shapes if len(s) != 2 and s != site.shape[:1]), None)
+        if shape is not None:
+            return f"the output has shape {shape}, not one score a class and image: ask with head='w-softmax'"
         if site.shape[0] < 2:
             return "output of a single number, which has no classes"
         return None

@@ -109,6 +109,8 @@ class Site:
     """True for a classifier whose scores are processed further, in more than ways that leave each channel its class."""
     causal: str = ""
     """Sign that a convolution must not look at later positions; empty if there is none."""
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+    """For a classifier: shapes of the model's outputs that are made of its product; empty if none was seen."""
     heads: int = 0
     """For a classifier: number of separate outputs of the model that end in a site."""
 
