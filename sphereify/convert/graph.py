@@ -13,7 +13,7 @@ from torch import nn
 
 from sphereify.convert.copies import skeleton
 from sphereify.convert.model_inputs import Inputs
-from sphereify.convert.names import is_within, join
+from sphereify.convert.names import is_within, join, submodule
 from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.output_layers import with_output_layers
 from sphereify.convert.sites import (
@@ -26,6 +26,7 @@ from sphereify.convert.sites import (
     is_affine_norm,
     is_swapped,
     kind_of,
+    number_of_channels,
     site_modules,
     weight_of,
 )
@@ -125,7 +126,22 @@ def _module_site(
         site = replace(site, norm=_next_sibling_norm(name, module, model))
         if site.role == "hidden":
             site = replace(site, role=_role_by_name(site))
-    return site
+    return _without_foreign_norm(site, model, seen)
+
+
+def _without_foreign_norm(site: Site, model: nn.Module, seen: Observation) -> Site:
+    """The site without a normalization whose channels are other than its filters, as far as shapes show that.
+
+    A forward pass shows it. Without one, only a number of channels that does not fit the number of filters does.
+    """
+    if site.norm is None:
+        return site
+    weights = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")} | {site.name}
+    channels = number_of_channels(submodule(model, site.norm)) or site.shape[0]
+    fits = channels % site.shape[0] == 0 or (site.shape[0] % channels == 0 and channels > 1)
+    if fits and weights.isdisjoint(seen.foreign):
+        return replace(site, owns_norm=site.owns_norm and channels == site.shape[0])
+    return replace(site, norm=None, foreign_norm=site.norm, norm_seen=False, owns_norm=False)
 
 
 def _causal_sign(names: tuple[str, ...], module: nn.Module, model: nn.Module, seen: Observation) -> str:
@@ -221,7 +237,7 @@ def _add_calls(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Obs
         if holder in table.by_name:
             _add_call_to_module(table, holder, call, unclear, seen)
         else:
-            _add_call_site(table, call, unclear, facts, seen)
+            _add_call_site(table, call, unclear, model, facts, seen)
     for call in seen.fixed:
         if call.owner not in table.by_name:
             name = join(call.owner, "fixed")
@@ -260,14 +276,16 @@ def _add_call_to_module(table: _SiteTable, holder: str, call: Call, unclear: str
     table.update(holder, call=call, called=True, unclear=site.unclear or unclear)
 
 
-def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFacts, seen: Observation) -> None:
+def _add_call_site(
+    table: _SiteTable, call: Call, unclear: str, model: nn.Module, facts: TraceFacts, seen: Observation
+) -> None:
     """Make a site of a functional call whose weight no module that is a site holds."""
     name = call.parameter or join(call.owner, "computed")
     while name in table.extra and call.parameter is None:
         name += "'"
     if name in table.extra and table.extra[name].call != call:
         unclear = "several calls use this weight, each in its own way"
-    table.extra[name] = Site(
+    site = Site(
         name,
         call.kind,
         call.shape,
@@ -279,6 +297,7 @@ def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFact
         causal=seen.causal.get(name, ""),
         heads=facts.outputs,
     )
+    table.extra[name] = _without_foreign_norm(site, model, seen)
 
 
 def _add_attention(table: _SiteTable, model: nn.Module) -> None:

@@ -45,6 +45,8 @@ class Observation:
     """Weights whose products are outputs, with nothing in between; in training, if that pass succeeded."""
     causal: dict[str, str] = field(default_factory=dict)
     """Weights of convolutions that are causal -> the sign of it."""
+    foreign: frozenset[str] = frozenset()
+    """Weights whose product is scaled by a normalization along other channels than its filters."""
     by_values: bool = False
     """True if values decide what is called, so that another input may call what these inputs did not."""
     error: str = ""
@@ -83,6 +85,7 @@ def _merged(passes: dict[str, Observation]) -> Observation:
     for name in ("order", "calls", "fixed"):
         setattr(merged, name, list(dict.fromkeys(x for one in passes.values() for x in getattr(one, name))))
     merged.causal = {weight: sign for one in passes.values() for weight, sign in one.causal.items()}
+    merged.foreign = frozenset().union(*(one.foreign for one in passes.values()))
     if training is not None:
         merged.direct = training.direct
     if evaluation is not None and training is not None:
@@ -132,6 +135,7 @@ def _observe_pass(model: nn.Module, arguments: tuple[Any, ...], on_shapes: bool)
         outputs=sum(1 for _ in tensors_in(output)),
         direct=provenance.direct(output),
         causal=watch.causality.causal,
+        foreign=frozenset(watch.channels.foreign),
     )
 
 

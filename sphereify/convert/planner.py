@@ -304,6 +304,8 @@ class _Planner:
             return False, False, "no rescaling"
         if site.norm:
             return False, False, f"{site.norm} rescales"
+        if site.foreign_norm:
+            return True, False, f"{site.foreign_norm} normalizes along another axis: SphereNorm rescaling"
         return True, False, "no norm follows: SphereNorm rescaling"
 
 

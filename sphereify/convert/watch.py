@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.convert.causality import CausalityWitness
+from sphereify.convert.channels import ChannelWitness
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.convert.names import is_within
 from sphereify.convert.operations import word
@@ -72,6 +73,7 @@ class Watch(TorchFunctionMode):
         self.provenance = Provenance(frozen)
         self.aliases = aliases
         self.causality = CausalityWitness()
+        self.channels = ChannelWitness()
         self.depth = 0
         """Number of Python functions of torch that are running."""
         self.stack: list[list[Any]] = [["", 0]]
@@ -121,12 +123,17 @@ class Watch(TorchFunctionMode):
             self.depth -= is_function
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._follow(func, operands, result)
-        scales = any(t.numel() > 1 and (id(t) in self.names or id(t) in self.computed) for t in operands)
-        self.provenance.note(func, operands, result, product, scales=scales)
+        learned = (t for t in operands if t.numel() > 1 and (id(t) in self.names or id(t) in self.computed))
+        scale = next(learned, None)
+        self.provenance.note(func, operands, result, product, scales=scale is not None)
+        self.channels.note(func, args, kwargs, operands, result, scale=scale)
         self.causality.note_result(func, args, kwargs, result)
         function = FUNCTIONS.get(func) if weight else None
-        if function is not None and function.kind.startswith("conv") and (call := function.read(args, kwargs)):
-            self.causality.note_convolution(weight, call, result)
+        call = function.read(args, kwargs) if function is not None else None
+        if function is not None and call is not None:
+            self.channels.note_product(weight, len(call.weight), result, call.weight.dim() - 2)
+            if function.kind.startswith("conv"):
+                self.causality.note_convolution(weight, call, result)
         return result
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Product]:
