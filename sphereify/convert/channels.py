@@ -59,7 +59,7 @@ class ChannelWitness:
             self._check(label, _numbers(source.shape, range(source.dim() - len(shape), source.dim())))
         elif name in SCALE and scale is not None and isinstance(result, Tensor) and result.shape == source.shape:
             self._check(label, torch.arange(scale.numel()).view(scale.shape).expand(result.shape))
-        elif name in SAME_VALUES:
+        elif name in SAME_VALUES and isinstance(result, (Tensor, tuple, list)):
             self._move(label, source, function, args, kwargs, result)
         elif isinstance(result, Tensor) and result.shape == source.shape:
             self._labels[result] = label

@@ -20,10 +20,10 @@ from sphereify.convert.sites import (
     ATTENTION,
     UNANSWERABLE,
     Call,
-    Role,
     Site,
     in_order,
     is_affine_norm,
+    is_site,
     is_swapped,
     kind_of,
     number_of_channels,
@@ -124,8 +124,8 @@ def _module_site(
     )
     if not traced and site.norm is None:
         site = replace(site, norm=_next_sibling_norm(name, module, model))
-        if site.role == "hidden":
-            site = replace(site, role=_role_by_name(site))
+    if site.role == "hidden" and facts.is_untraced(name) and _is_shortcut_by_name(site, model, facts):
+        site = replace(site, role="shortcut")
     return _without_foreign_norm(site, model, seen)
 
 
@@ -193,11 +193,25 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
     return None
 
 
-def _role_by_name(site: Site) -> Role:
-    pointwise = "conv" in site.kind and all(k == 1 for k in site.shape[2:])
-    if pointwise and re.search(r"downsample|shortcut|skip|identity", site.name, re.IGNORECASE):
-        return "shortcut"
-    return "hidden"
+def _is_shortcut_by_name(site: Site, model: nn.Module, facts: TraceFacts) -> bool:
+    """True for a 1×1 convolution with the usual name in a block that no trace shows, beside a main path of its shape.
+
+    A skip output has such a name too, but other channels than the convolutions beside it.
+    """
+    named = re.search(r"(^|\.)[^.]*(downsample|shortcut|skip|identity)[^.]*", site.name, re.IGNORECASE)
+    if named is None or "conv" not in site.kind or any(k != 1 for k in site.shape[2:]):
+        return False
+    block, own = site.name[: named.start()], site.name[: named.end()]
+    if block not in facts.untraced and site.name in facts.called:
+        return False
+    around = model.get_submodule(block) if block else model
+    main: list[Any] = [
+        module
+        for name, module in around.named_modules(prefix=block)
+        if is_site(module) and kind_of(module) == site.kind and not (name == own or is_within(name, own))
+    ]
+    reads = any(module.in_channels == site.module.in_channels for module in main)  # type: ignore[union-attr]
+    return reads and any(module.out_channels == site.shape[0] for module in main)
 
 
 # ----------------------------------------------------------------------------------------------------- functional calls

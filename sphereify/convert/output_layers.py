@@ -51,7 +51,7 @@ def _as_seen(site: Site, seen: Observation) -> Site:
     weights = _weights_of(site)
     if site.kind == "embedding":
         return site  # its rows are looked up; what multiplies with them as an output layer is a site of its own
-    ends = [end for end in seen.ends if weights & end.weights]
+    ends = [end for end in seen.ends if weights & end.weights and not (site.kind == "linear" and end.activated)]
     scores = any(end.keeps_classes for end in ends)
     in_training = any(weights & end.weights for end in seen.training_ends)
     if ends or (in_training and _runs_in_evaluation(site, seen)):

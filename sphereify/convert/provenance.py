@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sphereify.convert.model_inputs import tensors_in
-from sphereify.convert.operations import ADD, KEEPS_CLASSES, SAME_VALUES, SCALE, SOFTMAX, word
+from sphereify.convert.operations import ADD, HIDDEN_ACTIVATIONS, KEEPS_CLASSES, SAME_VALUES, SCALE, SOFTMAX, word
 
 NORMALIZATIONS = {
     F.batch_norm,
@@ -77,6 +77,8 @@ class Origin(NamedTuple):
     """Weights whose products were added up, in the shape of the sum."""
     normalized: bool = False
     """True if the tensor was divided by a statistic of its own: a learned scale of each channel completes a norm."""
+    activated: bool = False
+    """True if an activation of hidden features was applied."""
     is_distribution: bool = False
     """True if the tensor is the result of a softmax, with nothing but moves since."""
 
@@ -92,6 +94,8 @@ class End(NamedTuple):
     """True if all operations in between leave each channel its class."""
     shape: tuple[int, ...] = ()
     """Shape of the output; empty for a tensor that is not returned, and for a single number."""
+    activated: bool = False
+    """True if an activation of hidden features was applied."""
 
 
 class Provenance:
@@ -172,6 +176,7 @@ class Provenance:
                 detached,
                 summed.union(*(source.summed for source in sources)),
                 any(source.normalized for source in sources) or self._normalizes(name, operands, result),
+                name in HIDDEN_ACTIVATIONS or any(source.activated for source in differentiable),
                 name in SOFTMAX or (moves and any(source.is_distribution for source in sources)),
             )
         if product.weight:
@@ -239,7 +244,7 @@ class Provenance:
         widths = {self.filters.get(weight) for weight in origin.summed & self.read}
         own = origin.weights - self.read - {MODEL_INPUT}
         weights = {weight for weight in own if self.filters.get(weight) not in widths}
-        return End(frozenset(weights), origin.keeps_classes and not origin.weights & self.read, shape)
+        return End(frozenset(weights), origin.keeps_classes and not origin.weights & self.read, shape, origin.activated)
 
     def direct(self, output: Any) -> frozenset[str]:
         """The weights whose products are outputs of the model, with nothing in between."""

@@ -72,7 +72,8 @@ class _Additions:
         """True if the branch carries one tensor to the sum, and the main path is a function of this tensor."""
         before = self.ancestors[site] & branch & ~self.bits[site]
         behind = [node for node in self._members(branch) if self.ancestors[node] & self.bits[site] and node is not site]
-        gated = any(not self.ancestors[source] & self.bits[site] for node in behind for source in self._values(node))
+        single = [node for node in behind if self.wiring.name(node) not in ADD]
+        gated = any(not self.ancestors[source] & self.bits[site] for node in single for source in self._values(node))
         if gated or not all(map(self._leaves_positions, self._members(before))):
             return False
         inputs = [source for node in [*self._members(before), site] for source in self._values(node)]
@@ -81,14 +82,20 @@ class _Additions:
             return False
         (fork,) = forks
         path = [node for node in self._members(main) if self.ancestors[node] & self.bits[fork]]
-        return bool(path) and not self._leaks(path, main) and not self._is_within_block(fork, path)
+        return bool(path) and not self._leaks(path) and not self._is_within_block(fork, path)
 
-    def _leaks(self, path: list[fx.Node], main: int) -> bool:
-        """True if something on the main path is used elsewhere, as the features of a network with skip outputs are."""
-        ends = [node for node in path if not any(self.bits[user] & main for user in node.users)]
-        inner = [node for node in path if node not in ends]
-        users = (user for node in inner for user in node.users if not self.wiring.is_shape(user))
-        return len(ends) != 1 or any(not self.bits[user] & main for user in users)
+    def _leaks(self, path: list[fx.Node]) -> bool:
+        """True if what the sites of the main path read is used elsewhere too, as in a network with skip outputs."""
+        inside = sum(self.bits[node] for node in path)
+        before = 0
+        for site in self._members(inside & self.sites):
+            before |= self.ancestors[site] & ~self.bits[site]
+        users = (user for node in self._members(inside & before) for user in node.users if not self._is_idle(user))
+        return any(not self.bits[user] & inside for user in users)
+
+    def _is_idle(self, node: fx.Node) -> bool:
+        """True for a node that reads no values, or that nothing uses."""
+        return self.wiring.is_shape(node) or (node.op != "output" and not node.users)
 
     def _is_within_block(self, fork: fx.Node, path: list[fx.Node]) -> bool:
         """True if what follows the fork is added to something from before it: then the fork lies inside a block."""
