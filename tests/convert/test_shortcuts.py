@@ -229,7 +229,10 @@ NOT_RESIDUAL = {
     ),
     "side outputs": (
         side_outputs,
-        {"first": conv(3, 8, 3), "second": conv(8, 8, 3), "third": conv(8, 4, 3), "side": conv(8, 4), "deep": conv(8, 4)},
+        {
+            "first": conv(3, 8, 3), "second": conv(8, 8, 3), "third": conv(8, 4, 3),
+            "side": conv(8, 4), "deep": conv(8, 4),
+        },
     ),
 }  # fmt: skip
 
