@@ -11,6 +11,7 @@ from sphereify.convert.copies import copy_of
 from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.sites import number_of_channels
 from sphereify.nn.functional_calls import CALLS, AngularCall, Arguments, call_key
 
 
@@ -42,6 +43,10 @@ class LayerPair:
     def name(self) -> str:
         return self.decision.name
 
+    def leave_norm(self) -> None:
+        """Treat the normalization as one of the rest of the network: a pass has shown that it is not the layer's."""
+        self.norm = self.new_norm = None
+
     @property
     def shares_k(self) -> bool:
         """True if its learnable k is that of the whole network, which one layer alone may not choose."""
@@ -55,6 +60,7 @@ def layer_pairs(model: nn.Module, reference: nn.Module, plan: ConversionPlan) ->
     for decision in plan.converted:
         path = _path_of(decision)
         norm = submodule(reference, decision.norm) if readers[decision.norm] == 1 else None
+        norm = norm if number_of_channels(norm) == decision.shape[0] else None  # its channels are no filters of a layer
         pairs[decision.name] = LayerPair(
             decision,
             layer=model.get_submodule(path),

@@ -8,10 +8,29 @@ from torch import Tensor, nn
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.rows import Batch, rows_at
 
+CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+"""Normalizations of which the channels are axis 1."""
+
 
 def keeps_statistics(norm: Any) -> bool:
     """True for a BatchNorm with running statistics: in evaluation it scales and shifts each channel."""
     return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+
+
+def scales_filters(norm: nn.Module, output: Tensor, spatial: int) -> bool:
+    """True if the channels of a normalization that takes a layer's output lie on the axis of the filters.
+
+    Args:
+        norm: the normalization.
+        output: of a convolution with `spatial` axes of space, or of a linear map, which has none.
+        spatial: number of these axes.
+    """
+    filters = output.dim() - 1 - spatial
+    if isinstance(norm, CHANNELS_FIRST):
+        return filters == 1
+    if type(norm) in (nn.LayerNorm, getattr(nn, "RMSNorm", nn.LayerNorm)):
+        return filters >= output.dim() - len(norm.normalized_shape)  # type: ignore[arg-type]
+    return True  # a class of its own knows where its channels are
 
 
 def scale_of(norm: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.lockstep import Pass, active_pass
+from sphereify.calibration.norms import scales_filters
 from sphereify.calibration.rows import rows_at
 from sphereify.convert.operations import ADD, word
 from sphereify.nn.functional_calls import Arguments
@@ -176,8 +177,10 @@ def follow_output(pair: LayerPair, sample: Callable[[LayerPair, int, int, Tensor
 def _enter_norm(pair: LayerPair, args: Any) -> None:
     current = active_pass()
     for output in current.outputs if current is not None else []:
-        if output.layer == pair.name and args and args[0] is output.tensor:
-            output.in_norm = True
+        if output.layer == pair.name and args and args[0] is output.tensor and pair.norm is not None:
+            output.in_norm = scales_filters(pair.norm, output.tensor, max(0, len(pair.decision.shape) - 2))
+            if not output.in_norm:
+                pair.leave_norm()
 
 
 def _leave_norm(pair: LayerPair, norm: nn.Module, out: Any) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeletons
-from sphereify.convert.names import is_within, join
+from sphereify.convert.names import is_within, join, submodule
 from sphereify.convert.observe import Observation, observe_first, observe_model
+from sphereify.convert.output_layers import with_output_layers
 from sphereify.convert.sites import (
     ATTENTION,
     UNANSWERABLE,
     Call,
-    Role,
     Site,
     compiled_sites,
     in_order,
@@ -26,13 +26,13 @@ from sphereify.convert.sites import (
     is_site,
     is_swapped,
     kind_of,
+    number_of_channels,
     site_modules,
     weight_of,
 )
 from sphereify.convert.trace import TraceFacts, trace_model
 from sphereify.errors import option
 from sphereify.nn import AngularHead
-from sphereify.nn.filters import own_classifier
 from sphereify.nn.functional_calls import CALLS, COMPUTED, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 
@@ -48,8 +48,6 @@ class ModelGraph:
     """Modules whose forward cannot be traced -> the reason; "" is the model itself."""
     not_run: str
     """Reason why no forward pass succeeded; empty if one did."""
-    output: tuple[int, ...] | None = None
-    """Shape of the model's output in that pass, if it is one tensor."""
     inputs: str = ""
     """The inputs of that pass in words."""
     left_out: tuple[str, ...] = ()
@@ -77,13 +75,11 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
     sites = _with_pointwise_among_causal([*table.sites, *table.extra.values()])
-    if "" in facts.untraced:
-        guess = seen.error or not (seen.outputs or seen.ends)
-        sites = _guess_classifier(model, sites, seen.output) if guess else _with_ends(sites, seen)
+    sites = with_output_layers(model, sites, facts, seen)
     order = facts.order if seen.error else seen.order
     inputs = "" if seen.error else described(seen.arguments, example_inputs)
     left_out = _left_out(facts, seen)
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, seen.output, inputs, left_out)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, inputs, left_out)
 
 
 def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:
@@ -169,9 +165,24 @@ def _module_site(
     )
     if not traced and site.norm is None:
         site = replace(site, norm=_next_sibling_norm(name, module, model))
-        if site.role == "hidden":
-            site = replace(site, role=_role_by_name(site))
-    return site
+    if site.role == "hidden" and facts.is_untraced(name) and _is_shortcut_by_name(site, model, facts):
+        site = replace(site, role="shortcut")
+    return _without_foreign_norm(site, model, seen)
+
+
+def _without_foreign_norm(site: Site, model: nn.Module, seen: Observation) -> Site:
+    """The site without a normalization whose channels are other than its filters, as far as shapes show that.
+
+    A forward pass shows it. Without one, only a number of channels that does not fit the number of filters does.
+    """
+    if site.norm is None:
+        return site
+    weights = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")} | {site.name}
+    channels = number_of_channels(submodule(model, site.norm)) or site.shape[0]
+    fits = channels % site.shape[0] == 0 or (site.shape[0] % channels == 0 and channels > 1)
+    if fits and weights.isdisjoint(seen.foreign):
+        return replace(site, owns_norm=site.owns_norm and channels == site.shape[0])
+    return replace(site, norm=None, foreign_norm=site.norm, norm_seen=False, owns_norm=False)
 
 
 def _causal_sign(names: tuple[str, ...], module: nn.Module, model: nn.Module, seen: Observation) -> str:
@@ -223,11 +234,25 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
     return None
 
 
-def _role_by_name(site: Site) -> Role:
-    pointwise = "conv" in site.kind and all(k == 1 for k in site.shape[2:])
-    if pointwise and re.search(r"downsample|shortcut|skip|identity", site.name, re.IGNORECASE):
-        return "shortcut"
-    return "hidden"
+def _is_shortcut_by_name(site: Site, model: nn.Module, facts: TraceFacts) -> bool:
+    """True for a 1×1 convolution with the usual name in a block that no trace shows, beside a main path of its shape.
+
+    A skip output has such a name too, but other channels than the convolutions beside it.
+    """
+    named = re.search(r"(^|\.)[^.]*(downsample|shortcut|skip|identity)[^.]*", site.name, re.IGNORECASE)
+    if named is None or "conv" not in site.kind or any(k != 1 for k in site.shape[2:]):
+        return False
+    block, own = site.name[: named.start()], site.name[: named.end()]
+    if block not in facts.untraced and site.name in facts.called:
+        return False
+    around = model.get_submodule(block) if block else model
+    main: list[Any] = [
+        module
+        for name, module in around.named_modules(prefix=block)
+        if is_site(module) and kind_of(module) == site.kind and not (name == own or is_within(name, own))
+    ]
+    reads = any(module.in_channels == site.module.in_channels for module in main)  # type: ignore[union-attr]
+    return reads and any(module.out_channels == site.shape[0] for module in main)
 
 
 # ----------------------------------------------------------------------------------------------------- functional calls
@@ -276,7 +301,7 @@ def _add_calls(table: _SiteTable, model: nn.Module, facts: TraceFacts, seen: Obs
         if holder in table.by_name:
             _add_call_to_module(table, holder, call, unclear, seen)
         else:
-            _add_call_site(table, call, unclear, facts, seen)
+            _add_call_site(table, call, unclear, model, facts, seen)
     for call in seen.fixed:
         if call.owner not in table.by_name:
             name = join(call.owner, "fixed")
@@ -317,14 +342,16 @@ def _add_call_to_module(table: _SiteTable, holder: str, call: Call, unclear: str
     table.update(holder, call=call, called=True, unclear=site.unclear or unclear)
 
 
-def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFacts, seen: Observation) -> None:
+def _add_call_site(
+    table: _SiteTable, call: Call, unclear: str, model: nn.Module, facts: TraceFacts, seen: Observation
+) -> None:
     """Make a site of a functional call whose weight no module that is a site holds."""
     name = call.parameter or call.part or join(call.owner, "computed")
     while name in table.extra and call.parameter is None:
         name += "'"
     if name in table.extra and table.extra[name].call != call:
         unclear = "several calls use this weight, each in its own way"
-    table.extra[name] = Site(
+    site = Site(
         name,
         call.kind,
         call.shape,
@@ -336,6 +363,7 @@ def _add_call_site(table: _SiteTable, call: Call, unclear: str, facts: TraceFact
         causal=seen.causal.get(name, ""),
         heads=facts.outputs,
     )
+    table.extra[name] = _without_foreign_norm(site, model, seen)
 
 
 def _add_attention(table: _SiteTable, model: nn.Module) -> None:
@@ -367,7 +395,7 @@ def _add_own_attention(table: _SiteTable, model: nn.Module, facts: TraceFacts, s
             _add_call_to_module(table, holder, call, unclear, seen)
             table.update(holder, attention=call.owner)
         else:
-            _add_call_site(table, call, unclear, facts, seen)
+            _add_call_site(table, call, unclear, model, facts, seen)
             table.extra[weight] = replace(table.extra[weight], attention=call.owner)
 
 
@@ -392,35 +420,3 @@ def _add_own_calls(table: _SiteTable, bones: nn.Module) -> None:
         if len(inner) == 1:
             parameter = join(site.name, inner[0].parameter) if inner[0].parameter else None
             table.update(site.name, call=replace(inner[0], owner=site.name, parameter=parameter))
-
-
-# ---------------------------------------------------------------------------------------------------------- classifiers
-
-
-def _with_ends(sites: list[Site], seen: Observation) -> list[Site]:
-    """The sites with the classifiers that an observation shows, for a model that cannot be traced as a whole."""
-    outputs = 1 if seen.output is not None else len(seen.ends)
-    scores = frozenset().union(*(end.weights for end in seen.ends if end.keeps_classes))
-    ends = frozenset().union(*(end.weights for end in seen.ends))
-
-    def weights_of(site: Site) -> set[str]:
-        own = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")}
-        return {*site.names, *own, *([site.call.parameter] if site.call is not None and site.call.parameter else [])}
-
-    return [
-        replace(s, role="classifier", heads=outputs, processed=not weights_of(s) & scores)
-        if weights_of(s) & ends
-        else s
-        for s in sites
-    ]
-
-
-def _guess_classifier(model: nn.Module, sites: list[Site], output: tuple[int, ...] | None) -> list[Site]:
-    """The sites with a classifier by its name, for a model that can be neither traced nor run as a whole."""
-    classifiers = {id(module) for module in own_classifier(model) if is_site(module)}
-    if not classifiers:
-        linear = [site for site in sites if site.kind == "linear" and site.module is not None]
-        usual = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|output|out)(\.|$)")
-        fits = linear and (output is None or (len(output) == 2 and output[1] == linear[-1].shape[0]))
-        classifiers = {id(linear[-1].module)} if fits and usual.search(linear[-1].name) else set()
-    return [replace(s, role="classifier", heads=1) if id(s.module) in classifiers else s for s in sites]

@@ -31,6 +31,8 @@ class Observation:
 
     order: list[str] = field(default_factory=list)
     """Modules, and weights of functional calls, in the order in which they are first called or passed."""
+    in_evaluation: frozenset[str] = frozenset()
+    """Those of them that a pass in evaluation shows."""
     calls: list[Call] = field(default_factory=list)
     """Functional calls with a learned weight."""
     fixed: list[Call] = field(default_factory=list)
@@ -43,6 +45,8 @@ class Observation:
     """Shape of the output in evaluation, if that is one tensor."""
     ends: list[End] = field(default_factory=list)
     """The different outputs in evaluation that end in sites."""
+    training_ends: list[End] = field(default_factory=list)
+    """The outputs in training, if that pass succeeded too, that end in other sites than those in evaluation."""
     outputs: int = 0
     """Number of tensors that the model returns in evaluation."""
     not_in_both: set[Call] = field(default_factory=set)
@@ -51,6 +55,8 @@ class Observation:
     """Weights whose products are outputs, with nothing in between; in training, if that pass succeeded."""
     causal: dict[str, str] = field(default_factory=dict)
     """Weights of convolutions that are causal -> the sign of it."""
+    foreign: frozenset[str] = frozenset()
+    """Weights whose product is scaled by a normalization along other channels than its filters."""
     by_values: bool = False
     """True if values decide what is called, so that another input may call what these inputs did not."""
     error: str = ""
@@ -106,9 +112,13 @@ def _merged(passes: dict[str, Observation]) -> Observation:
         setattr(merged, name, list(dict.fromkeys(x for one in passes.values() for x in getattr(one, name))))
     merged.readers = {parameter: reader for one in passes.values() for parameter, reader in one.readers.items()}
     merged.causal = {weight: sign for one in passes.values() for weight, sign in one.causal.items()}
+    merged.foreign = frozenset().union(*(one.foreign for one in passes.values()))
     if training is not None:
         merged.direct = training.direct
     if evaluation is not None and training is not None:
+        merged.in_evaluation = frozenset(evaluation.order)
+        ends = frozenset().union(*(end.weights for end in evaluation.ends))
+        merged.training_ends = [end for end in training.ends if not end.weights <= ends]
         merged.not_in_both = _only_in(evaluation, training) | _only_in(training, evaluation)
     return merged
 
@@ -128,11 +138,13 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
     placed = arguments.to(device) if device.type == "meta" else filled(arguments, model)
     parameters = {name: p.detach().to(device) for name, p in model.named_parameters()}
     buffers = {name: b.clone() if b.device == device else b.to(device) for name, b in model.named_buffers()}
-    watch = Watch(parameters, buffers)
+    aliases, frozen = _names_of_parameters(model)
+    watch = Watch(parameters, buffers, aliases, frozen)
     seen, provenance = watch.sightings, watch.provenance
     # On shapes alone, a size that depends on values is taken as large as it can be.
     largest = shapes.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     output = None
+    provenance.note_inputs(placed)
     try:
         with torch.random.fork_rng(devices=[]), largest, watch.entering(model), WatchBeneath(watch), watch:
             output = torch.func.functional_call(model, {**parameters, **buffers}, placed.args, dict(placed.kwargs))
@@ -142,17 +154,30 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
         # Every layer has run: what failed is the reading of the results, boxes drawn from scores for one.
         provenance.cut = provenance.multiplied
     return Observation(
-        seen.order,
-        seen.calls,
-        seen.fixed,
-        seen.attention,
-        seen.readers,
+        order=seen.order,
+        calls=seen.calls,
+        fixed=seen.fixed,
+        attention=seen.attention,
+        readers=seen.readers,
         output=tuple(output.shape) if isinstance(output, Tensor) else None,
         ends=provenance.ends(output),
         outputs=sum(1 for _ in tensors_in(output)),
         direct=provenance.direct(output),
         causal=watch.causality.causal,
+        foreign=frozenset(watch.channels.foreign),
     )
+
+
+def _names_of_parameters(model: nn.Module) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """All names of each parameter by its first one, and the names of those that require no gradient."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases: dict[str, list[str]] = {}
+    frozen = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(first[id(parameter)], []).append(name)
+        if not parameter.requires_grad:
+            frozen.add(name)
+    return aliases, frozenset(frozen)
 
 
 def _has_run_all_layers(model: nn.Module, finished: set[str]) -> bool:

@@ -19,6 +19,9 @@ KEEPS_CLASSES = {
     "selectadaptivepool2d",
 }  # fmt: skip
 """Operations between the classifier and the output of a model that leave each channel its class."""
+SOFTMAX = {"softmax", "softmax2d"}
+HIDDEN_ACTIVATIONS = {"tanh", "gelu", "silu", "elu", "selu", "celu", "mish", "leaky_relu", "hardswish", "prelu"}
+"""Activations of hidden features; a sigmoid and a ReLU also make probabilities and lengths of scores."""
 ADD = {"add", "iadd", "add_"}
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
 GROUPED_PRODUCTS = {

@@ -14,6 +14,8 @@ from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UnsupportedModelError
 from sphereify.wording import count
 
+KEPT_SHORTCUT = "1×1 convolution on a residual shortcut"
+"""Reason to keep a layer that `skip_shortcuts` asks to keep."""
 PLAN_VERSION = 2
 """Format of the JSON. Version 1 called `output_read_only` `only_read`."""
 
@@ -146,7 +148,7 @@ class ConversionPlan:
         """One line: how many sites of each kind are converted, and how many are kept."""
         converted = [d for d in self.converted if d.head is None]
         convolutions = sum(d.kind.startswith("conv") for d in converted)
-        shortcuts = sum(d.role == "shortcut" for d in self.kept)
+        shortcuts = sum(d.reason == KEPT_SHORTCUT for d in self.kept)
         heads = [d for d in self.converted if d.head]
         linear = len(converted) - convolutions
         parts = [count(convolutions, "convolution") + " converted"] if convolutions or not linear else []

@@ -19,7 +19,7 @@ from sphereify.convert.merging import merging_note
 from sphereify.convert.model_checks import check_model, quantized_layers
 from sphereify.convert.names import submodule
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
-from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import UnsupportedModelError, UsageError, option
@@ -281,7 +281,7 @@ class _Planner:
         if site.role == "classifier":
             return self._reason_to_keep_head(site)
         if site.role == "shortcut" and self.options.skip_shortcuts and not setting:
-            return "1×1 convolution on a residual shortcut"
+            return KEPT_SHORTCUT
         return None
 
     def _reason_to_keep_head(self, site: Site) -> str | None:
@@ -297,12 +297,11 @@ class _Planner:
             return no_classes
         if self.options.head != "auto":
             return None
-        if self.graph.output is not None and len(self.graph.output) != 2:
-            return (
-                f"the output has shape {self.graph.output}, not one score a class and image: ask with head='w-softmax'"
-            )
         if site.heads > 1:
             return f"one of {site.heads} outputs: ask for an angular head with head='w-softmax'"
+        shape = next((s for s in site.output_shapes if len(s) != 2 and s != site.shape[:1]), None)
+        if shape is not None:
+            return f"the output has shape {shape}, not one score a class and image: ask with head='w-softmax'"
         return None
 
     def _has_no_classes(self, site: Site) -> str | None:
@@ -362,6 +361,8 @@ class _Planner:
             return False, False, "no rescaling"
         if site.norm:
             return False, False, f"{site.norm} rescales"
+        if site.foreign_norm:
+            return True, False, f"{site.foreign_norm} normalizes along another axis: SphereNorm rescaling"
         return True, False, "no norm follows: SphereNorm rescaling"
 
 

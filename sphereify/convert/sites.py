@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sphereify.nn import AngularHead
 
@@ -92,6 +92,8 @@ class Site:
     role: Role = "hidden"
     norm: str | None = None
     """Name of the normalization with an affine part that directly follows."""
+    foreign_norm: str | None = None
+    """Name of a normalization that directly follows, but along other channels than the filters of the site."""
     norm_seen: bool = False
     """True if a trace shows that this normalization alone reads the output of the site, and does not change it."""
     owns_norm: bool = False
@@ -116,6 +118,8 @@ class Site:
     """True for a classifier whose scores are processed further, in more than ways that leave each channel its class."""
     causal: str = ""
     """Sign that a convolution must not look at later positions; empty if there is none."""
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+    """For a classifier: shapes of the model's outputs that are made of its product; empty if none was seen."""
     heads: int = 0
     """For a classifier: number of separate outputs of the model that end in a site."""
 
@@ -150,6 +154,12 @@ def is_affine_norm(module: nn.Module) -> bool:
     """True for a normalization, of torch, torchvision, timm or the user, that has a scale of its own."""
     named = "norm" in type(module).__name__.lower() and not is_site(module)
     return named and getattr(module, "weight", None) is not None
+
+
+def number_of_channels(norm: Any) -> int | None:
+    """The number of channels that a normalization scales, each by its own factor; None where there is no telling."""
+    scales = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
+    return next((scale.numel() for scale in scales if isinstance(scale, Tensor)), None)
 
 
 def class_name(thing: Any) -> str:

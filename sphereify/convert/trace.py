@@ -18,7 +18,9 @@ from torch import fx, nn
 from sphereify.convert.hooks import with_hooks
 from sphereify.convert.model_inputs import unchanged
 from sphereify.convert.names import is_within, join
+from sphereify.convert.shortcuts import shortcuts
 from sphereify.convert.sites import ATTENTION, Call, Role, is_affine_norm, is_site, site_modules
+from sphereify.convert.traced_outputs import traced_outputs
 from sphereify.convert.wiring import Wiring
 from sphereify.errors import first_line
 from sphereify.nn.attention import projections
@@ -49,6 +51,10 @@ class TraceFacts:
     """Projections by whole parameters that `F.multi_head_attention_forward` makes."""
     outputs: int = 0
     """Number of the model's outputs that end in sites."""
+    corrections: set[str] = field(default_factory=set)
+    """Sites whose product is added to the model's own input, which makes an output."""
+    open_ended: bool = False
+    """True if an output comes from a part that the graph of the whole does not show."""
     untraced: dict[str, str] = field(default_factory=dict)
     """Modules that cannot be traced -> the reason."""
     called_with_more: set[str] = field(default_factory=set)
@@ -249,10 +255,10 @@ def _read(
                 facts.attention.append(Call(owner, "linear", name, tuple(parameter.shape), has_bias))
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     facts.shared_norms |= {join(prefix, name) for name, times in calls.items() if times > 1}
-    for node in wiring.shortcuts():
+    for node in shortcuts(wiring):
         facts.roles[join(prefix, wiring.sites[node])] = "shortcut"
     if is_root:
-        ends = wiring.outputs()
-        facts.outputs = len(ends)
-        for node in (node for end in ends for node in end):
-            facts.roles[join(prefix, wiring.sites[node])] = "classifier"
+        outputs = traced_outputs(wiring)
+        facts.outputs, facts.open_ended = len(outputs.ends), outputs.open_ended
+        facts.corrections = {join(prefix, name) for name in outputs.corrections}
+        facts.roles.update({join(prefix, name): "classifier" for end in outputs.ends for name in end})

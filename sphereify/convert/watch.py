@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sphereify.convert.causality import CausalityWitness
+from sphereify.convert.channels import ChannelWitness
 from sphereify.convert.model_inputs import tensors_in
+from sphereify.convert.names import is_within
 from sphereify.convert.operations import CASTS, GROUPED_PRODUCTS, PRODUCT_NAMES, SAME_VALUES, SELECTS, word
-from sphereify.convert.provenance import Provenance
-from sphereify.convert.sites import Call
+from sphereify.convert.provenance import NO_PRODUCT, Product, Provenance
+from sphereify.convert.sites import Call, is_affine_norm
 from sphereify.nn.attention import projections
 from sphereify.nn.functional_calls import FUNCTIONS
 
@@ -61,11 +63,27 @@ class Sightings:
 class Watch(TorchFunctionMode):
     """Notes each functional convolution and linear map, and follows what is computed from parameters alone."""
 
-    def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]):
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        aliases: dict[str, list[str]],
+        frozen: frozenset[str] = frozenset(),
+    ):
+        """Watch a pass with these tensors.
+
+        Args:
+            parameters: tensors in place of the parameters, by the first name of each.
+            buffers: tensors in place of the buffers.
+            aliases: all names of each parameter, by the first one.
+            frozen: parameters, by all their names, that require no gradient.
+        """
         super().__init__()
         self.sightings = Sightings()
-        self.provenance = Provenance()
+        self.provenance = Provenance(frozen)
+        self.aliases = aliases
         self.causality = CausalityWitness()
+        self.channels = ChannelWitness()
         self.depth = 0
         """Number of Python functions of torch that are running."""
         self.stack: list[list[Any]] = [["", 0]]
@@ -95,8 +113,10 @@ class Watch(TorchFunctionMode):
                 self.stack.append([name, 0])
                 self.sightings.order.append(name)
 
-            def leave(*_: Any) -> None:
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
                 self.sightings.finished.add(self.stack.pop()[0])
+                if is_affine_norm(module):
+                    self.provenance.note_norm(args, output)
 
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave))
@@ -108,49 +128,59 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        weight = self._note(func, args, kwargs)
+        weight, product = self._note(func, args, kwargs)
         answer = OF_VALUES.get(getattr(func, "__name__", ""))
         if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
             return answer(*args, **kwargs)
         is_function = not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
         self.depth += is_function
         try:
-            result = func(*args, **kwargs)
+            result = _on_one_device(func, args, kwargs)
         finally:
             self.depth -= is_function
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._note_readers(func, operands)
         self._note_source(func, operands, result)
         self._follow(func, operands, result)
-        self.provenance.note(func, operands, result, weight)
+        learned = (t for t in operands if t.numel() > 1 and (id(t) in self.names or id(t) in self.computed))
+        scale = next(learned, None)
+        self.provenance.note(func, operands, result, product, scales=scale is not None)
+        self.channels.note(func, args, kwargs, operands, result, scale=scale)
         self.causality.note_result(func, args, kwargs, result)
         function = FUNCTIONS.get(func) if weight else None
-        if function is not None and function.kind.startswith("conv") and (call := function.read(args, kwargs)):
-            self.causality.note_convolution(weight, call, result)
+        call = function.read(args, kwargs) if function is not None else None
+        if function is not None and call is not None:
+            self.channels.note_product(weight, len(call.weight), result, call.weight.dim() - 2)
+            if function.kind.startswith("conv"):
+                self.causality.note_convolution(weight, call, result)
         return result
 
-    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-        """Note a convolution, a linear map or another product with a parameter, and return the name of its weight."""
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Product]:
+        """Note a convolution, a linear map or another product with a parameter.
+
+        Returns:
+            The name of its weight, learned or not, and the product as it concerns the provenance of outputs.
+        """
         if func is F.multi_head_attention_forward:
             self._note_attention(args, kwargs)
-            return ""
+            return "", Product(reads=True)
         function = FUNCTIONS.get(func)
         call = function.read(args, kwargs) if function is not None else None
         multiplies = function is not None and function.any_product
         if function is None or call is None or (multiplies and not self._is_matrix(call.source)):
             if word(func) in GROUPED_PRODUCTS:
-                return self._note_product(args, kwargs, "experts")
-            return self._note_product(args, kwargs) if func in PRODUCT_FUNCTIONS else ""
+                return "", self._note_product(args, kwargs, "experts")
+            return "", self._note_product(args, kwargs) if func in PRODUCT_FUNCTIONS else NO_PRODUCT
         if id(call.x) in self.names or id(call.x) in self.computed or id(call.x) in self.constant:
-            return ""  # of parameters alone: a weight is computed here
+            return "", NO_PRODUCT  # of parameters alone: a weight is computed here
         base = call.source if id(call.source) in self.names else call.source._base
         whole = base is not None and base.numel() == call.source.numel()  # and no slice, of which there may be others
-        name = self.names.get(id(base)) if whole else None
+        owner, nth = self.stack[-1]
+        name = self._name_for(owner, self.names.get(id(base))) if whole else None
         if self._in_own_function():
-            return self._note_product(args, kwargs, "own-backward")
+            return "", self._note_product(args, kwargs, "own-backward")
         part = "" if name is not None or base is None else self._part(base, call.source)
         columns = name is not None and base is not None and function.columns != _is_turned(call.source, base)
-        owner, nth = self.stack[-1]
         self.stack[-1][1] += name is None
         noted = Call(
             owner,
@@ -165,10 +195,11 @@ class Watch(TorchFunctionMode):
         )
         learned = name is not None or id(call.source) in self.computed
         if not learned and call.source in self.sources:
-            return self._note_product(args, kwargs, "experts")
+            return "", self._note_product(args, kwargs, "experts")
         (self.sightings.calls if learned else self.sightings.fixed).append(noted)
-        self.sightings.order.append(name or part or f"{owner}.computed")
-        return self.sightings.order[-1]
+        weight = name or part or f"{owner}.computed"
+        self.sightings.order.append(weight)
+        return weight, Product(weight, noted.shape[0], reads=True) if learned else NO_PRODUCT
 
     def _part(self, base: Tensor, view: Tensor) -> str:
         """The name of a slice of a parameter, by number in the order in which they are met; empty for other views.
@@ -203,19 +234,26 @@ class Watch(TorchFunctionMode):
                 if parameter is not None:
                     self.sightings.readers.setdefault(parameter, name)
 
-    def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> str:
+    def _name_for(self, owner: str, parameter: str | None) -> str | None:
+        """The name of a parameter as the module that uses it has it: an output layer may be tied to an embedding."""
+        names = self.aliases.get(parameter or "", [])
+        own = (name for name in names if name.rpartition(".")[0] == owner)
+        inside = (name for name in names if is_within(name, owner))
+        return next(own, next(inside, parameter))
+
+    def _note_product(self, args: tuple, kwargs: dict[str, Any], kind: str = "product") -> Product:
         """Note another product with a parameter: no site that can be made angular, but the plan accounts for it."""
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if all(id(t) in self.names or id(t) in self.computed or id(t) in self.constant for t in operands):
-            return ""
+            return NO_PRODUCT
         for tensor in operands:
             name = self._parameter(tensor) or self.sources.get(tensor)
             if tensor.dim() >= 2 and (name is not None or id(tensor) in self.computed):
                 selected = name is not None and id(tensor) not in self.computed and id(tensor) not in self.names
                 is_own = selected and self._parameter(tensor) is None
                 self._add_product("experts" if is_own else kind, name, tensor)
-                return ""
-        return ""
+                return Product(reads=True)
+        return NO_PRODUCT
 
     def note_beneath(self, args: tuple) -> None:
         """Note a product with a parameter that was made where no Python function stands between."""
@@ -291,6 +329,21 @@ class WatchBeneath(TorchDispatchMode):
         if not self.watch.depth and is_product:
             self.watch.note_beneath(args)
         return func(*args, **(kwargs or {}))
+
+
+def _on_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a function; if it fails on tensors with and without values together, once more without any values.
+
+    A module may hold tensors that are neither parameters nor buffers: constants, or what an earlier pass has left.
+    """
+    try:
+        return func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({leaf.is_meta for leaf in leaves}) < 2:
+            raise
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _is_turned(view: Tensor, base: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The wiring of one traced graph: the norm after a site, the sites at the outputs, the shortcuts of residual blocks."""
+"""The wiring of one traced graph: which nodes are sites, what their calls pass, and the norm after each of them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,14 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sphereify.convert.operations import ADD, KEEPS_CLASSES, LEAVES_IN_PLACE, PRODUCT_NAMES, SAME_VALUES, SCALE
+from sphereify.convert.operations import LEAVES_IN_PLACE, PRODUCT_NAMES, SAME_VALUES
 from sphereify.convert.sites import Call, is_affine_norm, is_site
 from sphereify.nn.functional_calls import FUNCTIONS
 
-UPSAMPLE = {
-    "interpolate", "upsample", "pixel_shuffle", "pixelshuffle", "convtranspose1d", "convtranspose2d", "convtranspose3d",
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-}  # fmt: skip
 SHAPE = {"size", "shape", "dim", "ndim", "device", "dtype"}
 FUNCTIONAL_NORMS = {F.batch_norm: 3, F.layer_norm: 2, F.group_norm: 2}
 """Functional normalizations -> the position of the weight among their arguments."""
@@ -35,6 +31,7 @@ class Wiring:
         for node in graph.nodes:
             if (name := self._site_name(node)) is not None:
                 self.sites[node] = name
+        self.other_products = {node for node, _ in self.products()}
 
     def _site_name(self, node: fx.Node) -> str | None:
         if node.op == "call_module" and is_site(self.modules[str(node.target)]):
@@ -122,6 +119,32 @@ class Wiring:
     def moves(self, node: fx.Node) -> bool:
         return node.op.startswith("call_") and self.name(node) in SAME_VALUES
 
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values a node takes."""
+        return [source for source in node.all_input_nodes if not self.is_shape(source)]
+
+    def reads_features(self, node: fx.Node) -> bool:
+        """True for a site, a normalization, or a leaf with weights of its own: it makes new features of its input."""
+        if node in self.sites or node in self.other_products:
+            return True
+        if node.op == "call_function":
+            return self.name(node).endswith("_norm")
+        return node.op == "call_module" and ("norm" in self.name(node) or self.is_opaque(node))
+
+    def is_opaque(self, node: fx.Node) -> bool:
+        """True for a leaf of the graph that is no site and holds weights, so that what happens inside is not seen."""
+        if node.op != "call_module" or node in self.sites:
+            return False
+        module = self.modules[str(node.target)]
+        return not is_affine_norm(module) and any(parameter.dim() > 1 for parameter in module.parameters())
+
+    def filters(self, name: str) -> int | None:
+        """The number of channels of a site's product, by the site's name."""
+        weight: Any = getattr(self.modules.get(name), "weight", self.parameters.get(name))
+        if weight is None:
+            return None
+        return int(weight.shape[1 if isinstance(self.modules.get(name), nn.Embedding) else 0])
+
     def is_shape(self, node: fx.Node) -> bool:
         """True if a node reads no values, as `x.shape` and `x.size(0)`."""
         if node.op == "call_function" and node.target is getattr:
@@ -161,60 +184,7 @@ class Wiring:
             node = node.all_input_nodes[0]
         return node.op == "placeholder"
 
-    def outputs(self) -> list[list[fx.Node]]:
-        """The sites at the end of each output of the model, for outputs that end in sites."""
-        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
-        leaves = output.all_input_nodes
-        if len(leaves) == 1 and isinstance(leaves[0].target, type):  # a named tuple, made by its class
-            leaves = leaves[0].all_input_nodes
-        ends = [list(self._last_sites(leaf, set())) for leaf in leaves]
-        return [end for end in ends if end]
-
-    def _last_sites(self, node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
-        if node in seen:
-            return
-        seen.add(node)
-        if node in self.sites:
-            yield node
-            return
-        name = self.name(node)
-        inputs = [n for n in node.all_input_nodes if not self.is_shape(n)]
-        averaged = name in ADD or (name in SCALE and len(inputs) == 1)
-        if node.op.startswith("call_") and (self.moves(node) or name in KEEPS_CLASSES or averaged):
-            for source in inputs:
-                yield from self._last_sites(source, seen)
-
-    def shortcuts(self) -> list[fx.Node]:
-        """The 1×1 convolutions that lie alone on the branch of a residual addition which skips the main path.
-
-        For an addition a + b, a branch is what feeds one operand and not the other. The branch whose only site is a
-        1×1 convolution is the shortcut if the other one does more: several sites, or a larger window. Lateral
-        connections of a feature pyramid have the same shape but add an upsampled map; they are not residual.
-        """
-        nodes = list(self.graph.nodes)
-        index = {node: i for i, node in enumerate(nodes)}
-        ancestors: list[int] = []  # a bit for each node
-        for node in nodes:
-            reached = 1 << index[node]
-            for source in node.all_input_nodes:
-                reached |= ancestors[index[source]]
-            ancestors.append(reached)
-        sites = sum(1 << index[node] for node in self.sites)
-        upsampled = sum(1 << index[node] for node in nodes if self.name(node) in UPSAMPLE)
-        shortcuts: list[fx.Node] = []
-        for node in nodes:
-            operands = node.all_input_nodes
-            if not (node.op.startswith("call_") and self.name(node) in ADD and len(operands) == 2):
-                continue
-            first, second = (ancestors[index[operand]] for operand in operands)
-            for branch, other in ((first & ~second, second & ~first), (second & ~first, first & ~second)):
-                short, long = (_members(side & sites, nodes) for side in (branch, other))
-                lateral = (branch | other) & upsampled
-                if not lateral and len(short) == 1 and self._is_pointwise(short[0]) and self._does_more(long):
-                    shortcuts.append(short[0])
-        return shortcuts
-
-    def _is_pointwise(self, node: fx.Node) -> bool:
+    def is_pointwise(self, node: fx.Node) -> bool:
         """True for a convolution with a window of one position, which a linear map is not."""
         if node.op == "call_module":
             kernel = getattr(self.modules[str(node.target)], "kernel_size", ())
@@ -223,15 +193,3 @@ class Wiring:
             parameter = self.parameters.get(str(weight.target)) if weight is not None else None
             kernel = tuple(parameter.shape[2:]) if parameter is not None else ()
         return len(kernel) > 0 and all(k == 1 for k in kernel)
-
-    def _does_more(self, branch: list[fx.Node]) -> bool:
-        return len(branch) > 1 or (len(branch) == 1 and not self._is_pointwise(branch[0]))
-
-
-def _members(bits: int, nodes: list[fx.Node]) -> list[fx.Node]:
-    members = []
-    while bits:
-        lowest = bits & -bits
-        members.append(nodes[lowest.bit_length() - 1])
-        bits ^= lowest
-    return members

@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sphereify.convert.arguments import Inputs
+from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
+from sphereify.convert.input_values import filled
 from sphereify.convert.model_checks import check_model
+from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
@@ -157,11 +159,14 @@ def _plan_folding(model: nn.Module, example_inputs: Inputs) -> Folding:
         raise UsageError(f"fold: nothing in {type(model).__name__} is angular; convert it first with sphereify(model)")
     left = {name: why for name, layer in angular.items() if (why := _reason_to_leave(layer))}
     norms = _owned_norms(model, example_inputs) if len(left) < len(angular) else {}
+    foreign = _norms_of_other_axes(model, norms, example_inputs)
     layers: dict[str, str | None] = {}
     for name in (name for name in angular if name not in left):
         # A head is no affine map of g: its logits are multiplied by the length of the features.
         layers[name] = norm = None if isinstance(angular[name], AngularHead) else norms.get(name)
-        if norm is not None and (why := _reason_to_leave_norm(angular[name], submodule(model, norm))):
+        if norm in foreign:
+            layers[name], left[norm] = None, "its channels are not the filters of the linear map before it"
+        elif norm is not None and (why := _reason_to_leave_norm(angular[name], submodule(model, norm))):
             layers[name], left[norm] = None, why
     for name, owner in calls:
         keys = (f"{name}.{parameter_name(key)}".lstrip(".") for key in getattr(owner, CALLS))
@@ -191,6 +196,31 @@ def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
     sites: Any = plan.decisions if plan is not None else read_graph(model, example_inputs).sites
     owned = {site.name: site.norm for site in sites if site.owns_norm and site.norm is not None}
     return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}
+
+
+@torch.no_grad()
+def _norms_of_other_axes(model: nn.Module, norms: dict[str, str], example_inputs: Inputs) -> set[str]:
+    """The BatchNorms behind linear maps that take tokens, whose channels are axis 1 and not the filters."""
+    behind = [norm for name, norm in norms.items() if isinstance(submodule(model, name), nn.Linear)]
+    foreign: set[str] = set()
+    if example_inputs is None or not behind:
+        return foreign
+
+    def watch(norm: str) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            if args and args[0].dim() != 2:
+                foreign.add(norm)
+
+        return model.get_submodule(norm).register_forward_pre_hook(note)
+
+    handles = [watch(norm) for norm in behind]
+    try:
+        with evaluating(model):
+            filled(ModelArguments.of(example_inputs), model).run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return foreign
 
 
 def _is_batch_norm(norm: Any) -> bool:

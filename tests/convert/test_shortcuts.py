@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from sphereify import plan_conversion
+from tests.convert.models import Net
 
 REASON = "1×1 convolution on a residual shortcut"
 T = timm.create_model
@@ -179,3 +180,92 @@ def test_an_override_converts_a_shortcut_that_would_be_kept():
         model = T("resnet18")
     plan = plan_conversion(model, skip_shortcuts=True, overrides={"layer3.0.downsample.0": {"operator": "linear"}})
     assert {d.name for d in plan.kept} == {"layer2.0.downsample.0", "layer4.0.downsample.0"}
+
+
+def wavenet(n, x):
+    """Skip outputs of residual blocks, added up beside the residual stream."""
+    total = 0
+    for dilated, residual, skip in zip(n.dilated, n.residual, n.skip, strict=True):
+        h = dilated(x).tanh()
+        x, total = x + residual(h), total + skip(h)
+    return n.last(total.relu())
+
+
+def side_outputs(n, x):
+    a = n.first(x).relu()
+    b = n.second(a).relu()
+    return (n.side(a) + n.deep(b) + n.third(b)).tanh()
+
+
+def gated(n, x):
+    y = n.first(x)
+    return (y * n.second(n.third(y).relu()).sigmoid() + y * n.side(y).sigmoid()).tanh()
+
+
+def conv(inputs, outputs, size=1):
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
+
+
+def three(inputs, outputs, size=1):
+    return nn.ModuleList(conv(inputs, outputs, size) for _ in range(3))
+
+
+NOT_RESIDUAL = {
+    "gates": (
+        gated,
+        {"first": conv(3, 8, 3), "third": conv(8, 2), "second": conv(2, 8), "side": conv(8, 1)},
+    ),
+    "a branch pooled over all positions": (
+        lambda n, x: (n.first(x) + n.side(x.mean((2, 3), keepdim=True))).tanh(),
+        {"first": conv(3, 8, 3), "side": conv(3, 8)},
+    ),
+    "a branch pooled over neighbourhoods": (
+        lambda n, x: (n.first(x) + n.side(F.avg_pool2d(x, 3, 1, 1))).tanh(),
+        {"first": conv(3, 8, 3), "side": conv(3, 8)},
+    ),
+    "skip outputs of residual blocks": (
+        wavenet,
+        {"dilated": three(3, 3, 3), "residual": three(3, 3), "skip": three(3, 6), "last": conv(6, 4, 3)},
+    ),
+    "side outputs": (
+        side_outputs,
+        {
+            "first": conv(3, 8, 3), "second": conv(8, 8, 3), "third": conv(8, 4, 3),
+            "side": conv(8, 4), "deep": conv(8, 4),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_RESIDUAL)
+def test_a_1x1_convolution_beside_a_sum_that_is_not_residual_is_no_shortcut(kind):
+    wiring, parts = NOT_RESIDUAL[kind]
+    plan = plan_conversion(Net(wiring, **parts), skip_shortcuts=True)
+    assert {d.name for d in plan.decisions if d.role == "shortcut"} == set()
+
+
+def test_a_summary_counts_those_shortcuts_as_kept_that_the_option_keeps():
+    model = PreActResNet()
+    assert "2 shortcuts kept" in plan_conversion(model, skip_shortcuts=True).summary()
+    excluded = plan_conversion(model, exclude="*.proj").summary()
+    assert "shortcut" not in excluded
+    assert "2 layers kept" in excluded
+
+
+class Guarded(nn.Module):
+    """A block that no trace can follow, with a 1×1 convolution by the name of a shortcut."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv1, self.conv2 = conv(3, 6, 3), conv(6, 6, 3)
+        self.skip = nn.Sequential(conv(3, outputs), nn.ReLU())
+
+    def forward(self, x):
+        y = self.conv2(self.conv1(torch.stack(list(x))).relu())
+        return torch.cat([y, self.skip(x)], 1).sum((2, 3)).tanh()
+
+
+@pytest.mark.parametrize(("outputs", "role"), [(6, "shortcut"), (4, "hidden")])
+def test_a_name_makes_a_shortcut_only_with_the_channels_of_a_main_path(outputs, role):
+    decisions = plan_conversion(nn.Sequential(Guarded(outputs), nn.Linear(6 + outputs, 3))).decisions
+    assert {d.role for d in decisions if ".skip." in d.name} == {role}
