@@ -11,7 +11,7 @@ from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import Force, check_folder
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError, option
-from sphereify.models import SourceOptions, is_saved, open_model
+from sphereify.models import SourceOptions, is_saved
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
 
@@ -96,7 +96,7 @@ def finetune(
         device=local_device(settings.chosen_device),
     )
     if begun.kept and is_first_process():
-        print(f"{begun.kept} (--no-calibrate leaves it out)")
+        print(begun.kept if no_calibrate else f"{begun.kept} (--no-calibrate leaves it out)")
 
     def begin() -> None:
         run.clear()
@@ -166,9 +166,9 @@ def evaluate(
     from sphereify.training import evaluate as test
     from sphereify.training.evaluation import write_evaluation
     from sphereify.training.robustness import open_original, robustness, write_robustness
+    from sphereify.training.start import open_to_test
 
-    network = open_model(model, source)
-    data = images.open(network, as_trained=True)
+    network, data = open_to_test(model, images, source)
     original = None
     if against is not None:
         original = open_original(against, data, weights=against_weights, factory=source.factory)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option
+from sphereify.models import untrained_part
 from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
@@ -69,7 +70,24 @@ def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
     if logits.shape[1] != len(data.classes):
         raise DataError(
             f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
-            f"{option('num_classes', len(data.classes))} (a plain model is built with it)"
+            f"{option('num_classes', len(data.classes))}, for which weights of other classes serve as well, all but "
+            f"those of the classifier"
+        )
+
+
+def check_trained(model: nn.Module, data: Data, model_option: str, weights_option: str) -> None:
+    """Make sure that a model that was opened by name to be tested has a classifier that was trained.
+
+    Args:
+        model_option, weights_option: the options that name the model and its weights.
+
+    Raises:
+        UsageError: its weights are for other classes, which left the classifier new.
+    """
+    if why := untrained_part(model):
+        raise UsageError(
+            f"{option(model_option)}: {why}; {data.name} has {len(data.classes)} classes. Bring weights that were "
+            f"trained on it with {option(weights_option)}"
         )
 
 
