@@ -54,6 +54,7 @@ def print_export(out: Console, written: Exported) -> None:
     """Print what was written, and how it was checked."""
     rows = {
         "file": str(written.path),
+        **({"with": ", ".join(file.name for file in written.companions)} if written.companions else {}),
         "format": written.format + (f", opset {written.opset}" if written.opset else ""),
         "size": f"{written.size / 1e6:.1f} MB",
         "largest difference": "unknown" if written.difference is None else f"{written.difference:.1e}",
@@ -154,7 +155,7 @@ def _share(value: float) -> str:
 def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], rows: int = 20) -> None:
     """Print the accuracy of each class, the worst first and at most `rows` of them, and of all images."""
     table = Table("class", "images", "accuracy", title="accuracy by class", header_style="bold")
-    counts, accuracies = evaluation.confusion.sum(1).tolist(), evaluation.per_class
+    counts, accuracies = evaluation.by_class.tolist(), evaluation.per_class
     order = sorted(range(len(classes)), key=lambda c: (accuracies[c] if counts[c] else 2.0, c))
     for place in order[:rows]:
         _add_row(table, classes[place], str(counts[place]), f"{accuracies[place]:.2%}" if counts[place] else "")
@@ -165,6 +166,8 @@ def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], r
     skipped = f", {evaluation.skipped} could not be read" if evaluation.skipped else ""
     accuracy = f"top-1 {evaluation.top1:.2%}{top5} of {evaluation.images} images{skipped}"
     out.print(f"{accuracy}; {evaluation.images_per_second:.0f} images/s", style="bold", markup=False)
+    if evaluation.unanswered:
+        out.print(f"note: {evaluation.not_finite()}", style="yellow", markup=False)
 
 
 def comparison_table(comparison: Comparison) -> Table:

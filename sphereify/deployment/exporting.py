@@ -6,7 +6,6 @@ place: the file at the path has been checked, as far as its runtime is installed
 
 import contextlib
 import inspect
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,20 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.convert.copies import copy_of
+from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import (
     Inputs,
     arguments_of,
+    fresh,
     input_channels,
     noise,
     runnable_inputs,
     tensors_in,
 )
+from sphereify.deployment.differences import difference, has_numbers, not_finite
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
-from sphereify.files import replacing
+from sphereify.files import replacing_with_companions
 from sphereify.sources import RECORD_ATTRIBUTE
 
 TOLERANCE = 1e-3
@@ -44,12 +46,13 @@ class Exported:
     Attributes:
         path: the file.
         format: one of `sphereify.choices.EXPORT_FORMATS`.
-        size: in bytes.
+        size: of all its files, in bytes.
         difference: the largest difference from the model's outputs, relative to the largest output; None if it was not
             checked.
         note: the inputs on which it was checked, or the reason why it was not.
         opset: version of the ONNX operators; None for other formats.
         operators: the number of times each operator is used, the most frequent first.
+        companions: further files, which must stay beside the file: the weights of an ONNX file of 2 GB or more.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Exported:
     note: str
     opset: int | None
     operators: dict[str, int]
+    companions: tuple[Path, ...] = ()
 
 
 def export(
@@ -73,11 +77,14 @@ def export(
     img_size: int | None = None,
     opset: int | None = None,
 ) -> Exported:
-    """Write a model to one file, and check the file against the model.
+    """Write a model to a file, and check the file against the model.
+
+    ONNX files may not reach 2 GiB. The weights of a larger model are written to a second file beside it, `path` with
+    ".data" at its end, which belongs to it.
 
     Args:
         model: converted or folded; in evaluation it takes and returns tensors. It is not changed.
-        path: the file. One that exists is replaced when the new one is complete.
+        path: the file. One that exists is replaced, with what belongs to it, when the new one is complete.
         example_inputs: a tensor or a tuple of tensors that the model takes, with the batch in dimension 0; default:
             two random images.
         format: "onnx" (needs the packages of `pip install 'sphereify[export]'`) or "torch-export", a .pt2 file for
@@ -97,7 +104,7 @@ def export(
         UsageError: an unknown format, an opset that is too low, missing packages, a path that is not a file's.
         ArgumentTypeError: a model that is no module, or example inputs that are no tensors.
         ExportError: the model cannot be exported so, the file cannot be written, or it computes something else than the
-            model. There is no file then that was not there before.
+            model, or the model's outputs are not finite. There is no file then that was not there before.
     """
     options = ExportOptions(format, folded, batch_size, dynamic_size, img_size, opset)
     chosen = check_installed(options.format)
@@ -109,18 +116,21 @@ def export(
     with _without_warnings(), torch.no_grad():
         reference = copy_of(model).eval()
         inputs = _inputs(reference, example_inputs, options)
+        _check_finite(reference, inputs)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
         axes = tuple(_dynamic_axes(one, options) for one in inputs)
         program = _traced(network, inputs, axes)
         try:
-            with replacing(target) as aside:
+            with replacing_with_companions(target, chosen.companions) as aside:
                 written = _write(chosen, program, aside, axes, options, target)
-                difference, note = _check(chosen, aside, reference, tuple(map(_other_input, inputs, axes)))
-                size = aside.stat().st_size
+                agreement, note = _check(chosen, aside, reference, tuple(map(_other_input, inputs, axes)))
+                files = list(aside.parent.iterdir())
+                size = sum(file.stat().st_size for file in files)
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
     operators = dict(written.operators.most_common())
-    return Exported(target, options.format, size, difference, note, written.opset, operators)
+    companions = tuple(target.with_name(file.name) for file in files if file.name != target.name)
+    return Exported(target, options.format, size, agreement, note, written.opset, operators, companions)
 
 
 def _checked_path(path: str | Path) -> Path:
@@ -244,6 +254,20 @@ def _write(
 # --------------------------------------------------------------------------------------------------------------- check
 
 
+def _check_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a model without a finite output, with which no file could be compared."""
+    try:
+        outputs = list(tensors_in(model(*fresh(inputs))))
+    except Exception:  # the tracer tells best why a model does not take its inputs
+        return
+    if not has_numbers(outputs):
+        shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs)
+        raise ExportError(
+            f"the outputs of {type(model).__name__} for {shapes} are not finite, so there is nothing to compare a file "
+            f"with; the first layer with a value that is not finite is {first_bad_layer(model, *inputs)}"
+        )
+
+
 def _check(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float | None, str]:
     """Compare the file with the model, on these inputs and on zeros.
 
@@ -256,33 +280,25 @@ def _check(chosen: Format, path: Path, model: nn.Module, inputs: tuple[Tensor, .
     if not is_installed(chosen.runtime):
         return None, f"not checked: {chosen.runtime} is not installed"
     shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs)
-    largest = 0.0
+    largest, odd = 0.0, ""
     for what, probe in (("a random input", inputs), ("zeros", tuple(map(torch.zeros_like, inputs)))):
         expected = list(tensors_in(model(*probe)))
-        if what == "zeros" and not all(one.isfinite().all() for one in expected if one.is_floating_point()):
+        if what == "zeros" and any(one.isnan().any() for one in expected if one.is_floating_point()):
             continue  # this model has no answer to zeros
+        odd = odd or not_finite(expected)
         try:
             outputs = chosen.run(path, probe)
         except Exception as error:  # a runtime may raise anything
             raise ExportError(f"{chosen.runtime} cannot run the exported file ({first_line(error)})") from error
-        difference = max((_difference(a, b) for a, b in zip(outputs, expected, strict=True)), default=0.0)
-        if not difference <= _tolerance(expected):
+        apart = max((difference(a, b) for a, b in zip(outputs, expected, strict=True)), default=0.0)
+        if not apart <= _tolerance(expected):
             raise ExportError(
                 f"the exported file computes something else than the model: on {what} of {shapes} its outputs differ "
-                f"by {difference:.1e} of the largest"
+                f"by {apart:.1e} of the largest"
             )
-        largest = max(largest, difference)
-    return largest, f"checked with {chosen.runtime} on a random input of {shapes}"
-
-
-def _difference(output: Tensor, expected: Tensor) -> float:
-    if output.shape != expected.shape:
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    output, expected = output.double().cpu(), expected.double().cpu()
-    difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    return math.inf if math.isnan(difference) else difference  # NaN is larger than nothing, and max() would lose it
+        largest = max(largest, apart)
+    same = f"; {odd}, in the file as in the model" if odd else ""
+    return largest, f"checked with {chosen.runtime} on a random input of {shapes}{same}"
 
 
 def _tolerance(expected: list[Tensor]) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sphereify.convert.copies import copy_of
+from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.graph import read_graph
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import Inputs, arguments_of, evaluating, fresh, tensors_in
@@ -17,6 +18,7 @@ from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
 from sphereify.convert.sites import class_name
+from sphereify.deployment.differences import difference, has_numbers
 from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead
@@ -120,11 +122,15 @@ def _check_outputs(model: nn.Module, twin: nn.Module, example_inputs: Inputs) ->
     """Compare the outputs: a model may read the weight of a folded layer itself, and nothing else would show that."""
     arguments = arguments_of(example_inputs)
     with evaluating(model):
-        pairs = zip(*(tensors_in(network(*fresh(arguments))) for network in (model, twin)), strict=True)
-        for expected, output in pairs:
-            is_number = expected.is_floating_point() and expected.numel()
-            limit = TOLERANCE * float(expected.abs().max()) if is_number else 0.0
-            if not torch.allclose(output, expected, rtol=0, atol=limit, equal_nan=True):
+        expected, outputs = (list(tensors_in(network(*fresh(arguments)))) for network in (model, twin))
+        if not has_numbers(expected):
+            raise UnsupportedModelError(
+                f"fold: the outputs of {type(model).__name__} on example_inputs are not finite, so there is nothing to "
+                f"compare; the first layer with a value that is not finite is {first_bad_layer(model, *arguments)}"
+            )
+        for one, other in zip(outputs, expected, strict=True):
+            limit = TOLERANCE if other.is_floating_point() else 0.0
+            if not difference(one, other) <= limit:
                 raise UnsupportedModelError(
                     f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights "
                     f"of a layer that would be folded. Use it unfolded"

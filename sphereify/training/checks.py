@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
-from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option
+from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
 from sphereify.models import untrained_part
 from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
@@ -28,14 +28,9 @@ def check_run(
     """Make sure that `model` can be trained on `data` with these settings. Nothing is changed.
 
     Raises:
-        UnsupportedModelError: a folded model.
         DataError: images that the model or the teacher does not take, other classes, or too little data.
         UsageError: settings that do not go with the model or with the number of processes.
     """
-    if is_folded(model):
-        raise UnsupportedModelError(
-            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
-        )
     check_classes(model, data)
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
@@ -45,6 +40,32 @@ def check_run(
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
     with frozen(model, settings.freeze):
         _check_optimizer(model, data, settings, processes)
+
+
+def check_arguments(model: object, data: object, settings: object = None) -> None:
+    """Make sure that the arguments of a training or a test are of the types that they should be.
+
+    Raises:
+        ArgumentTypeError: one is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", model, "a torch.nn.Module")
+    if not isinstance(data, Data):
+        raise wrong_type("data", data, "a Data, as sphereify.datasets.load_data returns it")
+    if settings is not None and not isinstance(settings, Settings):
+        raise wrong_type("settings", settings, "Settings")
+
+
+def check_trainable(model: object) -> None:
+    """Make sure that a model can be trained at all.
+
+    Raises:
+        UnsupportedModelError: a folded model.
+    """
+    if is_folded(model):
+        raise UnsupportedModelError(
+            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
+        )
 
 
 def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
 from sphereify.errors import DataError, UsageError, choose, option
 from sphereify.files import write_text
@@ -225,7 +226,7 @@ def _right_answers(network: nn.Module, copies: Tensor, targets: Tensor, settings
     answers = []
     for images in copies.flatten(0, 1).split(max(settings.batch_size, 1)):
         with autocast(images.device, settings.amp):
-            answers.append(logits_of(network(images.contiguous(**layout))).argmax(1))
+            answers.append(answers_of(logits_of(network(images.contiguous(**layout)))))
     return (torch.cat(answers).view(-1, count) == targets[:, None]).sum(0)
 
 

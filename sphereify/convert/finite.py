@@ -13,21 +13,29 @@ def first_bad_weight(model: nn.Module) -> str | None:
     return next((name for name, p in parameters if not getattr(p, "_local_tensor", p).isfinite().all()), None)
 
 
-def first_bad_layer(model: nn.Module, images: Tensor | None) -> str:
-    """The first layer whose weights, or else whose output for `images`, are not finite, as a phrase."""
+def answers_of(logits: Tensor) -> Tensor:
+    """The class of the highest score in each row of logits (B, classes), and −1 where that score is not finite.
+
+    Scores of −∞ are those of classes that are masked out; a row with NaN has no highest score.
+    """
+    best = logits.max(1)
+    return best.indices.where(best.values.isfinite(), -1)
+
+
+def first_bad_layer(model: nn.Module, *inputs: Any) -> str:
+    """The first layer whose weights, or else whose output for these inputs, are not finite, as a phrase."""
     if (name := first_bad_weight(model)) is not None:
         layer, _, parameter = name.rpartition(".")
-        return f"{layer} (its {parameter})"
-    if images is None:
-        return "none: only the loss itself"
-    if not images.isfinite().all():
-        return "none: an image of the batch holds such a value"
-    output = _first_bad_output(model, images)
+        return f"{layer or 'the model itself'} (its {parameter})"
+    numbers = [one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
+    if not all(one.isfinite().all() for one in numbers):
+        return "none: an input holds such a value"
+    output = _first_bad_output(model, inputs) if inputs else None
     return "none: only the loss itself" if output is None else f"{output or 'the model itself'} (its output)"
 
 
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
+def _first_bad_output(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
     names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -40,7 +48,7 @@ def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        model(images)
+        model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
