@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from sphereify.errors import DataError, UsageError, first_line, invalid, option
+from sphereify.errors import DataError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.image_folders import classes_in, image_files, open_parts
 from sphereify.pictures import as_rgb
 
@@ -78,6 +79,7 @@ def load_data(
         UsageError: an unknown augmentation, a size below 1, more images than there are, or images too large for
             `in_memory` and `shift=False`.
     """
+    spec = _checked_name(spec)
     size = _size(img_size, config or {})
     if spec != "digits" and size > SMALL and (in_memory or not shift):
         name = "in_memory" if in_memory else "shift"
@@ -198,6 +200,7 @@ def load_images(
     """
     if count < 1:
         raise invalid("count", count, "a number of at least 1", "Usual: 500 to 2,000")
+    spec = _checked_name(spec)
     _check_shape(spec, channels, img_size)
     if data_root is not None and not spec.startswith(TIMM_READERS):
         raise UsageError(
@@ -275,6 +278,13 @@ def class_count(spec: str, *, data_root: str | Path | None = None, test_only: bo
     """
     classes = None if spec == "digits" else classes_in(Path(spec))
     return len(load_data(spec, data_root=data_root, test_only=test_only).classes if classes is None else classes)
+
+
+def _checked_name(spec: object) -> str:
+    """The name of a data set, which may be given as a path."""
+    if not isinstance(spec, (str, os.PathLike)):
+        raise wrong_type("data", spec, "the name of a data set or the path of a folder")
+    return os.fspath(spec)
 
 
 def _check_shape(spec: str, channels: int, img_size: int | None) -> None:

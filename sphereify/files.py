@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sphereify.errors import ArtifactError
+from sphereify.errors import ArtifactError, wrong_type
 
 
 @contextmanager
@@ -82,6 +82,17 @@ def _exchange(path: Path, companions: list[Path], folder: Path) -> None:
             os.replace(end, start)
         raise
     _flush(path.parent)
+
+
+def as_path(name: str, value: object) -> Path:
+    """The path that an argument names.
+
+    Raises:
+        ArgumentTypeError: it is neither text nor a path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise wrong_type(name, value, "a path")
+    return Path(value)
 
 
 def write_text(path: Path, text: str) -> None:

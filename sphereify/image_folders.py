@@ -34,10 +34,10 @@ def open_parts(
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         parts = "val/ (or test/)" if test_only else "train/ and val/ (or test/)"
         raise DataError(f"data {str(folder)!r}: expected {parts} inside, found {names}")
+    train: Any = _open_part(folder / TRAIN, moves[0], open_image) if has_training else []
     test = _open_part(held_out, moves[1], open_image)
     if not has_training:
-        return [], test
-    train = _open_part(folder / TRAIN, moves[0], open_image)
+        return train, test
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"data {str(folder)!r}: {TRAIN}/ and {held_out.name}/ differ in classes: {', '.join(odd[:5])}")

@@ -2,10 +2,8 @@
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import nn
 
 from sphereify.convert.sites import is_site
 from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line, invalid, option
+from sphereify.imports import import_file
 from sphereify.weights import load_weights as load_weights  # part of opening a model by name
 from sphereify.weights import note_untrained, with_new_classifier
 
@@ -213,13 +212,7 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
             file = Path(place)
             if not file.is_file():
                 raise UsageError(f"model {spec!r}: there is no file {place}")
-            module_name = _module_name(file)
-            loader = importlib.util.spec_from_file_location(module_name, file)
-            assert loader is not None  # a .py file always has a loader
-            assert loader.loader is not None
-            module = importlib.util.module_from_spec(loader)
-            sys.modules[module_name] = module  # where pickle looks for the classes of the file
-            loader.loader.exec_module(module)
+            module = import_file(file)
         else:
             if "" not in sys.path:
                 sys.path.insert(0, "")  # as `python -m` does: the user's own module lies in the working directory
@@ -238,14 +231,6 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
 
 def _makes_models(thing: Any) -> bool:
     return inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, nn.Module))
-
-
-def _module_name(file: Path) -> str:
-    """The name for a file as a module: its own, unless another file or a package has it."""
-    taken = sys.modules.get(file.stem)
-    same = taken is not None and Path(getattr(taken, "__file__", None) or "").resolve() == file.resolve()
-    free = taken is None and importlib.util.find_spec(file.stem) is None
-    return file.stem if same or free else f"{file.stem}_{zlib.crc32(str(file.resolve()).encode()):08x}"
 
 
 def recognise(model: nn.Module) -> list[Source]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sphereify.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
 from sphereify.errors import ArtifactError, first_line
+from sphereify.files import as_path
 
 UNTRAINED_ATTRIBUTE = "_untrained"
 """The attribute of a model with a sentence on the part for which its checkpoint brought no weights."""
@@ -37,7 +38,7 @@ def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = No
         ArtifactError: no such file, one that cannot be read, tensors that do not fit, with names and shapes, or several
             that do. Nothing of the model is changed then.
     """
-    path = Path(path)
+    path = as_path("path", path)
     content = read_checkpoint_file(path)
     states = list(_states_in(content))
     if not states:

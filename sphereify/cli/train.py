@@ -1,6 +1,7 @@
 """Commands of training: finetune, evaluate, compare."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,9 @@ def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
 
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in values}
     given = {name: context.obj[name] for name in values if sources[name] == "COMMANDLINE" and name != "resume"}
-    options = RunFolder(folder).options_to_resume(given, values)
+    run = RunFolder(folder)
+    options = run.options_to_resume(given, values)
+    sys.path += [str(place) for place in run.working_directories()]  # where modules of the user's own may lie
     paths = {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     return {**values, **options, **paths, "output": folder, "resume": folder}
 

@@ -32,7 +32,7 @@ from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
-from sphereify.files import replacing_with_companions
+from sphereify.files import as_path, replacing_with_companions
 from sphereify.sources import RECORD_ATTRIBUTE
 
 TOLERANCE = 1e-3
@@ -134,7 +134,7 @@ def export(
 
 
 def _checked_path(path: str | Path) -> Path:
-    target = Path(path)
+    target = as_path("path", path)
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; expected the name of a file to write")
     if target.exists() and not target.is_file():

@@ -19,6 +19,7 @@ from sphereify.training.loader import training_batches
 from sphereify.training.objective import logits_of
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
+from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import Settings, differences
 
 
@@ -32,6 +33,8 @@ def check_run(
         UsageError: settings that do not go with the model or with the number of processes.
     """
     check_classes(model, data)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise wrong_type("teacher", teacher, "a torch.nn.Module, as open_teacher returns it")
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
     check_mixup(model, settings)
@@ -165,8 +168,10 @@ def check_same_run(
         UsageError: other settings, data, number of processes, or another model.
     """
     changes = differences(Settings.from_json(saved["settings"]), settings)
-    if saved["data"] != data.name:
-        changes.append(f"{option('data')}: {saved['data']} before, {data.name} now")
+    before, now = saved.get("data_identity") or {"name": saved["data"]}, identity_of(data)
+    if not is_same(before, now):
+        others = " with other classes or files" if before.get("files") and now["files"] else ""
+        changes.append(f"{option('data')}: {saved['data']} before, {data.name} now{others}")
     if saved["world"] != processes.world:
         changes.append(f"processes: {saved['world']} before, {processes.world} now")
     if changes:
