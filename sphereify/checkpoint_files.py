@@ -31,6 +31,9 @@ class StandIn:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __repr__(self) -> str:
+        return f"{self.path}()"
+
     def __hash__(self) -> int:  # it may have been the key of a dictionary
         return id(self)
 
@@ -137,5 +140,5 @@ def _of_numpy() -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """The cause alone, where torch wraps it into advice of many lines."""
     text = without_colours(str(error))
-    match = re.search(r"WeightsUnpickler error: (.*)", text)
+    match = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
     return match[1].strip() if match else first_line(error)
