@@ -99,7 +99,9 @@ def finetune(
         device=local_device(settings.chosen_device),
     )
     if begun.kept and is_first_process():
-        print(begun.kept if no_calibrate else f"{begun.kept} (--no-calibrate leaves it out)")
+        print(f"{begun.kept} (--no-calibrate leaves it out)")
+    elif begun.untrained and is_first_process():
+        print(f"note: {begun.untrained}")
 
     def begin() -> None:
         run.clear()

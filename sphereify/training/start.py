@@ -29,7 +29,9 @@ class Start:
     teacher: nn.Module | None = None
     """The network whose scores are followed; None without one."""
     kept: str | None = None
-    """A line on the calibration, or else on a classifier that its weights left new; None without either."""
+    """A line on the calibration; None without one."""
+    untrained: str = ""
+    """A line on a classifier that its weights left new; empty without one."""
 
 
 def start(
@@ -80,12 +82,12 @@ def start(
     original = Original(copy.deepcopy(plain), source.pretrained, source.weights, learned == FEATURES)
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
     model = sphereify(plain, inplace=True, **conversion.keywords())
-    kept = untrained_part(plain) or None
+    kept, untrained = None, untrained_part(plain)
     if learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)
-    return Start(model, data, followed, kept)
+    return Start(model, data, followed, kept, untrained)
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:

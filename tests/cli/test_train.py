@@ -487,7 +487,7 @@ def test_weights_of_other_classes_serve_all_but_the_classifier_and_that_is_said(
         assert (code, said in out) == (0, True)
     text = "error: the model has 9 classes, shapes has 2: leave out --num-classes, and it is built for those of the"
     refused(["finetune", TINY, "--weights", nine, "--num-classes", 9, "--data", "shapes", *SMALL], 1, text)
-    run("convert", TINY, "--weights", nine, "-o", "all")
+    run("convert", TINY, "--weights", nine, "--num-classes", 9, "-o", "all")
     text = "convert it again with --num-classes 2, for which weights of other classes serve as well, all but those"
     refused(["finetune", "all", "--data", "shapes", *SMALL], 1, text)
 
