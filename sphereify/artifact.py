@@ -23,8 +23,9 @@ from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name, is_site, weight_of
 from sphereify.deployment.folded_layers import FoldedLayer
 from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
-from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option
-from sphereify.files import replacing
+from sphereify.devices import find_device
+from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option, wrong_type
+from sphereify.files import as_path, replacing
 from sphereify.nn import AngularHead
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
@@ -55,6 +56,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
+    folder = as_path("path", path)
     folding: Folding | None = getattr(model, FOLDING_ATTRIBUTE, None)
     _check_unchanged(model, plan, folding)
     tensors, tied = _tensors(model)
@@ -81,10 +83,10 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         "training": training,
     }
     try:
-        _write(Path(path), document, tensors)
+        _write(folder, document, tensors)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return Path(path)
+    return folder
 
 
 def load(
@@ -104,8 +106,11 @@ def load(
 
     Raises:
         ArtifactError: missing, damaged, of a newer format, or tensors that do not fit, with name and both shapes.
-        UsageError: a factory is needed.
+        UsageError: a factory is needed, or torch does not have the device.
     """
+    target = find_device(device)
+    if factory is not None and not callable(factory):
+        raise wrong_type("factory", factory, "a function that returns the plain model")
     document = read_document(path)
     plan = ConversionPlan.from_json(json.dumps(document["plan"]))
     plan.objects.update(objects or {})
@@ -115,7 +120,7 @@ def load(
     _fill(model, Path(path) / TENSORS, document)
     if document["training"] is not None:
         setattr(model, RECORD_ATTRIBUTE, document["training"])
-    return model.to(device).eval()
+    return model.to(target).eval()
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: as `load`.
     """
-    folder = Path(path)
+    folder = as_path("path", path)
     for name in (DOCUMENT, TENSORS):
         if not (folder / name).is_file():
             what = f"there is no {name} in it" if folder.is_dir() else "there is no such folder"

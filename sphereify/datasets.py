@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from sphereify.errors import DataError, UsageError, first_line, invalid, option
+from sphereify.errors import DataError, UsageError, first_line, invalid, option, wrong_type
+from sphereify.image_folders import classes_in, image_files, open_parts
+from sphereify.pictures import as_rgb
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
 """Beginnings of the names that `timm.data.create_dataset` reads through another library."""
@@ -49,6 +52,7 @@ def load_data(
     train_images: int | None = None,
     test_images: int | None = None,
     in_memory: bool = False,
+    test_only: bool = False,
 ) -> Data:
     """A labelled data set by name, prepared for a model.
 
@@ -66,6 +70,8 @@ def load_data(
             mirrored.
         train_images, test_images: size of a fixed random choice from each part; default: all images.
         in_memory: read and decode each image once, now, and keep its pixels; for images of up to 64 pixels.
+        test_only: be content with the test images of a folder, in val/ (or test/) or in the folder itself, if it has no
+            train/; then there are no training images.
 
     Raises:
         DataError: no such data, no classes, no images, a missing library, or data that comes as a stream; with
@@ -73,13 +79,14 @@ def load_data(
         UsageError: an unknown augmentation, a size below 1, more images than there are, or images too large for
             `in_memory` and `shift=False`.
     """
+    spec = _checked_name(spec)
     size = _size(img_size, config or {})
     if spec != "digits" and size > SMALL and (in_memory or not shift):
         name = "in_memory" if in_memory else "shift"
         raise UsageError(
             f"{option(name)}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
         )
-    data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift)
+    data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift, test_only)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
             data = _subset(data, part, count)
@@ -104,7 +111,7 @@ class _InMemory(Dataset):
             whole.transform = self.transform
         # The transform resizes once more, which leaves an image of that size as it is.
         self.pixels = np.stack(
-            [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+            [np.asarray(as_rgb(picture).resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
         )
         self.targets = [int(target) for target in targets]
 
@@ -142,6 +149,7 @@ def _load(
     splits: tuple[str, str],
     augment: str | None,
     shift: bool,
+    test_only: bool,
 ) -> Data:
     _check_shape(spec, channels, img_size)
     if spec == "digits":
@@ -159,7 +167,8 @@ def _load(
         raise DataError(
             f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
         )
-    return _image_folder(folder, moves, (channels, size, size), _normalization(channels, config))
+    train, test = open_parts(folder, moves, _open_image, test_only=test_only)
+    return Data(str(folder), train, test, test.classes, (channels, size, size), *_normalization(channels, config))
 
 
 def load_images(
@@ -191,6 +200,7 @@ def load_images(
     """
     if count < 1:
         raise invalid("count", count, "a number of at least 1", "Usual: 500 to 2,000")
+    spec = _checked_name(spec)
     _check_shape(spec, channels, img_size)
     if data_root is not None and not spec.startswith(TIMM_READERS):
         raise UsageError(
@@ -207,7 +217,9 @@ def load_images(
             part = _of_timm(spec, data_root, (split,), [move], shape, normalization).train
             total, image_of = len(part), lambda index: part[index][0]
         else:
-            files = _image_files(spec)
+            if not Path(spec).is_dir():
+                raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
+            files = image_files(Path(spec))
             total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
     return list(torch.stack([image_of(index) for index in _random_rows(total, count)]).split(batch_size))
 
@@ -227,6 +239,8 @@ def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor
     Raises:
         DataError: not one image can be read.
     """
+    if not len(data.train):  # type: ignore[arg-type]
+        raise DataError(f"{data.name}: has no training images")
     plain: Any = _with_transform(data.train, _transform_of(data.test))
     images: list[Tensor] = []
     for row in _random_rows(len(plain), len(plain)):
@@ -256,28 +270,21 @@ def _with_transform(images: Any, transform: Any) -> Any:
     return plain
 
 
-def _image_files(spec: str) -> list[Path]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    folder = Path(spec)
-    if not folder.is_dir():
-        raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
-    within = folder / "train" if (folder / "train").is_dir() else folder
-    files = sorted(file for file in within.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise DataError(f"data {spec!r}: no images in {within}, expected files such as *.jpg or *.png, at any depth")
-    return files
-
-
-def class_count(spec: str, *, data_root: str | Path | None = None) -> int:
-    """The number of classes of a data set, without reading it if it is a folder.
+def class_count(spec: str, *, data_root: str | Path | None = None, test_only: bool = False) -> int:
+    """The number of classes of a data set, without reading it if it is a folder with training images.
 
     Raises:
         DataError: as `load_data`.
     """
-    if spec != "digits" and (Path(spec) / "train").is_dir():
-        return sum(entry.is_dir() for entry in (Path(spec) / "train").iterdir())
-    return len(load_data(spec, data_root=data_root).classes)
+    classes = None if spec == "digits" else classes_in(Path(spec))
+    return len(load_data(spec, data_root=data_root, test_only=test_only).classes if classes is None else classes)
+
+
+def _checked_name(spec: object) -> str:
+    """The name of a data set, which may be given as a path."""
+    if not isinstance(spec, (str, os.PathLike)):
+        raise wrong_type("data", spec, "the name of a data set or the path of a folder")
+    return os.fspath(spec)
 
 
 def _check_shape(spec: str, channels: int, img_size: int | None) -> None:
@@ -306,48 +313,19 @@ def _digits(channels: int, size: int) -> Data:
     return Data("digits", part["train"], part["test"], classes, (channels, size, size), half, half)
 
 
-def _image_folder(
-    folder: Path, moves: list[Any], image_size: tuple[int, int, int], normalization: "_Normalization"
-) -> Data:
-    held_out = next((name for name in ("val", "test", "validation") if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir() or held_out is None:
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"data {str(folder)!r}: expected train/ and val/ (or test/) inside, found {names}")
-    train, test = _open_folder(folder / "train", moves[0]), _open_folder(folder / held_out, moves[1])
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"data {str(folder)!r}: train/ and {held_out}/ differ in classes: {', '.join(odd[:5])}")
-    return Data(str(folder), train, test, train.classes, image_size, *normalization)
-
-
-def _open_folder(folder: Path, transform: Any) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(folder), transform=transform, loader=_open_image)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"data {str(folder)!r}: {str(error).splitlines()[0]}. Expected one folder a class with images in it."
-        ) from error
-
-
 def _open_image(path: str) -> Any:
-    from torchvision.datasets.folder import default_loader
+    """The image in a file, in RGB.
 
+    Raises:
+        DataError: it cannot be read, or the range of its pixels is not known.
+    """
     try:
-        return _eight_bits(path) or default_loader(path)
+        with Image.open(path) as picture:
+            return as_rgb(picture)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
         raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
-
-
-def _eight_bits(path: str) -> Any:
-    """An image of 16 bits per channel, scaled to 8, where PIL would cut values off at 255; None for any other image."""
-    import numpy as np
-
-    with Image.open(path) as image:
-        if not image.mode.startswith("I;16"):
-            return None
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
 
 
 def _of_timm(
@@ -359,17 +337,17 @@ def _of_timm(
     normalization: "_Normalization",
 ) -> Data:
     from timm.data import create_dataset
+    from torchvision.transforms import Compose
 
     parts = []
-    mode = "L" if image_size[0] == 1 else "RGB"
     for split, transform in zip(splits, moves, strict=True):
         try:
-            part = create_dataset(spec, root=root, split=split, input_img_mode=mode)
+            part = create_dataset(spec, root=root, split=split, input_img_mode="")
         except Exception as error:  # each reader raises in its own way, for a missing library or file
             raise DataError(f"data {spec!r}, split {split!r}: {first_line(error)}") from error
         if isinstance(part, IterableDataset):
             raise DataError(f"data {spec!r} comes as a stream, which cannot be continued inside an epoch; download it")
-        part.transform = transform
+        part.transform = Compose([as_rgb, transform])
         parts.append(part)
     return Data(spec, parts[0], parts[-1], _classes_of(parts[0]), image_size, *normalization)
 

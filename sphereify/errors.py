@@ -105,9 +105,17 @@ class Interrupted(SphereifyError):
         return type(self), (str(self), self.exit_code - 128)
 
 
+def without_colours(text: str) -> str:
+    """A text without the escape sequences that colour it in a terminal."""
+    return _COLOUR.sub("", text)
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, for a message of one line."""
-    lines = str(error).strip().splitlines()
+    lines = without_colours(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -60,6 +60,9 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
             artifact.
         options: how to build or load it. A `seed` of None leaves torch's generator as it is.
 
+    With `num_classes`, a checkpoint or pretrained weights for other classes fill all but the classifier, which is new;
+    `untrained_part` says so.
+
     Raises:
         UsageError: no such model, an argument that its builder does not take, or an option that does not go with an
             artifact.
@@ -68,7 +71,8 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
     import torch
 
     from sphereify.artifact import load
-    from sphereify.sources import build_model, find_model, load_weights
+    from sphereify.sources import build_model, find_model
+    from sphereify.weights import fill_from
 
     options = options or SourceOptions()
     if is_saved(spec):
@@ -89,8 +93,15 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
     source = find_model(spec, num_classes=options.num_classes, in_chans=options.in_chans)
     model = build_model(source, pretrained=options.pretrained)
     if options.weights is not None:
-        load_weights(model, options.weights)
+        fill_from(model, options.weights, options.num_classes)
     return model
+
+
+def untrained_part(model: "nn.Module") -> str:
+    """A sentence on the part of a model for which its weights brought nothing; empty if there is none."""
+    from sphereify.weights import UNTRAINED_ATTRIBUTE
+
+    return getattr(model, UNTRAINED_ATTRIBUTE, "")
 
 
 def is_saved(spec: str) -> bool:

@@ -1,21 +1,21 @@
-"""Plain models by name: of timm, of torchvision, or from a factory of your own; and their weights from a file."""
+"""Plain models by name: of timm, of torchvision, or from a factory of your own."""
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sphereify.convert.sites import is_site
 from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line, invalid, option
+from sphereify.imports import import_file
+from sphereify.weights import load_weights as load_weights  # part of opening a model by name
+from sphereify.weights import note_untrained, with_new_classifier
 
 SOURCE_ATTRIBUTE = "conversion_source"
 """The attribute in which a model that was built by name carries its `Source`."""
@@ -132,11 +132,23 @@ def _build_timm(source: Source, pretrained: bool) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(source.name, pretrained=pretrained, **source.arguments)
+        model = timm.create_model(source.name, pretrained=pretrained, **source.arguments)
     except RuntimeError as error:
         if pretrained:
             raise UsageError(f"{source}: {error}") from error
         raise
+    config: Any = model.pretrained_cfg or {}
+    trained, classes = config.get("num_classes"), source.arguments.get("num_classes")
+    if pretrained and classes is not None and trained not in (None, classes):
+        new = [name for name, _ in model.named_parameters() if name.startswith(tuple(_classifiers(model)))]
+        note_untrained(model, new, f"the pretrained weights are for {trained} classes, not {classes}")
+    return model
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """The names of a timm model's classifiers, each with a dot."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return [f"{name}." for name in ([names] if isinstance(names, str) else names)]
 
 
 def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
@@ -144,17 +156,40 @@ def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
 
     arguments = dict(source.arguments)
     if not pretrained:
-        # Segmentation and detection builders fetch a backbone unless told not to; two old ones warn about their init.
-        if "weights_backbone" in inspect.signature(models.get_model_builder(source.name)).parameters:
-            arguments["weights_backbone"] = None
-        if source.name in ("googlenet", "inception_v3"):
-            arguments["init_weights"] = True
-        return models.get_model(source.name, weights=None, **arguments)
-    if "num_classes" in arguments:
+        return _plain_torchvision(source.name, arguments)
+    classes = arguments.pop("num_classes", None)
+    weights = models.get_model_weights(source.name).DEFAULT
+    model = models.get_model(source.name, weights=weights, **arguments)
+    trained = len(weights.meta.get("categories") or ())
+    if classes is None or classes == trained:
+        return model
+    fresh = _plain_torchvision(source.name, {**arguments, "num_classes": classes}, auxiliary=True)
+    if not (new := with_new_classifier(model, fresh, classes)):
         raise UsageError(
-            f"{source}: torchvision's pretrained weights fix the number of classes; drop {option('num_classes')}"
+            f"{source}: its pretrained weights are for {trained} classes, and more than a classifier depends on them; "
+            f"drop {option('num_classes')}"
         )
-    return models.get_model(source.name, weights="DEFAULT", **arguments)
+    note_untrained(model, new, f"the pretrained weights are for {trained} classes, not {classes}")
+    return model
+
+
+def _plain_torchvision(name: str, arguments: dict[str, Any], auxiliary: bool = False) -> nn.Module:
+    """A model of torchvision with new weights.
+
+    Args:
+        auxiliary: with the second classifier of a segmentation network, which pretrained ones have.
+    """
+    from torchvision import models
+
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    # Segmentation and detection builders fetch a backbone unless told not to; two old ones warn about their init.
+    if "weights_backbone" in parameters:
+        arguments = {**arguments, "weights_backbone": None}
+    if name in ("googlenet", "inception_v3"):
+        arguments = {**arguments, "init_weights": True}
+    if auxiliary and "aux_loss" in parameters:
+        arguments = {**arguments, "aux_loss": True}
+    return models.get_model(name, weights=None, **arguments)
 
 
 def _build_own(source: Source, pretrained: bool) -> nn.Module:
@@ -177,13 +212,7 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
             file = Path(place)
             if not file.is_file():
                 raise UsageError(f"model {spec!r}: there is no file {place}")
-            module_name = _module_name(file)
-            loader = importlib.util.spec_from_file_location(module_name, file)
-            assert loader is not None  # a .py file always has a loader
-            assert loader.loader is not None
-            module = importlib.util.module_from_spec(loader)
-            sys.modules[module_name] = module  # where pickle looks for the classes of the file
-            loader.loader.exec_module(module)
+            module = import_file(file)
         else:
             if "" not in sys.path:
                 sys.path.insert(0, "")  # as `python -m` does: the user's own module lies in the working directory
@@ -202,14 +231,6 @@ def _import_factory(spec: str) -> Callable[..., nn.Module]:
 
 def _makes_models(thing: Any) -> bool:
     return inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, nn.Module))
-
-
-def _module_name(file: Path) -> str:
-    """The name for a file as a module: its own, unless another file or a package has it."""
-    taken = sys.modules.get(file.stem)
-    same = taken is not None and Path(getattr(taken, "__file__", None) or "").resolve() == file.resolve()
-    free = taken is None and importlib.util.find_spec(file.stem) is None
-    return file.stem if same or free else f"{file.stem}_{zlib.crc32(str(file.resolve()).encode()):08x}"
 
 
 def recognise(model: nn.Module) -> list[Source]:
@@ -256,89 +277,6 @@ def _recognise_torchvision(model: nn.Module) -> list[Source]:
     classes = int(sites[-1].weight.shape[0]) if sites else None  # type: ignore[union-attr, index, arg-type]
     options: list[dict[str, Any]] = [{}, {"num_classes": classes}]
     return [Source("torchvision", name, arguments) for arguments in options for name in names]
-
-
-def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = None) -> list[str]:
-    """Fill a plain model from a checkpoint: safetensors, or a torch file read with `weights_only=True`.
-
-    The tensors may lie under the key `state_dict_ema`, `state_dict` or `model`, and their names may begin with
-    `module.` or `_orig_mod.`, as DataParallel and torch.compile leave them.
-
-    Args:
-        classes: number of classes of the model. With it, an output layer that the file has for other classes keeps the
-            weights of the model.
-
-    Returns:
-        The names of the tensors that the model keeps; none without `classes`.
-
-    Raises:
-        ArtifactError: no such file, one that cannot be read, or tensors that do not fit, with names and shapes.
-    """
-    model_tensors = model.state_dict()
-    tensors = _without_prefix(_read_tensors(Path(path)), set(model_tensors))
-    new = _of_other_classes(tensors, model_tensors, classes)
-    tensors |= {name: model_tensors[name] for name in new}
-    wrong = [
-        f"{name}: {tuple(tensor.shape)} in the file, {tuple(model_tensors[name].shape)} in the model"
-        for name, tensor in tensors.items()
-        if name in model_tensors and model_tensors[name].shape != tensor.shape
-    ]
-    missing = [name for name in model_tensors if name not in tensors]
-    unknown = [name for name in tensors if name not in model_tensors]
-    problems = [
-        f"{len(names)} {what}: {'; '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-        for what, names in (("of another shape", wrong), ("missing", missing), ("not in the model", unknown))
-        if names
-    ]
-    if problems:
-        raise ArtifactError(f"{path}: does not fit {type(model).__name__}: {'. '.join(problems)}")
-    model.load_state_dict(tensors)
-    return new
-
-
-def _of_other_classes(
-    tensors: dict[str, torch.Tensor], model_tensors: dict[str, torch.Tensor], classes: int | None
-) -> list[str]:
-    """Names of the tensors that differ in their first dimension alone: `classes` in the model, one other number in the
-    file, the same for all of them; none if others differ, too."""
-    names = [n for n, t in tensors.items() if n in model_tensors and t.shape != model_tensors[n].shape]
-    fits = all(
-        tensors[n].shape[1:] == model_tensors[n].shape[1:] and list(model_tensors[n].shape[:1]) == [classes]
-        for n in names
-    )
-    return names if fits and len({tensors[n].shape[:1] for n in names}) == 1 else []
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ArtifactError(f"{path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        raise ArtifactError(f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)})") from error
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ArtifactError(f"{path}: holds {type(content).__name__}, expected a dictionary of tensors")
-    return content
-
-
-def _without_prefix(tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
-    """The tensors under their names before DataParallel or torch.compile wrapped the model.
-
-    Args:
-        names: those of the model, which may begin with such a prefix themselves.
-    """
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if not names & set(tensors) and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def versions() -> dict[str, str]:

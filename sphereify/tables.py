@@ -67,6 +67,7 @@ def print_export(out: Console, written: Exported) -> None:
     """Print what was written, and how it was checked."""
     rows = {
         "file": str(written.path),
+        **({"with": ", ".join(file.name for file in written.companions)} if written.companions else {}),
         "format": written.format + (f", opset {written.opset}" if written.opset else ""),
         "size": f"{written.size / 1e6:.1f} MB",
         "largest difference": "unknown" if written.difference is None else f"{written.difference:.1e}",
@@ -165,7 +166,7 @@ def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], r
     """Print the accuracy of each class, the worst first and at most `rows` of them, and of all images."""
     caption = f"the {rows} worst of {len(classes)} classes" if len(classes) > rows else ""
     table = text_table("class", "images", "accuracy", title="accuracy by class", caption=caption)
-    counts, accuracies = evaluation.confusion.sum(1).tolist(), evaluation.per_class
+    counts, accuracies = evaluation.by_class.tolist(), evaluation.per_class
     order = sorted(range(len(classes)), key=lambda c: (accuracies[c] if counts[c] else 2.0, c))
     for place in order[:rows]:
         add_row(table, classes[place], str(counts[place]), f"{accuracies[place]:.2%}" if counts[place] else "")
@@ -174,6 +175,8 @@ def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], r
     skipped = f", {evaluation.skipped} could not be read" if evaluation.skipped else ""
     accuracy = f"top-1 {evaluation.top1:.2%}{top5} of {evaluation.images} images{skipped}"
     say(out, f"{accuracy}; {evaluation.images_per_second:.0f} images/s", "bold")
+    if evaluation.unanswered:
+        say(out, f"note: {evaluation.not_finite()}", "yellow")
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.convert.arguments import ModelArguments
+from sphereify.convert.finite import answers_of
 from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.errors import UsageError
 
@@ -114,7 +115,8 @@ class HeldOut:
 
 def _same_classes(outputs: list[Tensor], targets: list[Tensor]) -> float:
     pairs = list(zip(outputs, targets, strict=True))
-    return sum(int((a.argmax(1) == b.argmax(1)).sum()) for a, b in pairs) / sum(len(b) for _, b in pairs)
+    answers = [(answers_of(output), answers_of(target)) for output, target in pairs]
+    return sum(int(((a == b) & (b >= 0)).sum()) for a, b in answers) / sum(len(b) for _, b in pairs)
 
 
 def lower_contrast(value: object, factor: float | Tensor = LOW_CONTRAST) -> object:

@@ -29,7 +29,7 @@ from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, wrong_type
 from sphereify.nn import AngularHead
 from sphereify.nn.precision import no_autocast
 
@@ -85,6 +85,8 @@ def calibrate(
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
+    if not isinstance(original, nn.Module):
+        raise wrong_type("original", original, "a torch.nn.Module, the plain network")
     if original is model:
         raise UsageError(
             "calibration: model and original are one network, expected the converted one and the plain one"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from sphereify.devices import find_device
 from sphereify.errors import UsageError, option
 
 
@@ -30,7 +31,7 @@ def on_device(device: str | torch.device | None, *networks: nn.Module) -> Iterat
         The device; "auto" is the GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: a network that is spread over several devices.
+        UsageError: torch does not have the device, or a network is spread over several.
     """
     if device is None:
         yield None
@@ -42,8 +43,7 @@ def on_device(device: str | torch.device | None, *networks: nn.Module) -> Iterat
             names = ", ".join(sorted(map(str, devices)))
             raise UsageError(f"{option('device')}: the model is spread over {names}; leave the device out")
         homes.append(next(iter(devices), torch.device("cpu")))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if str(device) == "auto" else device
-    target = torch.device(name)
+    target = find_device(device)
     try:
         for network in networks:
             network.to(target)

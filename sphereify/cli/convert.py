@@ -11,7 +11,7 @@ from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
-from sphereify.models import SPECIFICATION, SourceOptions, open_model
+from sphereify.models import SPECIFICATION, SourceOptions, open_model, untrained_part
 
 if TYPE_CHECKING:
     from sphereify.calibration.agreement import RadiusChoice
@@ -71,6 +71,8 @@ def convert(
     _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
     if json:
         return
+    if new := untrained_part(network):
+        print(f"note: {new}")
     if result is not None:
         print_calibration(console(), result)
     elif source.pretrained or source.weights is not None:

@@ -1,6 +1,7 @@
 """Commands of training: finetune, evaluate, compare."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import Force, check_folder
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError, option
-from sphereify.models import SourceOptions, is_saved, open_model
+from sphereify.models import SourceOptions, is_saved
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
 
@@ -28,7 +29,9 @@ def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
 
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in values}
     given = {name: context.obj[name] for name in values if sources[name] == "COMMANDLINE" and name != "resume"}
-    options = RunFolder(folder).options_to_resume(given, values)
+    run = RunFolder(folder)
+    options = run.options_to_resume(given, values)
+    sys.path += [str(place) for place in run.working_directories()]  # where modules of the user's own may lie
     paths = {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     return {**values, **options, **paths, "output": folder, "resume": folder}
 
@@ -98,6 +101,8 @@ def finetune(
     )
     if begun.kept and is_first_process():
         print(f"{begun.kept} (--no-calibrate leaves it out)")
+    elif begun.untrained and is_first_process():
+        print(f"note: {begun.untrained}")
 
     def begin() -> None:
         run.clear()
@@ -167,9 +172,9 @@ def evaluate(
     from sphereify.training import evaluate as test
     from sphereify.training.evaluation import write_evaluation
     from sphereify.training.robustness import open_original, robustness, write_robustness
+    from sphereify.training.start import open_to_test
 
-    network = open_model(model, source)
-    data = images.open(network, as_trained=True)
+    network, data = open_to_test(model, images, source)
     original = None
     if against is not None:
         original = open_original(against, data, weights=against_weights, factory=source.factory)

@@ -20,7 +20,7 @@ from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.convert.pretrained_models import guard_methods
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
 from sphereify.convert.start import Filters, Statistics, start_beta, start_classes, statistics_behind, take_over_norm
-from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option
+from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option, wrong_type
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
@@ -52,7 +52,12 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     Raises:
         PlanMismatchError: the plan belongs to another architecture. Nothing has been changed then.
         UsageError: the plan names an operator object that it does not carry, as after `from_json`.
+        ArgumentTypeError: a model that is no module, or a plan that is none.
     """
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", model, "a torch.nn.Module")
+    if not isinstance(plan, ConversionPlan):
+        raise wrong_type("plan", plan, "a ConversionPlan, as plan_conversion and ConversionPlan.from_json return it")
     _check_fit(model, plan)
     if not inplace:
         model = copy_of(model)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
+from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.input_values import filled
 from sphereify.convert.model_inputs import evaluating, tensors_in
+from sphereify.deployment.differences import difference, has_numbers
 from sphereify.errors import UnsupportedModelError
 
 TOLERANCE = 3e-2
@@ -36,10 +38,10 @@ def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], exam
         outputs = _both(copy_of(model).double(), fold, arguments.map(_double))
     except Exception:  # no float64 on this device, or a forward that fixes a dtype
         outputs = _both(copy_of(model), fold, arguments)
-    if not any(_finite(expected).numel() for expected in outputs[0]):
+    if not has_numbers(outputs[0]):
         raise UnsupportedModelError(
-            f"fold: no output of {type(model).__name__} on these inputs is a finite number, so that nothing can be "
-            f"compared. Take other inputs, or look for the layer whose weights are not finite"
+            f"fold: the outputs of {type(model).__name__} on example_inputs are not finite, so there is nothing to "
+            f"compare; the first layer with a value that is not finite is {first_bad_layer(model, arguments)}"
         )
     if not all(map(_agree, *outputs)):
         raise UnsupportedModelError(
@@ -52,13 +54,7 @@ def _agree(expected: Tensor, output: Tensor) -> bool:
     """True if two outputs are equal up to rounding; what is not finite has to be equal."""
     if not expected.is_floating_point():
         return torch.equal(output, expected)
-    finite = _finite(expected)
-    limit = TOLERANCE * float(finite.abs().max()) if finite.numel() else 0.0
-    return output.shape == expected.shape and torch.allclose(output, expected, rtol=0, atol=limit, equal_nan=True)
-
-
-def _finite(output: Tensor) -> Tensor:
-    return output[output.isfinite()]
+    return difference(output, expected) <= TOLERANCE
 
 
 def _both(

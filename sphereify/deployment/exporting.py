@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.assumed_inputs import runnable_inputs
 from sphereify.convert.copies import copy_of
+from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.input_channels import input_channels
 from sphereify.convert.input_values import filled, noise
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import tensors_in
+from sphereify.deployment.differences import difference, has_numbers, not_finite
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
-from sphereify.files import replacing
+from sphereify.files import as_path, replacing_with_companions
 from sphereify.sources import RECORD_ATTRIBUTE
 
 TOLERANCE = 1e-3
@@ -44,12 +46,13 @@ class Exported:
     Attributes:
         path: the file.
         format: one of `sphereify.choices.EXPORT_FORMATS`.
-        size: in bytes.
+        size: of all its files, in bytes.
         difference: the largest difference from the model's outputs, relative to the largest output; None if it was not
             checked.
         note: the inputs on which it was checked, or the reason why it was not.
         opset: version of the ONNX operators; None for other formats.
         operators: the number of times each operator is used, the most frequent first.
+        companions: further files, which must stay beside the file: the weights of an ONNX file of 2 GB or more.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Exported:
     note: str
     opset: int | None
     operators: dict[str, int]
+    companions: tuple[Path, ...] = ()
 
 
 def export(
@@ -73,11 +77,14 @@ def export(
     img_size: int | None = None,
     opset: int | None = None,
 ) -> Exported:
-    """Write a model to one file, and check the file against the model.
+    """Write a model to a file, and check the file against the model.
+
+    ONNX files may not reach 2 GiB. The weights of a larger model are written to a second file beside it, `path` with
+    ".data" at its end, which belongs to it.
 
     Args:
         model: converted or folded; in evaluation it takes and returns tensors. It is not changed.
-        path: the file. One that exists is replaced when the new one is complete.
+        path: the file. One that exists is replaced, with what belongs to it, when the new one is complete.
         example_inputs: tensors that the model takes, with the batch in dimension 0, as for `plan_conversion`; a file
             for `torch.export.load` takes by keyword what is given by keyword. Default: random inputs of the usual
             kind and size.
@@ -98,7 +105,7 @@ def export(
         UsageError: an unknown format, an opset that is too low, missing packages, a path that is not a file's.
         ArgumentTypeError: a model that is no module, or example inputs that are no tensors.
         ExportError: the model cannot be exported so, the file cannot be written, or it computes something else than the
-            model. There is no file then that was not there before.
+            model, or the model's outputs are not finite. There is no file then that was not there before.
     """
     options = ExportOptions(format, folded, batch_size, dynamic_size, img_size, opset)
     chosen = check_installed(options.format)
@@ -110,24 +117,26 @@ def export(
     with _without_warnings(), torch.no_grad():
         reference = copy_of(model).eval()
         inputs = _inputs(reference, example_inputs, options)
+        _check_finite(reference, inputs)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
         axes = tuple(_dynamic_axes(one, options) for one in inputs.values())
         program = _traced(network, inputs, axes)
         try:
-            with replacing(target) as aside:
+            with replacing_with_companions(target, chosen.companions) as aside:
                 written = _write(chosen, program, aside, axes, options, target)
-                difference, note = _check(
-                    chosen, aside, reference, inputs.with_values(map(_other_input, inputs.values(), axes))
-                )
-                size = aside.stat().st_size
+                others = inputs.with_values(map(_other_input, inputs.values(), axes))
+                agreement, note = _check(chosen, aside, reference, others)
+                files = list(aside.parent.iterdir())
+                size = sum(file.stat().st_size for file in files)
         except OSError as error:
             raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
     operators = dict(written.operators.most_common())
-    return Exported(target, options.format, size, difference, note, written.opset, operators)
+    companions = tuple(target.with_name(file.name) for file in files if file.name != target.name)
+    return Exported(target, options.format, size, agreement, note, written.opset, operators, companions)
 
 
 def _checked_path(path: str | Path) -> Path:
-    target = Path(path)
+    target = as_path("path", path)
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; expected the name of a file to write")
     if target.exists() and not target.is_file():
@@ -261,6 +270,19 @@ def _write(
 # --------------------------------------------------------------------------------------------------------------- check
 
 
+def _check_finite(model: nn.Module, inputs: ModelArguments) -> None:
+    """Refuse a model without a finite output, with which no file could be compared."""
+    try:
+        outputs = list(tensors_in(inputs.run(model)))
+    except Exception:  # the tracer tells best why a model does not take its inputs
+        return
+    if not has_numbers(outputs):
+        raise ExportError(
+            f"the outputs of {type(model).__name__} for {inputs.described()} are not finite, so there is nothing to "
+            f"compare a file with; the first layer with a value that is not finite is {first_bad_layer(model, inputs)}"
+        )
+
+
 def _check(chosen: Format, path: Path, model: nn.Module, inputs: ModelArguments) -> tuple[float | None, str]:
     """Compare the file with the model, on these inputs and on zeros.
 
@@ -273,25 +295,27 @@ def _check(chosen: Format, path: Path, model: nn.Module, inputs: ModelArguments)
     if not is_installed(chosen.runtime):
         return None, f"not checked: {chosen.runtime} is not installed"
     shapes = ", ".join("×".join(map(str, one.shape)) for one in inputs.values())
-    largest = 0.0
+    largest, odd = 0.0, ""
     for what, probe in (("a random input", inputs), ("zeros", inputs.map(torch.zeros_like))):
         expected = list(tensors_in(probe.run(model)))
-        if what == "zeros" and not all(one.isfinite().all() for one in expected if one.is_floating_point()):
+        if what == "zeros" and any(one.isnan().any() for one in expected if one.is_floating_point()):
             continue  # this model has no answer to zeros
+        odd = odd or not_finite(expected)
         try:
             outputs = chosen.run(path, probe)
         except Exception as error:  # a runtime may raise anything
             raise ExportError(f"{chosen.runtime} cannot run the exported file ({first_line(error)})") from error
-        difference = _largest_difference(outputs, expected)
-        if not difference <= _tolerance(expected):
-            if what == "zeros" and math.isfinite(difference) and _turns_on_rounding(model, probe, expected):
+        apart = _largest_difference(outputs, expected)
+        if not apart <= _tolerance(expected):
+            if what == "zeros" and math.isfinite(apart) and _turns_on_rounding(model, probe, expected):
                 return largest, f"checked with {chosen.runtime} on a random input of {shapes}; {NO_ANSWER_TO_ZEROS}"
             raise ExportError(
                 f"the exported file computes something else than the model: on {what} of {shapes} its outputs differ "
-                f"by {difference:.1e} of the largest"
+                f"by {apart:.1e} of the largest"
             )
-        largest = max(largest, difference)
-    return largest, f"checked with {chosen.runtime} on a random input of {shapes}"
+        largest = max(largest, apart)
+    same = f"; {odd}, in the file as in the model" if odd else ""
+    return largest, f"checked with {chosen.runtime} on a random input of {shapes}{same}"
 
 
 def _turns_on_rounding(model: nn.Module, zeros: ModelArguments, expected: list[Tensor]) -> bool:
@@ -311,17 +335,7 @@ def _off_by_rounding(value: Tensor) -> Tensor:
 
 
 def _largest_difference(outputs: Iterable[Tensor], expected: list[Tensor]) -> float:
-    return max((_difference(a, b) for a, b in zip(outputs, expected, strict=True)), default=0.0)
-
-
-def _difference(output: Tensor, expected: Tensor) -> float:
-    if output.shape != expected.shape:
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    output, expected = output.double().cpu(), expected.double().cpu()
-    difference = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    return math.inf if math.isnan(difference) else difference  # NaN is larger than nothing, and max() would lose it
+    return max((difference(a, b) for a, b in zip(outputs, expected, strict=True)), default=0.0)
 
 
 def _tolerance(expected: list[Tensor]) -> float:

@@ -1,7 +1,6 @@
 """The formats of an exported file: for each, how to write it, and how to run it."""
 
 import importlib.util
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,13 +30,15 @@ class Format(Protocol):
     Attributes:
         packages: the packages that write it, besides torch.
         runtime: the package that runs it.
+        companions: the ends of the names of further files that may belong to the file: its name with such an end.
     """
 
     packages: tuple[str, ...]
     runtime: str
+    companions: tuple[str, ...]
 
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
-        """Write the file.
+        """Write the file, and beside it what belongs to it.
 
         Raises:
             UsageError: an opset that does not exist.
@@ -48,11 +49,16 @@ class Format(Protocol):
         """The outputs of the file for these inputs."""
 
 
+LARGEST_ONNX = 2**31 - 2**24
+"""Bytes of weights beyond which an ONNX file, which may not reach 2 GiB, has them in a second file."""
+
+
 class Onnx:
-    """ONNX with its standard operators, in one file."""
+    """ONNX with its standard operators, in one file; large weights lie beside it in NAME.data."""
 
     packages: tuple[str, ...] = ("onnx", "onnxscript")
     runtime = "onnxruntime"
+    companions: tuple[str, ...] = (".data",)
 
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
         import onnx
@@ -72,7 +78,8 @@ class Onnx:
         foreign = sorted(name for name in operators if "::" in name)
         if foreign:
             raise ExportError(f"the model needs operators that are not ONNX's own: {', '.join(foreign)}")
-        converted.save(str(path), external_data=False)
+        size = sum(value.const_value.nbytes for value in converted.model.graph.initializers.values())
+        converted.save(str(path), external_data=size > LARGEST_ONNX)
         return Written(operators, converted.model.opset_imports[""])
 
     def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
@@ -88,16 +95,17 @@ class TorchExport:
 
     packages: tuple[str, ...] = ()
     runtime = "torch"
+    companions: tuple[str, ...] = ()
 
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
-        buffer = io.BytesIO()  # a path would have to end in .pt2
-        torch.export.save(program, buffer)
-        path.write_bytes(buffer.getbuffer())
+        with path.open("wb") as file:  # a path would have to end in .pt2
+            torch.export.save(program, file)
         nodes = (node for node in program.graph.nodes if node.op == "call_function")
         return Written(Counter(str(node.target) for node in nodes))
 
     def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
-        program = torch.export.load(io.BytesIO(path.read_bytes()))
+        with path.open("rb") as file:
+            program = torch.export.load(file)
         return list(tensors_in(inputs.run(program.module())))
 
 

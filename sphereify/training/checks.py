@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
-from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option
+from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
+from sphereify.models import untrained_part
 from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
@@ -18,6 +19,7 @@ from sphereify.training.loader import training_batches
 from sphereify.training.objective import logits_of
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
+from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import Settings, differences
 
 
@@ -27,15 +29,12 @@ def check_run(
     """Make sure that `model` can be trained on `data` with these settings. Nothing is changed.
 
     Raises:
-        UnsupportedModelError: a folded model.
         DataError: images that the model or the teacher does not take, other classes, or too little data.
         UsageError: settings that do not go with the model or with the number of processes.
     """
-    if is_folded(model):
-        raise UnsupportedModelError(
-            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
-        )
     check_classes(model, data)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise wrong_type("teacher", teacher, "a torch.nn.Module, as open_teacher returns it")
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
     check_mixup(model, settings)
@@ -44,6 +43,32 @@ def check_run(
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
     with frozen(model, settings.freeze):
         _check_optimizer(model, data, settings, processes)
+
+
+def check_arguments(model: object, data: object, settings: object = None) -> None:
+    """Make sure that the arguments of a training or a test are of the types that they should be.
+
+    Raises:
+        ArgumentTypeError: one is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", model, "a torch.nn.Module")
+    if not isinstance(data, Data):
+        raise wrong_type("data", data, "a Data, as sphereify.datasets.load_data returns it")
+    if settings is not None and not isinstance(settings, Settings):
+        raise wrong_type("settings", settings, "Settings")
+
+
+def check_trainable(model: object) -> None:
+    """Make sure that a model can be trained at all.
+
+    Raises:
+        UnsupportedModelError: a folded model.
+    """
+    if is_folded(model):
+        raise UnsupportedModelError(
+            f"finetune: this {type(model).__name__} is folded for inference; train the model that it was folded from"
+        )
 
 
 def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
@@ -69,7 +94,24 @@ def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
     if logits.shape[1] != len(data.classes):
         raise DataError(
             f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
-            f"{option('num_classes', len(data.classes))} (a plain model is built with it)"
+            f"{option('num_classes', len(data.classes))}, for which weights of other classes serve as well, all but "
+            f"those of the classifier"
+        )
+
+
+def check_trained(model: nn.Module, data: Data, model_option: str, weights_option: str) -> None:
+    """Make sure that a model that was opened by name to be tested has a classifier that was trained.
+
+    Args:
+        model_option, weights_option: the options that name the model and its weights.
+
+    Raises:
+        UsageError: its weights are for other classes, which left the classifier new.
+    """
+    if why := untrained_part(model):
+        raise UsageError(
+            f"{option(model_option)}: {why}; {data.name} has {len(data.classes)} classes. Bring weights that were "
+            f"trained on it with {option(weights_option)}"
         )
 
 
@@ -126,8 +168,10 @@ def check_same_run(
         UsageError: other settings, data, number of processes, or another model.
     """
     changes = differences(Settings.from_json(saved["settings"]), settings)
-    if saved["data"] != data.name:
-        changes.append(f"{option('data')}: {saved['data']} before, {data.name} now")
+    before, now = saved.get("data_identity") or {"name": saved["data"]}, identity_of(data)
+    if not is_same(before, now):
+        others = " with other classes or files" if before.get("files") and now["files"] else ""
+        changes.append(f"{option('data')}: {saved['data']} before, {data.name} now{others}")
     if saved["world"] != processes.world:
         changes.append(f"processes: {saved['world']} before, {processes.world} now")
     if changes:

@@ -28,6 +28,7 @@ from sphereify.training.results import Epoch, Result, Step
 from sphereify.training.robustness import Robustness, check_corruptible, corrupted_accuracies, rival_of
 from sphereify.training.run import finetune
 from sphereify.training.run_folder import RunFolder, state_file
+from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import WITHOUT_EFFECT, Settings
 
 
@@ -295,7 +296,7 @@ def _identity(model: nn.Module, data: Data, variant: Variant, settings: Settings
     lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
     identity = {
         **lasting,
-        "data": data.name,
+        "data": identity_of(data),
         "classes": data.classes,
         "image_size": data.image_size,
         "transform": str(getattr(data.train, "transform", "")),
@@ -308,6 +309,9 @@ def _identity(model: nn.Module, data: Data, variant: Variant, settings: Settings
 def _check_same_variant(folder: RunFolder, identity: dict[str, Any]) -> None:
     """Make sure that a folder holds this run or none, and write there which one it is."""
     before = json.loads(folder.variant.read_text()) if folder.variant.is_file() else identity
+    data = before["data"] if isinstance(before.get("data"), dict) else {"name": before.get("data")}
+    if is_same(data, identity["data"]):
+        before["data"] = identity["data"]
     if before != identity:
         changed = ", ".join(name for name in identity if before.get(name) != identity[name])
         raise UsageError(f"{folder}: holds a run with another {changed}; take another {option('output')}, or remove it")

@@ -60,22 +60,26 @@ class DataOptions:
             )
         check_options(self)
 
-    def class_count(self) -> int:
+    def class_count(self, *, test_only: bool = False) -> int:
         """The number of classes of the data set.
+
+        Args:
+            test_only: be content with test images, as `sphereify.datasets.load_data`.
 
         Raises:
             DataError: as `sphereify.datasets.load_data`.
         """
         from sphereify.datasets import class_count
 
-        return class_count(self.data or "", data_root=self.data_root)
+        return class_count(self.data or "", data_root=self.data_root, test_only=test_only)
 
-    def open(self, model: "nn.Module", *, as_trained: bool = False) -> "Data":
+    def open(self, model: "nn.Module", *, as_trained: bool = False, test_only: bool = False) -> "Data":
         """The data set, with images prepared as `model` takes them.
 
         Args:
             model: decides the channels, the normalization and, where `img_size` does not say it, the size.
             as_trained: take the size from the training record of a loaded artifact first.
+            test_only: be content with test images, as `sphereify.datasets.load_data`.
 
         Raises:
             DataError, UsageError: as `sphereify.datasets.load_data`.
@@ -96,4 +100,5 @@ class DataOptions:
             augment=self.augment,
             train_images=self.train_images,
             test_images=self.test_images,
+            test_only=test_only,
         )

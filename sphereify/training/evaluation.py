@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sphereify.convert.finite import answers_of, first_bad_layer
 from sphereify.datasets import Data
-from sphereify.errors import DataError
+from sphereify.errors import DataError, TrainingError
 from sphereify.files import write_text
 from sphereify.plots import plot_confusion
 from sphereify.sources import RECORD_ATTRIBUTE
-from sphereify.training.checks import check_classes, check_record
+from sphereify.training.checks import check_arguments, check_classes, check_record
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import make_loader, on_device, test_batches
 from sphereify.training.objective import logits_of
@@ -29,7 +30,7 @@ class Evaluation:
     """Results of a test on held-out images."""
 
     top1: float
-    """Share of the images, in [0, 1], whose class has the highest score."""
+    """Share of the images, in [0, 1], whose class has the highest score, which must be finite."""
     top5: float
     """Share of the images, in [0, 1], whose class is among the five highest scores; 1 for fewer than six classes."""
     confusion: Tensor
@@ -40,12 +41,28 @@ class Evaluation:
     """Speed, with loading, over all processes."""
     skipped: int
     """Number of images that could not be read."""
+    unanswered_by_class: tuple[int, ...] = ()
+    """Number of images of each class whose highest score is not finite, which are not in `confusion`; empty: none."""
+
+    @property
+    def unanswered(self) -> int:
+        """Number of images whose highest score is not finite."""
+        return sum(self.unanswered_by_class)
+
+    @property
+    def by_class(self) -> Tensor:
+        """Number of images of each class."""
+        return self.confusion.sum(1) + torch.tensor(self.unanswered_by_class or 0)
 
     @property
     def per_class(self) -> list[float]:
         """Accuracy of each class in [0, 1]; NaN where there was no image."""
-        shares = self.confusion.diagonal().double() / self.confusion.sum(1)
+        shares = self.confusion.diagonal().double() / self.by_class
         return shares.tolist()  # type: ignore[no-any-return]
+
+    def not_finite(self) -> str:
+        """A sentence on the images without a finite score."""
+        return f"the scores of {self.unanswered} of {self.images} images are not finite, which counts as wrong"
 
 
 def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> Evaluation:
@@ -59,7 +76,10 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
     Raises:
         DataError: no test images, images that the model does not take, another number of classes, or other classes
             than those that the record of a loaded artifact names.
+        TrainingError: not one image has a finite score.
+        ArgumentTypeError: a model that is no module, or data or settings of another type.
     """
+    check_arguments(model, data, settings)
     settings = settings or Settings()
     if not len(data.test):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no test images")
@@ -74,12 +94,19 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
 
 @torch.no_grad()
 def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: Settings, data: Data) -> Evaluation:
-    """Test a model over a loader of `make_loader`; each process takes its share, and all get the whole result."""
+    """Test a model over a loader of `make_loader`; each process takes its share, and all get the whole result.
+
+    Raises:
+        DataError: not one image could be read.
+        TrainingError: not one image has a finite score.
+    """
     device = processes.device
     model.eval()
     classes = len(data.classes)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     top5 = torch.zeros((), dtype=torch.int64, device=device)
+    unanswered = torch.zeros(classes, dtype=torch.int64, device=device)
+    placed = None
     skipped, began = 0, time.monotonic()
     for batch in loader:
         skipped += batch[1]
@@ -91,14 +118,26 @@ def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: 
         images, targets = placed
         with autocast(device, settings.amp):
             logits = logits_of(model(images))
-        confusion += torch.bincount(targets * classes + logits.argmax(1), minlength=classes * classes)
-        top5 += (logits.topk(min(5, classes), 1).indices == targets[:, None]).sum()
-    counts = processes.sum(torch.cat([confusion, top5[None], top5.new_tensor([skipped])]))
+        answers = answers_of(logits)
+        has_answer = answers >= 0
+        # Without an index that depends on values, for which a GPU would have to be waited.
+        cells = torch.where(has_answer, targets * classes + answers, classes * classes)
+        confusion += torch.bincount(cells, minlength=classes * classes + 1)[:-1]
+        unanswered += torch.bincount(torch.where(has_answer, classes, targets), minlength=classes + 1)[:-1]
+        top5 += ((logits.topk(min(5, classes), 1).indices == targets[:, None]) & has_answer[:, None]).sum()
+    counts = processes.sum(torch.cat([confusion, unanswered, top5[None], top5.new_tensor([skipped])]))
     seconds = max(time.monotonic() - began, 1e-9)
-    table = counts[:-2].view(classes, classes).cpu()
-    count = int(table.sum())
+    table = counts[: classes**2].view(classes, classes).cpu()
+    without = tuple(counts[classes**2 : -2].tolist())
+    count = int(table.sum()) + sum(without)
     if not count:
         raise DataError(f"{data.name}: not one of its test images could be read")
+    if count == sum(without):
+        layer = first_bad_layer(model, None if placed is None else placed[0])
+        raise TrainingError(
+            f"{data.name}: the scores of all {count} test images are not finite; the first layer with a value that is "
+            f"not finite is {layer}"
+        )
     return Evaluation(
         top1=int(table.diagonal().sum()) / max(count, 1),
         top5=int(counts[-2]) / max(count, 1),
@@ -106,6 +145,7 @@ def score(model: nn.Module, loader: DataLoader, processes: Processes, settings: 
         images=count,
         images_per_second=count / seconds,
         skipped=int(counts[-1]),
+        unanswered_by_class=without if any(without) else (),
     )
 
 
@@ -122,6 +162,7 @@ def write_evaluation(evaluation: Evaluation, classes: list[str], folder: Path) -
         "top5": evaluation.top5,
         "images": evaluation.images,
         "skipped": evaluation.skipped,
+        "not_finite": evaluation.unanswered,
         "images_per_second": evaluation.images_per_second,
         "classes": classes,
         "per_class": shares,
@@ -143,6 +184,6 @@ def accuracy(model: nn.Module, loader: DataLoader, device: torch.device | str = 
     correct = count = 0
     with torch.no_grad():
         for images, targets in loader:
-            correct += int((logits_of(model(images.to(device))).argmax(1).cpu() == targets).sum())
+            correct += int((answers_of(logits_of(model(images.to(device)))).cpu() == targets).sum())
             count += len(targets)
     return correct / count

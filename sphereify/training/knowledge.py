@@ -14,7 +14,7 @@ from sphereify.datasets import Data, training_images
 from sphereify.errors import choose, option
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
-from sphereify.sources import load_weights
+from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
 
 IMAGES = 1024
 """Number of training images, without labels, on which a conversion is calibrated."""
@@ -37,12 +37,12 @@ def open_plain(spec: str, source: SourceOptions, classes: int) -> tuple[nn.Modul
     """
     model = open_model(spec, dataclasses.replace(source, weights=None))
     if source.weights is not None:
-        new = load_weights(model, source.weights, classes=source.num_classes or classes)
+        new = fill_from(model, source.weights, source.num_classes or classes)
         return model, FEATURES if new else ALL
     if not source.pretrained:
         return model, NOTHING
     pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
-    return model, ALL if pretrained == classes else FEATURES
+    return model, ALL if pretrained == classes and not hasattr(model, UNTRAINED_ATTRIBUTE) else FEATURES
 
 
 def keep_knowledge(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
 from sphereify.errors import DataError, UsageError, choose, option
 from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.plots import plot_robustness
 from sphereify.sources import RECORD_ATTRIBUTE, accepts
-from sphereify.training.checks import check_classes, check_record
+from sphereify.training.checks import check_classes, check_record, check_trained
 from sphereify.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from sphereify.training.evaluation import autocast
 from sphereify.training.loader import Batches, make_loader, on_device
@@ -225,7 +226,7 @@ def _right_answers(network: nn.Module, copies: Tensor, targets: Tensor, settings
     answers = []
     for images in copies.flatten(0, 1).split(max(settings.batch_size, 1)):
         with autocast(images.device, settings.amp):
-            answers.append(logits_of(network(images.contiguous(**layout))).argmax(1))
+            answers.append(answers_of(logits_of(network(images.contiguous(**layout)))))
     return (torch.cat(answers).view(-1, count) == targets[:, None]).sum(0)
 
 
@@ -309,15 +310,10 @@ def open_original(spec: str, data: Data, *, weights: Path | None = None, factory
         raise UsageError(f"{option('against')}: {spec} needs {option('against_weights')}, its trained weights")
     pretrained = weights is None
     sized: dict[str, Any] = {}
-    if accepts(spec, "num_classes") and not (pretrained and spec.startswith("torchvision:")):
+    if accepts(spec, "num_classes"):
         sized["num_classes"] = len(data.classes)
     if data.image_size[0] != 3 and accepts(spec, "in_chans"):
         sized["in_chans"] = data.image_size[0]
     model = open_model(spec, SourceOptions(pretrained=pretrained, weights=weights, **sized))
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", len(data.classes))
-    if pretrained and known != len(data.classes):
-        raise UsageError(
-            f"{option('against')}: the pretrained weights of {spec} are for {known} classes, {data.name} has "
-            f"{len(data.classes)}; bring weights that were trained on it with {option('against_weights')}"
-        )
+    check_trained(model, data, "against", "against_weights")
     return model

@@ -3,6 +3,7 @@
 import shlex
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.finite import first_bad_layer, first_bad_weight
 from sphereify.datasets import Data
-from sphereify.errors import DataError, Interrupted, TrainingError, UsageError, option
+from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, UsageError, option
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
-from sphereify.training.checks import check_run, check_same_run
+from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable
 from sphereify.training.distributed import Processes, join
 from sphereify.training.evaluation import score
-from sphereify.training.finite import first_bad_layer, first_bad_weight
 from sphereify.training.freezing import frozen
 from sphereify.training.interruption import StopRequest, stop_requests
 from sphereify.training.loader import make_loader, on_device, test_batches
@@ -76,6 +77,8 @@ def finetune(
 
     Nothing of the model has been moved or changed when a request is refused.
     """
+    check_trainable(model)
+    check_arguments(model, data, settings)
     settings = with_recipe(settings or Settings())
     folder = None if output is None else RunFolder(output)
     with (
@@ -229,8 +232,11 @@ class TrainingRun:
     def finish_epoch(self) -> None:
         """Test the model, note the measurements, and write models, a checkpoint and metrics."""
         state = self.state
+        self._check_weights()
         self.processes.share_buffers(state.tested)
         evaluation = score(state.tested, self.test_loader, self.processes, self.settings, self.data)
+        if evaluation.unanswered and self.processes.writes:
+            warnings.warn(SphereifyWarning(f"after epoch {state.epoch + 1}: {evaluation.not_finite()}"), stacklevel=2)
         loss, rate, skipped = state.meter.means(self.processes)
         state.history.append(
             Epoch(
@@ -249,7 +255,6 @@ class TrainingRun:
         state.start_next_epoch()
         if self.folder is not None:
             whole = state.tested if self.shards is None else self.shards.whole()
-            self._check_weights()
             if whole is not None and self.processes.writes:
                 self._save_models(whole, self.folder)
             self._save_checkpoint()
@@ -281,7 +286,7 @@ class TrainingRun:
     def _check_loss(self, placed: tuple[Tensor, Tensor] | None) -> None:
         """Stop at a loss that is not finite."""
         if (step := self.state.meter.first_bad_step()) is not None:
-            layer = first_bad_layer(self.model, placed[0] if placed is not None else None)
+            layer = first_bad_layer(self.model, None if placed is None else placed[0])
             raise TrainingError(
                 f"the loss is {self.state.meter.last:g} at step {step}; the first layer with a value that is not "
                 f"finite is {layer}.{self._remedy()}"

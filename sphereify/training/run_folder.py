@@ -1,8 +1,9 @@
 """The folder of a run: the names of all that lies in it, whether it is free, and how a new run makes room."""
 
 import json
+import os
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.artifact import save
+from sphereify.datasets import TIMM_READERS
 from sphereify.errors import ArtifactError, UsageError, first_line, option
-from sphereify.files import replacing, write_text
+from sphereify.files import as_path, replacing, write_text
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.settings import WITHOUT_EFFECT
 
@@ -36,7 +38,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = as_path("output", path)
         self.checkpoints = self.path / "checkpoints"
         self.last = self.path / "last"
         self.best = self.path / "best"
@@ -73,10 +75,13 @@ class RunFolder:
     def write_options(self, options: Mapping[str, Any]) -> None:
         """Write the options with which the command line begins the run: plain JSON values by name.
 
+        The working directory is written with them, to which their paths are relative.
+
         Raises:
             ArtifactError: they cannot be written.
         """
-        write_text(self.options, json.dumps(dict(options), indent=1) + "\n")
+        document = {**options, _WORKING_DIRECTORY: [os.getcwd(), os.path.relpath(os.getcwd(), self.path)]}
+        write_text(self.options, json.dumps(document, indent=1) + "\n")
 
     def read_options(self) -> dict[str, Any]:
         """The options that `write_options` wrote.
@@ -90,14 +95,26 @@ class RunFolder:
                 f"{option('resume')}: {self} is not the folder of a run, there is no {self.options.name} in it"
             )
         try:
-            return json.loads(self.options.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            options: dict[str, Any] = json.loads(self.options.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ArtifactError(
                 f"{self.options}: cannot be read ({error}); the checkpoints beside it hold the weights"
             ) from None
+        options.pop(_WORKING_DIRECTORY, None)
+        return options
+
+    def working_directories(self) -> list[Path]:
+        """The folders to which the paths among the options of this run may be relative: the one in which it began, and
+        that which lies now where it lay as seen from this folder, if both were moved."""
+        absolute, relative = json.loads(self.options.read_text(encoding="utf-8")).get(_WORKING_DIRECTORY, (".", None))
+        moved = [] if relative is None else [(self.path / relative).resolve()]
+        return [folder for folder in (Path(absolute), *moved) if folder.is_dir()]
 
     def options_to_resume(self, given: Mapping[str, Any], names: Container[str] | None = None) -> dict[str, Any]:
         """The options with which the run goes on: its own, with those of `given` that change no result.
+
+        Paths of the run are found from any working directory. The data may have moved; whether it is the same is for
+        `check_same_run` to tell.
 
         Args:
             given: options that are given anew, as plain JSON values by name.
@@ -115,14 +132,39 @@ class RunFolder:
                 f"{self.options}: holds {', '.join(unknown)}, which this version does not have; continue the run with "
                 f"the version that began it"
             )
+        bases = self.working_directories()
+        located = {name: locate(value, bases) if name in PLACES else value for name, value in before.items()}
+        free = (*WITHOUT_EFFECT, *MOVABLE)
         changes = [
             f"{option(name)}: {before.get(name)} before, {given[name]} now"
             for name in sorted(given)
-            if name not in WITHOUT_EFFECT and given[name] != before.get(name)
+            if name not in free and given[name] != before.get(name)
+            if name not in PLACES or locate(given[name], [Path.cwd()]) != located.get(name)
         ]
         if changes:
             raise UsageError(f"{self}: cannot be continued otherwise than it began: {'; '.join(changes)}")
-        return {**before, **{name: given[name] for name in WITHOUT_EFFECT if name in given}}
+        own = before if bases[:1] == [Path.cwd()] else located
+        return {**own, **{name: given[name] for name in free if name in given}}
+
+
+_WORKING_DIRECTORY = "working_directory"
+MOVABLE = ("data", "data_root")
+"""Options that say where the data lies, which may move while a run is paused."""
+PLACES = (*MOVABLE, "model", "factory", "weights", "teacher", "teacher_weights")
+"""Options whose value may name a file or a folder."""
+
+
+def locate(value: Any, bases: Iterable[Path]) -> Any:
+    """The value of an option with an absolute path, if it names a file or a folder in one of `bases`.
+
+    A value is a path, or "file.py:factory"; any other, such as the name of a model, stays as it is.
+    """
+    if not isinstance(value, str) or not value or value in ("digits", "original") or value.startswith(TIMM_READERS):
+        return value
+    path, colon, factory = value.rpartition(":") if ".py:" in value else (value, "", "")
+    places = (base / path for base in bases)
+    place = next((place for place in places if place.exists()), None)
+    return value if place is None else f"{os.path.realpath(place)}{colon}{factory}"
 
 
 def state_file(path: Path) -> Path:

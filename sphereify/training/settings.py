@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sphereify.errors import UsageError, first_line, invalid, option
+from sphereify.devices import find_device
+from sphereify.errors import UsageError, invalid, option
 from sphereify.options import check_options, from_json, option_field, to_json
 from sphereify.patterns import PatternList
 from sphereify.training.terms import Terms
@@ -186,21 +187,9 @@ class Settings:
         Raises:
             UsageError: torch does not have this device.
         """
-        import torch
-
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        kind = name.split(":")[0]
-        if kind == "meta":
-            raise invalid("device", name, "a device that holds values", "Take 'cpu' or 'cuda'")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UsageError(
-                f"{option('device')}: got {name!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'."
-            )
-        try:
-            torch.empty(0, device="cpu" if kind == "cuda" else name)
-            return torch.device(name)
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            raise UsageError(f"{option('device')}: got {name!r}: {first_line(error)}") from None
+        if str(self.device).split(":")[0] == "meta":
+            raise invalid("device", self.device, "a device that holds values", "Take 'cpu' or 'cuda'")
+        return find_device(self.device)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values, those of the loss under "terms"."""

@@ -11,10 +11,10 @@ from torch import nn
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import Data
-from sphereify.errors import UsageError, invalid, option
-from sphereify.models import SourceOptions, is_saved, open_model
+from sphereify.errors import DataError, UsageError, invalid, option
+from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import accepts, find_model
-from sphereify.training.checks import check_classes
+from sphereify.training.checks import check_classes, check_trained
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
 from sphereify.training.teacher import Original, open_teacher
@@ -32,6 +32,8 @@ class Start:
     """A line on the calibration; None without one."""
     trained: bool = False
     """True if the network was converted from trained weights."""
+    untrained: str = ""
+    """A line on a classifier that its weights left new; empty without one."""
 
 
 def start(
@@ -82,20 +84,49 @@ def start(
     original = Original(copy.deepcopy(plain), source.pretrained, source.weights, learned == FEATURES)
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
     model = sphereify(plain, inplace=True, **conversion.keywords())
-    kept = None
+    kept, untrained = None, untrained_part(plain)
     if learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)
-    return Start(model, data, followed, kept, learned != NOTHING)
+    return Start(model, data, followed, kept, learned != NOTHING, untrained)
 
 
-def for_classes_of(images: DataOptions, spec: str, source: SourceOptions) -> SourceOptions:
-    """The options of a plain model with the number of classes of the data, unless they name another one.
+def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:
+    """The options of a plain model with the number of classes of the data.
 
     A builder of your own without `num_classes` makes the model as it does.
+
+    Raises:
+        DataError: the options name another number.
     """
     find_model(spec)  # an unknown name fails before the data is read
-    if source.num_classes is not None or not accepts(spec, "num_classes"):
-        return source
-    return dataclasses.replace(source, num_classes=images.class_count())
+    count = images.class_count(test_only=test_only)
+    if source.num_classes not in (None, count):
+        raise DataError(
+            f"the model has {source.num_classes} classes, {images.data} has {count}: leave out "
+            f"{option('num_classes')}, and it is built for those of the data"
+        )
+    return dataclasses.replace(source, num_classes=count) if accepts(spec, "num_classes") else source
+
+
+def open_to_test(spec: str, images: DataOptions, source: SourceOptions | None = None) -> tuple[nn.Module, Data]:
+    """A trained network and the images to test it on, for `evaluate`.
+
+    Args:
+        spec: an artifact, or a plain model; with weights from a file it is built for the classes of the data.
+        images: the data set, of which the test images are enough.
+        source: how to build or load the network.
+
+    Raises:
+        UsageError: no such model, or weights for other classes than those of the data.
+        DataError: no such data.
+        ArtifactError: a file that cannot be read or does not fit.
+    """
+    source = source or SourceOptions()
+    if not is_saved(spec) and source.weights is not None and source.num_classes is None:
+        source = for_classes_of(images, spec, source, test_only=True)
+    model = open_model(spec, source)
+    data = images.open(model, as_trained=True, test_only=True)
+    check_trained(model, data, "weights", "weights")
+    return model, data

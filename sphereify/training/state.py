@@ -1,6 +1,7 @@
 """The state of a run: all that training changes, as it goes into a checkpoint and comes back from one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sphereify.training.objective import Objective
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.randomness import random_state, set_random_state
 from sphereify.training.results import Epoch
+from sphereify.training.same_data import identity_of
 from sphereify.training.settings import Settings
 from sphereify.training.sharding import Shards
 
@@ -46,6 +48,11 @@ class RunState:
         """The model that is tested and saved: the moving average of the weights, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @functools.cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """What tells the data set from others."""
+        return identity_of(self.data)
+
     @property
     def lr(self) -> float:
         """Learning rate of the first parameter group."""
@@ -75,6 +82,7 @@ class RunState:
         return {
             "settings": self.settings.to_json(),
             "data": self.data.name,
+            "data_identity": self.data_identity,
             "world": self.processes.world,
             "model": model,
             "ema": self.ema.module.state_dict() if self.ema is not None else None,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sphereify.artifact import load
 from sphereify.errors import UsageError, option
-from sphereify.sources import accepts, build_model, find_model, load_weights
+from sphereify.sources import accepts, build_model, find_model
 from sphereify.training.objective import logits_of
+from sphereify.weights import UNTRAINED_ATTRIBUTE, load_weights
 
 ORIGINAL = "original"
 """The teacher's name that stands for the network before its conversion."""
@@ -94,10 +95,13 @@ def check_classifier(model: nn.Module, classes: int) -> None:
         UsageError: pretrained weights for another number of classes, which leave the classifier untrained.
     """
     pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
-    if pretrained != classes:
+    why = f"its pretrained weights are for {pretrained} classes, the data has {classes}"
+    if pretrained == classes:
+        why = getattr(model, UNTRAINED_ATTRIBUTE, "")
+    if why:
         raise UsageError(
-            f"{option('teacher')}: its pretrained weights are for {pretrained} classes, the data has {classes}: its "
-            f"classifier is new and knows nothing. Train it first, and bring its weights with {option('weights')}"
+            f"{option('teacher')}: {why}: its classifier is new and knows nothing. Train it first, and bring its "
+            f"weights with {option('weights')}"
         )
 
 

@@ -461,3 +461,59 @@ def test_each_option_of_the_images_is_an_option_of_finetune():
 
     names = {parameter.name for parameter in typer.main.get_command(cli.app).commands["finetune"].params}
     assert set(options_of(DataOptions)) <= names
+
+
+SMALL = ["--img-size", 8, "--epochs", 1, "--batch-size", 4, "--device", "cpu"]
+
+
+def test_a_run_is_continued_from_another_folder_with_data_that_moved(run, shapes, monkeypatch):
+    home = shapes.parent
+    assert run("finetune", TINY, "--data", "shapes", *SMALL, "-o", "run")[0] == 0
+    (home / "sub").mkdir()
+    monkeypatch.chdir(home / "sub")
+    for given in ([], ["--data", "../shapes"], ["--data", shapes]):
+        assert run("finetune", "--resume", "../run", *given)[::2] == (0, "")
+    shapes.rename(home / "moved")
+    assert run("finetune", "--resume", "../run", "--data", "../moved")[::2] == (0, "")
+
+
+# -------------------------------------------------------------------------------------------- weights of other classes
+
+
+@pytest.fixture
+def nine(folder):
+    """A checkpoint of nine classes."""
+    torch.save(timm.create_model(TINY, num_classes=9).state_dict(), "nine.pth")
+    return "nine.pth"
+
+
+def test_weights_of_other_classes_serve_all_but_the_classifier_and_that_is_said(run, shapes, nine, refused):
+    new = "nine.pth is for other classes than 2, so fc.weight, fc.bias are new"
+    code, out, _ = run("convert", TINY, "--weights", nine, "--num-classes", 2, "-o", "two")
+    assert (code, f"note: {new}" in " ".join(out.split())) == (0, True)
+    assert run("finetune", "two", "--data", "shapes", *SMALL, "-o", "a")[0] == 0
+    for options, said in (([], "the classifier is new"), (["--no-calibrate"], new)):
+        code, out, _ = run("finetune", TINY, "--weights", nine, "--data", "shapes", *SMALL, *options, "-o", "b",
+                           "--force")  # fmt: skip
+        assert (code, said in out) == (0, True)
+    text = "error: the model has 9 classes, shapes has 2: leave out --num-classes, and it is built for those of the"
+    refused(["finetune", TINY, "--weights", nine, "--num-classes", 9, "--data", "shapes", *SMALL], 1, text)
+    run("convert", TINY, "--weights", nine, "--num-classes", 9, "-o", "all")
+    text = "convert it again with --num-classes 2, for which weights of other classes serve as well, all but those"
+    refused(["finetune", "all", "--data", "shapes", *SMALL], 1, text)
+
+
+def test_weights_are_tested_with_the_classes_of_the_data(run, shapes, nine, refused):
+    torch.save(timm.create_model(TINY, num_classes=2).state_dict(), "two.pth")
+    assert run("evaluate", TINY, "--weights", "two.pth", "--data", "shapes", "--img-size", 8)[0] == 0
+    text = "--weights: nine.pth is for other classes than 2, so fc.weight, fc.bias are new; shapes has 2 classes."
+    refused(["evaluate", TINY, "--weights", nine, "--data", "shapes", "--img-size", 8], 2, text)
+
+
+def test_test_images_alone_are_enough_for_evaluate(run, shapes, refused):
+    (shapes / "val").rename("only")
+    torch.save(timm.create_model(TINY, num_classes=2).state_dict(), "two.pth")
+    given = [TINY, "--weights", "two.pth", "--img-size", 8, "--data"]
+    code, out, _ = run("evaluate", *given, "only")
+    assert (code, "of 6 images" in out) == (0, True)
+    refused(["finetune", *given, "only"], 1, "expected train/ and val/ (or test/) inside, found bright, dark")

@@ -337,7 +337,7 @@ def test_where_rounding_decides_the_outputs_for_zeros_they_are_no_test(tmp_path,
 @pytest.mark.parametrize(("norm", "zeros"), [(nn.InstanceNorm2d, math.nan), (nn.Identity, 1.0)])
 def test_outputs_for_zeros_that_are_not_finite_or_not_rounding_are_refused(tmp_path, monkeypatch, norm, zeros):
     wrong = TorchExport()
-    wrong.run = lambda path, inputs: [run_program(path, *inputs) + (0 if inputs[0].any() else zeros)]
+    wrong.run = lambda path, inputs: [run_program(path, *inputs.args) + (0 if inputs.first.any() else zeros)]
     monkeypatch.setitem(FORMATS, "torch-export", wrong)
     with pytest.raises(ExportError, match="computes something else than the model: on zeros"):
         export(normalized_by_itself(norm), tmp_path / "m.pt2", images(), format="torch-export")
@@ -403,3 +403,62 @@ def test_shapes_without_values_are_enough_to_export(tmp_path):
     model = network("cosine")
     written = export(model, tmp_path / "model.pt2", torch.empty(2, 3, 16, 16, device="meta"), format="torch-export")
     assert written.difference <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- files beside the file
+
+
+@pytest.fixture
+def with_large_weights(monkeypatch):
+    monkeypatch.setattr("sphereify.deployment.formats.LARGEST_ONNX", 1000)
+
+
+def broad():
+    torch.manual_seed(0)
+    return sphereify(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 30))).eval()
+
+
+def test_large_weights_lie_in_a_second_file_that_is_named_counted_and_found(tmp_path, with_large_weights):
+    model, x = broad(), torch.randn(2, 3, 4, 4)
+    written = export(model, tmp_path / "m.onnx", x)
+    files = {"m.onnx", "m.onnx.data"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert written.companions == (tmp_path / "m.onnx.data",)
+    assert written.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert (tmp_path / "m.onnx.data").stat().st_size > 64 * 30 * 4
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in files:
+        (tmp_path / name).rename(moved / name)
+    assert_same(run_onnx(moved / "m.onnx", x), model, x)
+
+
+@pytest.mark.export
+def test_what_belongs_to_an_old_file_goes_with_it(tmp_path, monkeypatch):
+    x = torch.randn(2, 3, 4, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr("sphereify.deployment.formats.LARGEST_ONNX", 1000)
+        export(broad(), tmp_path / "m.onnx", x)
+    written = export(broad(), tmp_path / "m.onnx", x)
+    assert written.companions == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.export
+def test_a_failed_export_leaves_all_files_as_they_were(tmp_path, monkeypatch, with_large_weights):
+    model, x = broad(), torch.randn(2, 3, 4, 4)
+    export(model, tmp_path / "m.onnx", x)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("sphereify.deployment.exporting._tolerance", lambda expected: -1.0)
+    with pytest.raises(ExportError, match="computes something else"):
+        export(sphereify(nn.Sequential(nn.Flatten(), nn.Linear(48, 30))), tmp_path / "m.onnx", x)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.export
+def test_a_file_of_another_owner_is_not_overwritten(tmp_path, with_large_weights):
+    (tmp_path / "m.onnx.data").write_text("mine")
+    with pytest.raises(ExportError, match=r"m\.onnx\.data is in the way, and belongs to no m\.onnx"):
+        export(broad(), tmp_path / "m.onnx", torch.randn(2, 3, 4, 4))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("m.onnx.data", "mine")]

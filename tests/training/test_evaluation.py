@@ -1,5 +1,7 @@
 """Evaluation: accuracies on held-out images."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sphereify import evaluate, load, save
 from sphereify.datasets import Data
-from sphereify.errors import DataError
+from sphereify.errors import ArgumentTypeError, DataError, TrainingError
 from sphereify.training import DataOptions, Settings, accuracy, finetune
+from sphereify.training.evaluation import write_evaluation
 from tests.training.small import CPU, images, linear_net, net, plain_net, usual
 
 
@@ -80,3 +83,51 @@ def test_a_data_set_without_test_images_is_an_error():
     empty = TensorDataset(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.long))
     with pytest.raises(DataError, match="patterns: has no test images"):
         evaluate(linear_net(), Data(data.name, data.train, empty, data.classes, data.image_size), usual())
+
+
+# ------------------------------------------------------------------------------------------ scores that are not finite
+
+
+def own_scores(scores: torch.Tensor, targets: list[int]) -> Data:
+    """Images that are their own scores."""
+    test = TensorDataset(scores[:, :, None, None], torch.tensor(targets))
+    return Data("scores", test, test, [str(i) for i in range(scores.shape[1])], (scores.shape[1], 1, 1))
+
+
+def test_an_image_without_a_finite_score_counts_as_wrong_and_is_said(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor(
+        [[1.0, 0, -inf], [0, nan, 0], [nan, nan, nan], [inf, 0, 0], [-inf, -inf, -inf], [-inf, -1, 2]]
+    )
+    data = own_scores(scores, [0, 1, 0, 0, 0, 2])
+    found = evaluate(nn.Flatten(), data, Settings(batch_size=4, **CPU))
+    assert (found.images, found.unanswered, found.unanswered_by_class) == (6, 4, (3, 1, 0))
+    assert (found.top1, found.top5) == (pytest.approx(2 / 6), pytest.approx(2 / 6))
+    assert found.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert found.per_class == [0.25, 0, 1]
+    assert found.not_finite() == "the scores of 4 of 6 images are not finite, which counts as wrong"
+    write_evaluation(found, data.classes, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["not_finite"] == 4
+    assert accuracy(nn.Flatten(), DataLoader(data.test, batch_size=4)) == pytest.approx(2 / 6)
+
+
+def test_a_network_without_any_finite_score_is_an_error_that_names_the_layer():
+    model = net()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"all 12 test images are not finite; .* is .* \(its weight\)"):
+        evaluate(model, images(), usual())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("resnet18", images()), "model: got str, expected a torch.nn.Module"),
+        ((net(), 3), "data: got int, expected a Data"),
+        ((net(), images(), {"lr": 1}), "settings: got dict, expected Settings"),
+    ],
+)
+def test_arguments_of_other_types_are_named(arguments, text):
+    for function in (evaluate, finetune):
+        with pytest.raises(ArgumentTypeError, match=text):
+            function(*arguments)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.arguments import Inputs, ModelArguments
+
 
 def first_bad_weight(model: nn.Module) -> str | None:
     """The first parameter, or its part on this process, with a value that is not finite."""
@@ -13,21 +15,32 @@ def first_bad_weight(model: nn.Module) -> str | None:
     return next((name for name, p in parameters if not getattr(p, "_local_tensor", p).isfinite().all()), None)
 
 
-def first_bad_layer(model: nn.Module, images: Tensor | None) -> str:
-    """The first layer whose weights, or else whose output for `images`, are not finite, as a phrase."""
+def answers_of(logits: Tensor) -> Tensor:
+    """The class of the highest score in each row of logits (B, classes), and −1 where that score is not finite.
+
+    Scores of −∞ are those of classes that are masked out; a row with NaN has no highest score.
+    """
+    best = logits.max(1)
+    return best.indices.where(best.values.isfinite(), -1)
+
+
+def first_bad_layer(model: nn.Module, inputs: Inputs = None) -> str:
+    """The first layer whose weights, or else whose output for these inputs, are not finite, as a phrase."""
     if (name := first_bad_weight(model)) is not None:
         layer, _, parameter = name.rpartition(".")
-        return f"{layer} (its {parameter})"
-    if images is None:
+        return f"{layer or 'the model itself'} (its {parameter})"
+    if inputs is None:
         return "none: only the loss itself"
-    if not images.isfinite().all():
-        return "none: an image of the batch holds such a value"
-    output = _first_bad_output(model, images)
+    arguments = ModelArguments.of(inputs)
+    numbers = [one for one in arguments.tensors() if one.is_floating_point()]
+    if not all(one.isfinite().all() for one in numbers):
+        return "none: an input holds such a value"
+    output = _first_bad_output(model, arguments)
     return "none: only the loss itself" if output is None else f"{output or 'the model itself'} (its output)"
 
 
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
+def _first_bad_output(model: nn.Module, arguments: ModelArguments) -> str | None:
     names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -41,7 +54,7 @@ def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
     modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]  # takes no hooks
     handles = [module.register_forward_hook(hook(name)) for name, module in modules]
     try:
-        model(images)
+        arguments.run(model)
     finally:
         for handle in handles:
             handle.remove()

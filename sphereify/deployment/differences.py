@@ -1,0 +1,43 @@
+"""How far outputs are from those of the model that they should repeat, where some values are not finite."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def difference(output: Tensor, expected: Tensor) -> float:
+    """The largest difference of two outputs, relative to the largest finite value that is expected.
+
+    NaN agrees with NaN and an infinity with the same infinity, as where classes are masked out with −∞. It is infinite
+    where only one of the two is finite, or where the shapes differ.
+    """
+    if output.shape != expected.shape:
+        return math.inf
+    output, expected = _real(output), _real(expected)
+    apart = ~((output == expected) | (output.isnan() & expected.isnan()))
+    if not apart.any():
+        return 0.0
+    if not (output[apart].isfinite() & expected[apart].isfinite()).all():
+        return math.inf
+    scale = expected[expected.isfinite()].abs().max().clamp_min(1e-12)
+    return float((output[apart] - expected[apart]).abs().max() / scale)
+
+
+def _real(values: Tensor) -> Tensor:
+    values = torch.view_as_real(values) if values.is_complex() else values
+    return values.detach().cpu().double()
+
+
+def has_numbers(outputs: Iterable[Tensor]) -> bool:
+    """True if there is a finite value among outputs, or if they are no floating-point numbers at all."""
+    values = [one for one in outputs if one.is_floating_point() or one.is_complex()]
+    return not values or any(bool(one.isfinite().any()) for one in values)
+
+
+def not_finite(outputs: Iterable[Tensor]) -> str:
+    """A phrase on the values in outputs that are not finite; empty if all are."""
+    values = [one for one in outputs if one.is_floating_point() or one.is_complex()]
+    odd, total = sum(int((~one.isfinite()).sum()) for one in values), sum(one.numel() for one in values)
+    return f"{odd:,} of {total:,} output values are not finite" if odd else ""
