@@ -4,8 +4,8 @@
     python benchmarks/finetuning.py --data CIFAR10 --plain data/plain --output data/finetuned
     python benchmarks/finetuning.py … --device cuda --jobs 12      # all runs side by side on a GPU
 
-Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a cosine schedule,
-flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast standardisation,
+Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a short warm-up, a
+cosine schedule, flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast standardisation,
 the rest are conversions. A finished run is not repeated; the table is made from all of them.
 """
 
@@ -35,13 +35,14 @@ VARIANTS = {
     "standardised": (None, False, {}),
     "copied ρ=0": ({"radius": 0.0}, False, {}),
     "copied ρ=2": ({"radius": 2.0}, False, {}),
+    "copied ρ=4": ({"radius": 4.0}, False, {}),
     "calibrated ρ=0": ({"radius": 0.0}, True, {}),
     "calibrated ρ=2": ({"radius": 2.0}, True, {}),
     "calibrated ρ=4": ({"radius": 4.0}, True, {}),
     "calibrated ρ learned": ({"radius": 2.0, "learn_radius": True}, True, {}),
     "calibrated ρ=2, teacher": ({"radius": 2.0}, True, {"teacher": True}),
     "calibrated ρ=2, half the rate": ({"radius": 2.0}, True, {"rate": 0.5}),
-    "calibrated ρ=2, warm-up": ({"radius": 2.0}, True, {"warmup": 0.1}),
+    "calibrated ρ=4, half the rate": ({"radius": 4.0}, True, {"rate": 0.5}),
     "calibrated ρ=2, decayed filters": ({"radius": 2.0}, True, {"decay": True}),
 }
 CHECKPOINTS = (50, 100, 200)
@@ -88,7 +89,7 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
         decay = options.decay if settings.get("decay") else 0.0  # groups of `param_groups` have their own
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
     per_epoch = len(images.train) // 128
-    steps, warmup = options.epochs * per_epoch, settings.get("warmup", 0.0)
+    steps, warmup = options.epochs * per_epoch, options.warmup
 
     def schedule(step: int) -> float:
         rise = min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the run in which the rate rises")
     parser.add_argument("--decay", type=float, default=5e-4)
     parser.add_argument("--adam", action="store_true", help="AdamW in place of SGD with momentum")
     parser.add_argument("--images", type=int, default=2048, help="for the calibration")
