@@ -21,13 +21,23 @@ USUAL_NAMES = re.compile(r"(^|\.)(fc\d*|classifier|heads?|logits|last_linear|out
 
 def with_output_layers(model: nn.Module, sites: list[Site], facts: TraceFacts, seen: Observation) -> list[Site]:
     """The sites of a model, with the role "classifier" for its output layers and the shapes of their outputs."""
-    if not ("" in facts.untraced or facts.open_ended):
+    if not ("" in facts.untraced or facts.open_ended or _ran_more(sites, facts, seen)):
         return [_as_traced(site, facts, seen) for site in sites]
     if not seen.error and (seen.outputs or seen.ends):
         return [_as_seen(site, seen) for site in sites]
     if any(site.role == "classifier" for site in sites):
         return sites  # those outputs that a trace reaches
     return _guessed(model, sites, seen.output)
+
+
+def _ran_more(sites: list[Site], facts: TraceFacts, seen: Observation) -> bool:
+    """True if the model ran with arguments that the trace did not have, and called layers that the trace does not."""
+    layers = [site.names for site in sites if site.module is not None] if not seen.error else []
+    return any(
+        any(name in seen.order for name in names)
+        and not any(name in facts.called or facts.is_untraced(name) for name in names)
+        for names in layers
+    )
 
 
 def _weights_of(site: Site) -> frozenset[str]:

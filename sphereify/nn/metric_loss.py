@@ -49,6 +49,7 @@ def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
         head: its weights become parameters of the loss.
         options: as `AngularLoss`.
 
+    >>> import torch
     >>> loss = as_metric_loss(AngularHead(8, 3, kind="a-softmax"))
     >>> loss(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
     torch.Size([])

@@ -172,7 +172,7 @@ class Towers(nn.Module):
     def forward(self, image=None, text=None):
         self.look(image)
         seen = None if image is None else self.conv(self.stem(image).relu()).mean((2, 3))
-        read = None if text is None else self.text(self.table(text).mean(1))
+        read = None if text is None else self.text(self.table(text).mean(1)).tanh()
         return seen, read
 
 
@@ -196,13 +196,22 @@ def by_shape_always(image):
 
 @pytest.mark.parametrize("look", [by_shape, by_shape_always])
 def test_where_no_trace_follows_other_arguments_they_are_named(look):
-    for x in (None, images()):
-        decision = decisions(Towers(look), x)["text"]
-        assert decision.action == "keep"
-        assert decision.reason == "not called without text: give them as example_inputs if they call it"
-    both = decisions(Towers(look), (images(), torch.ones(2, 4, dtype=torch.long)))
-    assert "called" not in both["text"].reason
-    assert both["spare"].reason == "never called by the model's forward"
+    decision = decisions(Towers(look), images())["text"]
+    assert decision.action == "keep"
+    assert decision.reason == "not called without text: give them as example_inputs if they call it"
+    for both in (None, (images(), torch.ones(2, 4, dtype=torch.long))):  # by their names, both are assumed
+        found = decisions(Towers(look), both)
+        assert found["text"].action == "convert"
+        assert found["spare"].reason == "never called by the model's forward"
+
+
+def test_what_only_an_optional_argument_calls_is_an_output_layer_where_the_run_says_so():
+    class Both(Towers):
+        def forward(self, image=None, text=None):
+            return image, None if text is None else self.text(self.table(text).mean(1))
+
+    found = decisions(Both(), (images(), torch.ones(2, 4, dtype=torch.long)))
+    assert found["text"].role == "classifier"
 
 
 # -------------------------------------------------------------------------------------------------------------- experts

@@ -148,8 +148,8 @@ def test_scores_of_three_dimensions_are_kept_in_whatever_they_are_returned(conta
 
 def test_the_name_of_a_last_layer_is_not_enough_where_its_width_is_that_of_a_hidden_state():
     parts = {"table": nn.Embedding(20, 8), "fc1": nn.Linear(8, 16)}
-    block = Net(lambda n, x: n.fc2(n.fc1(untraced(n.table(x)))), **parts, fc2=nn.Linear(16, 8))
-    assert classifiers(block) == set()  # images are no indices into a table: nothing runs
+    block = Net(lambda n, x: n.fc2(n.fc1(untraced(n.table(x["ids"])))), **parts, fc2=nn.Linear(16, 8))
+    assert classifiers(block) == set()  # tensors have no such key: nothing runs
     assert classifiers(Net(block.wiring, **parts, fc2=nn.Linear(16, 3))) == {"fc2"}
 
 

@@ -54,7 +54,7 @@ def test_scores_that_are_masked_out_agree():
 
 def test_a_network_without_a_finite_output_is_refused():
     model = converted(lambda y: y * torch.nan)
-    with pytest.raises(UnsupportedModelError, match="no output of Net on these inputs is a finite number"):
+    with pytest.raises(UnsupportedModelError, match="the outputs of Net on example_inputs are not finite"):
         fold(model, X)
 
 
