@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name, is_site, weight_of
 from sphereify.deployment.folded_layers import FoldedLayer
 from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
@@ -80,6 +80,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         ],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in _unsaved_buffers(model).items()},
+        "calibrated": bool(getattr(model, CALIBRATED_ATTRIBUTE, False)),
         "training": training,
     }
     try:
@@ -118,6 +119,8 @@ def load(
     if document.get("folding") is not None:
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, Path(path) / TENSORS, document)
+    if document.get("calibrated"):
+        setattr(model, CALIBRATED_ATTRIBUTE, True)
     if document["training"] is not None:
         setattr(model, RECORD_ATTRIBUTE, document["training"])
     return model.to(target).eval()

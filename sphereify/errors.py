@@ -62,6 +62,10 @@ class UsageError(SphereifyError, ValueError):
     exit_code = 2
 
 
+class NoEffectError(UsageError):
+    """An option that would change nothing here."""
+
+
 class ArgumentTypeError(SphereifyError, TypeError):
     """An argument of the wrong type, such as something that is no module where a model is expected."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import apply_plan
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
 from sphereify.sources import Source, build_model, recognise
@@ -91,7 +91,7 @@ def _same(rebuilt: tuple[Any, ...], original: tuple[Any, ...]) -> bool:
     return rebuilt[:-1] == original[:-1] and settings[0] == settings[1]
 
 
-_NO_SETTING = {"training", "grad_checkpointing", "output_read_only"}
+_NO_SETTING = {"training", "grad_checkpointing", "output_read_only", CALIBRATED_ATTRIBUTE}
 """Attributes that change without making another network."""
 
 

@@ -103,6 +103,9 @@ def finetune(
         print(f"{begun.kept} (--no-calibrate leaves it out)")
     elif begun.untrained and is_first_process():
         print(f"note: {begun.untrained}")
+    chosen = with_recipe(settings, trained=begun.trained)
+    if begun.trained and is_first_process():
+        print(f"trained further: {chosen.opt}, peak rate {chosen.lr:g}, weight decay {chosen.weight_decay:g}")
 
     def begin() -> None:
         run.clear()
@@ -112,7 +115,7 @@ def finetune(
         result = train(
             begun.model,
             begun.data,
-            with_recipe(settings, trained=begun.trained),
+            chosen,
             output=run.path,
             resume=resume is not None,
             teacher=begun.teacher,
@@ -228,16 +231,17 @@ def compare(
     from sphereify.terminal import console
     from sphereify.training import compare as run
     from sphereify.training.comparison import default_comparison_folder, variants
-    from sphereify.training.knowledge import open_plain
+    from sphereify.training.knowledge import NOTHING, open_plain
+    from sphereify.training.recipe import with_radius
     from sphereify.training.start import for_classes_of
 
     folder = output or default_comparison_folder(model)
-    networks = variants(operators, conversion)
     source = for_classes_of(images, model, source)
     unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
     classes = images.class_count()
     plain, learned = open_plain(model, source, classes)
     data = images.open(plain)
+    networks = variants(operators, conversion if learned == NOTHING else with_radius(plain, conversion))
     with TrainingProgress(settings.epochs) as progress:
         comparison = run(
             lambda: open_plain(model, unseeded, classes)[0],

@@ -54,9 +54,10 @@ class ConversionOptions:
         panel=ANGLES,
         choices=choices.SHARE_K,
     )
-    radius: float = option_field(
-        0.0,
-        "Pooled radius ρ ≥ 0 of converted convolutions; 0: the paper's operator; usual: 1 to 4.",
+    radius: float | None = option_field(
+        None,
+        "Pooled radius ρ ≥ 0 of converted convolutions; default: 0, the paper's operator, and 4 where a trained "
+        "network is fine-tuned.",
         panel=ANGLES,
         at_least=0,
         usual="1 to 4",
@@ -128,7 +129,7 @@ class ConversionOptions:
         check_options(self)
         self._check_head()
         self._check_operators()
-        if self.learn_radius and self.radius == 0:
+        if self.learn_radius and not self.radius:
             raise UsageError(
                 f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
                 f"start, such as {option('radius', 1.0)}"
@@ -264,7 +265,7 @@ class ConversionKeywords(TypedDict, total=False):
     operator: OperatorLike
     k: float | None
     share_k: str
-    radius: float
+    radius: float | None
     learn_radius: bool
     skip_shortcuts: bool
     head: str

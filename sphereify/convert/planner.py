@@ -22,7 +22,7 @@ from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
-from sphereify.errors import UnsupportedModelError, UsageError, option
+from sphereify.errors import NoEffectError, UnsupportedModelError, UsageError, option
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
@@ -133,7 +133,7 @@ class _Planner:
     def _check_radius(self, decisions: list[Decision]) -> None:
         """Make sure that a radius that was asked for is somebody's."""
         if self.options.radius and not any(decision.radius for decision in decisions):
-            raise UsageError(
+            raise NoEffectError(
                 f"{option('radius', self.options.radius)}: has no effect, since no convolution that may pool is "
                 f"converted: linear maps have no patches, and causal convolutions must not look ahead. Leave it out."
             )
@@ -341,7 +341,7 @@ class _Planner:
 
     def _radius(self, site: Site, setting: Any) -> tuple[float, str]:
         """The radius of a site, and the reason why it has none although one was asked for."""
-        asked = setting.get("radius", self.options.radius)
+        asked = setting.get("radius", self.options.radius or 0.0)
         if asked and site.kind == "linear":
             return 0.0, "no radius: a linear map has no patches to pool"
         if asked and site.causal and "radius" not in setting:

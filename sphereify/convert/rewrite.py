@@ -35,6 +35,8 @@ TWINS: dict[str, Any] = {
 
 PLAN_ATTRIBUTE = "conversion_plan"
 """Attribute of a converted model that holds the plan that made it."""
+CALIBRATED_ATTRIBUTE = "calibrated"
+"""Attribute that is True in a converted model whose layers were fitted to those of the original."""
 
 
 def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:

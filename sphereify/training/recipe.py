@@ -1,14 +1,23 @@
-"""The recipe of a training: an optimizer, a learning rate and a weight decay for what the network knows already.
+"""The recipe of a training: radius, optimizer, learning rate and weight decay for what the network knows already.
 
-Settings that are None are taken from here. A network with fresh weights wants large, adaptive steps. One that keeps
+Options that are None are taken from here. A network with fresh weights wants large, adaptive steps. One that keeps
 what a trained network knew is close to a good solution, and what brings it nearer without throwing it away first are
 small steps of stochastic gradient descent; see `benchmarks/finetuning.py`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from sphereify.convert import plan_conversion
+from sphereify.errors import NoEffectError
 from sphereify.training.settings import Settings
+
+GENTLE_RADIUS = 4.0
+"""Pooled radius with which a network that is trained already is converted and then fine-tuned."""
 
 DEFAULT_RATE = 1e-3
 GENTLE_RATES = {"sgd": 0.01, "momentum": 0.01}
@@ -45,3 +54,20 @@ def recipe(settings: Settings, *, trained: bool = False) -> Recipe:
 def with_recipe(settings: Settings, *, trained: bool = False) -> Settings:
     """The settings with the values of their `recipe`."""
     return dataclasses.replace(settings, **vars(recipe(settings, trained=trained)))
+
+
+def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a conversion with a radius for a trained network, where they leave it open.
+
+    Args:
+        plain: the network before its conversion. One without a convolution that may pool gets no radius.
+        conversion: keyword arguments of `sphereify`.
+    """
+    if conversion.get("radius") is not None:
+        return dict(conversion)
+    pooled = {**conversion, "radius": GENTLE_RADIUS}
+    try:
+        plan_conversion(plain, **pooled)
+    except NoEffectError:
+        return dict(conversion)
+    return pooled

@@ -10,13 +10,15 @@ from torch import nn
 
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.errors import DataError, UsageError, invalid, option
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
-from sphereify.sources import accepts, find_model
+from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
 from sphereify.training.checks import check_classes, check_trained
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
+from sphereify.training.recipe import with_radius
 from sphereify.training.teacher import Original, open_teacher
 
 
@@ -31,7 +33,7 @@ class Start:
     kept: str | None = None
     """A line on the calibration; None without one."""
     trained: bool = False
-    """True if the network was converted from trained weights."""
+    """True if the network keeps what a trained one knew: converted from its weights, calibrated, or trained before."""
     untrained: str = ""
     """A line on a classifier that its weights left new; empty without one."""
 
@@ -49,9 +51,9 @@ def start(
 ) -> Start:
     """Open a network and its images for `finetune`.
 
-    A plain model with trained weights is converted with a calibration on training images, without their labels, so that
-    it keeps what it has learned; where its classes are not those of the data, the features are kept and the head is
-    new.
+    A plain model with trained weights is converted with a pooled radius, unless `conversion` says otherwise, and with a
+    calibration on training images, without their labels, so that it keeps what it has learned; where its classes are
+    not those of the data, the features are kept and the head is new.
 
     Args:
         spec: an artifact, which is taken as it is; or a plain model, which is built for the classes of the data and
@@ -76,20 +78,27 @@ def start(
                 raise UsageError(f"{option(name)}: does not go with the artifact {spec}, which is converted already")
         model = open_model(spec, source)
         data = images.open(model)
-        return Start(model, data, open_teacher(teacher, len(data.classes), weights=teacher_weights))
+        followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
+        return Start(model, data, followed, trained=_is_trained(model))
     if calibration_images < 0:
         raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
     plain, learned = open_plain(spec, for_classes_of(images, spec, source), images.class_count())
     data = images.open(plain)
     original = Original(copy.deepcopy(plain), source.pretrained, source.weights, learned == FEATURES)
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
-    model = sphereify(plain, inplace=True, **conversion.keywords())
+    keywords = dict(conversion.keywords())
+    model = sphereify(plain, inplace=True, **(keywords if learned == NOTHING else with_radius(plain, keywords)))
     kept, untrained = None, untrained_part(plain)
     if learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)
     return Start(model, data, followed, kept, learned != NOTHING, untrained)
+
+
+def _is_trained(model: nn.Module) -> bool:
+    """True if an artifact was calibrated to a trained network, or trained itself."""
+    return bool(getattr(model, CALIBRATED_ATTRIBUTE, False) or getattr(model, RECORD_ATTRIBUTE, None))
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:

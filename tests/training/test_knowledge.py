@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sphereify import save, sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import load_data
 from sphereify.errors import DataError, UsageError
@@ -13,6 +14,7 @@ from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training import DataOptions, Variant, compare
 from sphereify.training.knowledge import ALL, FEATURES, NOTHING, keep_knowledge, open_plain
+from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.training.start import start
 from tests.training.small import usual
 
@@ -185,3 +187,17 @@ def test_a_comparison_under_corruptions_has_the_rival_of_the_original(tmp_path):
         )
     assert found.runs[1].accuracies == [one.networks["cosine"].clean for one in found.robustness]
     assert "robustness" in (tmp_path / "comparison.json").read_text()
+
+
+def test_an_artifact_that_was_calibrated_or_trained_is_trained_gently(weights, tmp_path):
+    begun = begin(weights()[0])
+    assert begun.trained
+    assert {d.radius for d in begun.model.conversion_plan.converted if d.kind == "conv2d"} == {GENTLE_RADIUS}
+    for folder, model, record in (
+        ("calibrated", begun.model, None),
+        ("copied", sphereify(small()), None),
+        ("trained", sphereify(small()), {"data": "digits"}),
+    ):
+        saved = save(model, tmp_path / folder, training=record)
+        options = SourceOptions(factory=f"{HERE}:small")
+        assert start(str(saved), DataOptions("digits", **EIGHT), source=options).trained is (folder != "copied")
