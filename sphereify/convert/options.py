@@ -68,6 +68,11 @@ class ConversionOptions:
     skip_shortcuts: bool = option_field(
         False, "Keep 1×1 convolutions on residual shortcuts, as SphereResNet-v2 does.", panel=WHERE
     )
+    skip_depthwise: bool = option_field(
+        False,
+        "Keep depthwise convolutions: an angle loses the size of the one channel that each filter sees.",
+        panel=WHERE,
+    )
     head: str = option_field(
         "auto",
         f"Kind of classifier: {listed(choices.HEADS)}. auto: w-softmax where there is a linear classifier.",
@@ -121,7 +126,7 @@ class ConversionOptions:
         panel=WHERE,
         command_line="--override",
         python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …} or '
-        '"keep"}. The first match wins, and it wins over include, exclude and skip_shortcuts.',
+        '"keep"}. The first match wins, and it wins over include, exclude, skip_shortcuts and skip_depthwise.',
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 
@@ -268,6 +273,7 @@ class ConversionKeywords(TypedDict, total=False):
     radius: float | None
     learn_radius: bool
     skip_shortcuts: bool
+    skip_depthwise: bool
     head: str
     head_operator: OperatorLike | None
     margin: float

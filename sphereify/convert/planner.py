@@ -163,7 +163,18 @@ class _Planner:
                 f"{model}: not run ({shortened(not_run)}); example_inputs=… would show which layers are called"
             )
         merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
-        return [*notes, *_radius_notes(decisions), *([merging] if merging else [])]
+        return [*notes, *self._depthwise_notes(decisions), *_radius_notes(decisions), *([merging] if merging else [])]
+
+    def _depthwise_notes(self, decisions: list[Decision]) -> list[str]:
+        """One line on depthwise convolutions that are converted, if there are some."""
+        pairs = zip(decisions, self.graph.sites, strict=True)
+        number = sum(decision.action == "convert" and site.is_depthwise for decision, site in pairs)
+        if not number:
+            return []
+        return [
+            f"{count(number, 'depthwise convolution')}: angles to single channels cost a trained network accuracy, "
+            f"and time; skip_depthwise keeps them"
+        ]
 
     def _details(self) -> list[str]:
         """What the remarks count, one line for each, with the whole reasons."""
@@ -282,6 +293,8 @@ class _Planner:
             return self._reason_to_keep_head(site)
         if site.role == "shortcut" and self.options.skip_shortcuts and not setting:
             return KEPT_SHORTCUT
+        if site.is_depthwise and self.options.skip_depthwise and not setting:
+            return "depthwise convolution: skip_depthwise"
         return None
 
     def _reason_to_keep_head(self, site: Site) -> str | None:

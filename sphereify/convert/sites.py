@@ -129,6 +129,12 @@ class Site:
         return (self.name, *self.aliases)
 
     @property
+    def is_depthwise(self) -> bool:
+        """True for a convolution of several groups of one channel each."""
+        groups = self.call.groups if self.call is not None else getattr(self.module, "groups", 1)
+        return self.kind.startswith("conv") and groups > 1 and self.shape[1] == 1
+
+    @property
     def fan_in(self) -> int:
         """Number of inputs that one filter multiplies."""
         return math.prod(self.shape[1:])

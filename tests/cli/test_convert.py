@@ -149,7 +149,7 @@ def test_attention_is_converted_on_demand(run, own):
 
 
 def test_no_option_of_a_conversion_is_left_out_above():
-    tested = {name.split()[0] for name in OPTIONS} | {"skip_shortcuts", "attention"}
+    tested = {name.split()[0] for name in OPTIONS} | {"skip_shortcuts", "skip_depthwise", "attention"}
     assert tested == set(options_of(ConversionOptions))
 
 

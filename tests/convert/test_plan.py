@@ -531,3 +531,32 @@ def test_a_plan_is_not_applied_twice():
 
 def test_every_error_is_one_of_the_package():
     assert all(issubclass(cls, SphereifyError) for cls in (UsageError, UnsupportedModelError, PlanMismatchError))
+
+
+# ------------------------------------------------------------------------------------------------------------ depthwise
+
+
+def separable():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, groups=1),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def test_depthwise_convolutions_are_those_of_one_channel_a_group_and_can_be_kept():
+    x = torch.randn(2, 1, 12, 12)
+    plan = plan_conversion(separable(), example_inputs=x)
+    assert all(d.action == "convert" for d in plan.decisions)
+    assert [note.partition(":")[0] for note in plan.notes] == ["1 depthwise convolution"]
+    plan = plan_conversion(separable(), example_inputs=x, skip_depthwise=True)
+    assert {d.name: d.reason for d in plan.kept} == {"1": "depthwise convolution: skip_depthwise"}
+    assert plan.notes == []
+    override = {"1": {"operator": "linear"}}
+    asked = plan_conversion(separable(), example_inputs=x, skip_depthwise=True, overrides=override)
+    assert not asked.kept
