@@ -8,13 +8,14 @@
 
 Calibration images are training images without their labels; accuracies are of test images. Each network and operator
 has a row for a radius of 0, one for the radius that an agreement of 0.98 chooses, and one for this with some steps.
-The rival is the original behind a standardisation of each image: its standard deviation becomes that of the training
-images, its mean stays. Seconds are those of the processor, all cores together, which other work on the machine changes
+The rival is the original behind a standardisation of each image's contrast. Networks with depthwise convolutions have
+further rows in which these are kept. Seconds are those of the processor, all cores together, which other work on the machine changes
 little. Finished rows are kept in a JSON file and are not computed again.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import resource
 import time
@@ -31,25 +32,12 @@ from sphereify import calibrate, param_groups, sphereify
 from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.distillation import distill
 from sphereify.training.corruptions import CORRUPTIONS, corrupt
+from sphereify.training.robustness import ContrastStandardized, deviations_of
 
 OPERATORS = ("cosine", "linear", "sigmoid", "learnable-sigmoid")
 HARD_CONTRAST = 3
 """The strength of the corruption that leaves a fifth of the contrast."""
 Row = dict[str, Any]
-
-
-class Standardised(nn.Module):
-    """A network behind a standardisation of each image: of a given standard deviation, around its own mean."""
-
-    def __init__(self, network: nn.Module, deviation: float):
-        super().__init__()
-        self.network = network
-        self.deviation = deviation
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((1, 2, 3), keepdim=True)
-        spread = (x - mean).square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-3)
-        return self.network(mean + (x - mean) * (self.deviation / spread))
 
 
 class Benchmark:
@@ -62,16 +50,19 @@ class Benchmark:
     def run(self, name: str, network: nn.Module, images: Images, batches: list[Tensor]) -> None:
         """All rows of a network."""
         tests = Tests(images, self.options)
-        deviation = float(torch.cat(batches).std((1, 2, 3)).mean())
+        deviation = float(deviations_of(torch.cat(batches)).mean())
         self.row(f"{name} original", lambda: tests.of(network))
-        self.row(f"{name} rival", lambda: tests.of(Standardised(network, deviation)))
-        for operator in self.options.operators:
-            self.row(f"{name} {operator} ρ=0", lambda op=operator: self.calibrated(network, batches, op, tests))
-            chosen = f"{name} {operator} ρ chosen"
-            self.row(chosen, lambda op=operator, key=chosen: self.chosen(network, batches, op, tests, key))
+        self.row(f"{name} standardised", lambda: tests.of(ContrastStandardized(network, deviation)))
+        separable = any(getattr(module, "groups", 1) > 1 for module in network.modules())
+        for operator, kept in itertools.product(self.options.operators, (False, True) if separable else (False,)):
+            how = {"operator": operator, "skip_depthwise": kept}
+            title = f"{name} {operator}" + ", depthwise kept," * kept
+            self.row(f"{title} ρ=0", lambda how=how: self.calibrated(network, batches, how, tests))
+            chosen = f"{title} ρ chosen"
+            self.row(chosen, lambda how=how, key=chosen: self.chosen(network, batches, how, tests, key))
             for jitter in (False, True) if self.options.steps else ():
                 self.row(
-                    f"{name} {operator} + {self.options.steps} steps" + " with contrast jitter" * jitter,
+                    f"{title} + {self.options.steps} steps" + " with contrast jitter" * jitter,
                     lambda key=chosen, jitter=jitter: self.stepped(network, batches, tests, key, jitter),
                 )
 
@@ -83,18 +74,18 @@ class Benchmark:
             self.options.results.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False))
             print(key, {k: v for k, v in self.rows[key].items() if k != "trials"}, flush=True)
 
-    def calibrated(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests") -> Row:
+    def calibrated(self, network: nn.Module, batches: list[Tensor], how: Row, tests: "Tests") -> Row:
         """A radius of 0."""
-        converted = sphereify(network, operator=operator)
+        converted = sphereify(network, **how)
         began = time.process_time()
         calibration = calibrate(converted, network, batches)
         seconds = time.process_time() - began
         return {**tests.of(converted), "seconds": seconds, "r2": mean(calibration.r2)}
 
-    def chosen(self, network: nn.Module, batches: list[Tensor], operator: str, tests: "Tests", key: str) -> Row:
+    def chosen(self, network: nn.Module, batches: list[Tensor], how: Row, tests: "Tests", key: str) -> Row:
         """The radius that agreement chooses."""
         began = time.process_time()
-        choice = choose_radius(network, batches, agreement=self.options.agreement, operator=operator)
+        choice = choose_radius(network, batches, agreement=self.options.agreement, **how)
         seconds = time.process_time() - began
         torch.save((choice.options, choice.network.state_dict()), self.file(key))
         return {

@@ -268,7 +268,7 @@ class ContrastStandardized(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         mean = images.mean((2, 3), keepdim=True)
-        deviations = _deviations(images)
+        deviations = deviations_of(images)
         # One colour, but for rounding: there is no contrast to amplify.
         factors = torch.where(deviations > 1e-4 * self.deviation, self.deviation / deviations, 1.0)
         return self.network(mean + (images - mean) * factors[:, None, None, None])
@@ -276,11 +276,11 @@ class ContrastStandardized(nn.Module):
 
 def contrast_of(data: Data) -> float:
     """The mean standard deviation of a training image around the means of its channels, over up to 1,024 of them."""
-    deviations = [_deviations(images) for images in training_images(data, MEASURED)]
+    deviations = [deviations_of(images) for images in training_images(data, MEASURED)]
     return float(torch.cat(deviations).mean())
 
 
-def _deviations(images: Tensor) -> Tensor:
+def deviations_of(images: Tensor) -> Tensor:
     """The standard deviation of each image around the means of its channels, of shape (B,)."""
     return images.var((2, 3), correction=0).mean(1).sqrt()
 
