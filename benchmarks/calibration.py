@@ -9,8 +9,8 @@
 Calibration images are training images without their labels; accuracies are of test images. Each network and operator
 has a row for a radius of 0, one for the radius that an agreement of 0.98 chooses, and one for this with some steps.
 The rival is the original behind a standardisation of each image's contrast. Networks with depthwise convolutions have
-further rows in which these are kept. Seconds are those of the processor, all cores together, which other work on the machine changes
-little. Finished rows are kept in a JSON file and are not computed again.
+further rows in which these are kept. Seconds are those of the processor, all cores together, which other work on the
+machine changes little. Finished rows are kept in a JSON file and are not computed again.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     python benchmarks/finetuning.py … --device cuda --jobs 12      # all runs side by side on a GPU
 
 Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a short warm-up, a
-cosine schedule, flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast standardisation,
-the rest are conversions. A finished run is not repeated; the table is made from all of them.
+cosine schedule, flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast
+standardisation, the rest are conversions. A finished run is not repeated; the table is made from all of them.
 """
 
 import argparse
