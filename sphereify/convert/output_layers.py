@@ -24,7 +24,7 @@ def with_output_layers(model: nn.Module, sites: list[Site], facts: TraceFacts, s
     if not ("" in facts.untraced or facts.open_ended or _ran_more(sites, facts, seen)):
         return [_as_traced(site, facts, seen) for site in sites]
     if not seen.error and (seen.outputs or seen.ends):
-        return [_as_seen(site, seen) for site in sites]
+        return [_as_seen(site, seen) if _ran(site, seen) else site for site in sites]
     if any(site.role == "classifier" for site in sites):
         return sites  # those outputs that a trace reaches
     return _guessed(model, sites, seen.output)
@@ -38,6 +38,11 @@ def _ran_more(sites: list[Site], facts: TraceFacts, seen: Observation) -> bool:
         and not any(name in facts.called or facts.is_untraced(name) for name in names)
         for names in layers
     )
+
+
+def _ran(site: Site, seen: Observation) -> bool:
+    """True if a layer was called: of one that needs other arguments, a trace knows more."""
+    return site.module is None or any(name in seen.order for name in site.names)
 
 
 def _weights_of(site: Site) -> frozenset[str]:
