@@ -101,7 +101,8 @@ def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | No
             return bones, facts, seen
         failed.append(seen)
     if bones is not None and example_inputs is not None and not _has_no_values(bones):
-        raise does_not_run(option("example_inputs"), model, failed[0].arguments, failed[0].error)
+        arguments = failed[0].arguments
+        raise does_not_run(option(arguments.given_by), model, arguments, failed[0].error)
     return bones, facts, seen
 
 

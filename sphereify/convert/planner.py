@@ -164,7 +164,7 @@ class _Planner:
             notes.append(f"{what}; {inside}")
         if not_run and any(site.called is not True for site in self.graph.sites):
             notes.append(
-                f"{model}: not run ({shortened(not_run)}); example_inputs=… would show which layers are called"
+                f"{model}: not run ({shortened(not_run)}); a run with other inputs would show which layers are called"
             )
         merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
         return [*notes, *_radius_notes(decisions), *([merging] if merging else [])]
