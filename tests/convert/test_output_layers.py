@@ -271,3 +271,21 @@ def test_the_message_that_all_layers_are_kept_speaks_of_patterns_where_one_keeps
         UsageError, match=r"nothing to convert: all 1 layer would be kept \(1 × output convo.*only\)\.$"
     ):
         plan_conversion(nn.Sequential(nn.Conv2d(3, 6, 3)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_whose_weight_another_call_reads_as_well_is_kept(way):
+    def autoencoder(n, x):
+        return F.linear(n.encode(n.body(WAYS[way](x)).relu()).relu(), n.encode.weight.t())
+
+    net = Net(autoencoder, body=nn.Linear(8, 6), encode=nn.Linear(6, 4))
+    kept = decisions(net, example_inputs=FEATURES[:, 0])["encode"]
+    assert (kept.action, kept.reason) == ("keep", "it is called, and its weight is used by the model as well")
+    assert sphereify(net, example_inputs=FEATURES[:, 0])(FEATURES[:, 0]).shape == (2, 6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_whose_weight_scores_tokens_in_a_functional_call_is_said_to_be_used_so(way):
+    net = language_model(way, lambda n, h: F.linear(h, n.table.weight))
+    kept = decisions(net, example_inputs=TOKENS)["table"]
+    assert (kept.action, kept.reason) == ("keep", "it is called, and its weight is used by the model as well")

@@ -75,7 +75,9 @@ def test_other_places_of_what_is_not_finite_are_a_difference():
         fold(model, X)
 
 
-@pytest.mark.parametrize("draw", [lambda: 100 ** float(np.random.rand()), lambda: 100 ** random.random()], ids=["numpy", "python"])
+@pytest.mark.parametrize(
+    "draw", [lambda: 100 ** float(np.random.rand()), lambda: 100 ** random.random()], ids=["numpy", "python"]
+)
 def test_all_generators_are_seeded_for_both_passes_and_left_as_they_were(draw):
     model = converted(lambda y: y * draw())
     before = random.getstate(), np.random.get_state()[1].tolist()
