@@ -33,7 +33,8 @@ def first_run(
     except Exception as error:  # a forward may raise anything
         advice = ". Leave labels out: [images for images, _ in loader]." if len(arguments.args) > 1 else ""
         raise UsageError(
-            f"calibration: the model does not take the first batch, {arguments.described()} ({first_line(error)}){advice}"
+            f"calibration: the model does not take the first batch, {arguments.described()} "
+            f"({first_line(error)}){advice}"
         ) from error
     finally:
         for handle in handles:

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-
 MASK = 1e4
 """The smallest absolute value that is usual for numbers that mask something out."""
 
 
 def difference(output: Tensor, expected: Tensor) -> float:
-    """The largest difference of two outputs, relative to the largest value that is expected, infinities and masks apart.
+    """The largest difference of two outputs, relative to the largest value expected, infinities and masks apart.
 
     NaN agrees with NaN and an infinity with the same infinity, as where classes are masked out with −∞. It is infinite
     where only one of the two is finite, or where the shapes differ.
