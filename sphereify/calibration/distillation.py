@@ -139,8 +139,9 @@ def _examples(original: nn.Module, pieces: list[ModelArguments]) -> list[Example
 
 
 def _outputs(network: nn.Module, arguments: ModelArguments) -> list[Tensor]:
-    """The floating-point tensors that a network returns."""
-    return [tensor.float() for tensor in tensors_in(arguments.run(network)) if tensor.is_floating_point()]
+    """The floating-point tensors that a network returns, with 0 for classes that are masked out with −∞."""
+    outputs = [tensor.float() for tensor in tensors_in(arguments.run(network)) if tensor.is_floating_point()]
+    return [tensor.masked_fill(tensor == -torch.inf, 0) for tensor in outputs]
 
 
 def _best_scale(model: nn.Module, examples: list[Example]) -> Tensor:

@@ -30,20 +30,27 @@ def first_run(
     ]
     try:
         output = arguments.run(reference)
-    except TypeError as error:
+    except Exception as error:  # a forward may raise anything
+        advice = ". Leave labels out: [images for images, _ in loader]." if len(arguments.args) > 1 else ""
         raise UsageError(
             f"calibration: the model does not take the first batch, {arguments.described()} "
-            f"({first_line(error)}). Leave labels out: [images for images, _ in loader]."
+            f"({first_line(error)}){advice}"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+    if isinstance(output, Tensor) and output.is_floating_point() and not _has_scores(output):
         raise DataError(
             "calibration: the original network's output is not finite on the first batch; its weights or the range of "
             "the inputs are wrong"
         )
     return list(tensors_in(output)), calls
+
+
+def _has_scores(output: Tensor) -> bool:
+    """True if an output is finite, but for classes that are masked out with −∞."""
+    masked = output == -torch.inf
+    return bool((output.isfinite() | masked).all() and not masked.all())
 
 
 def can_take_turns(

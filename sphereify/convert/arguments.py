@@ -1,5 +1,6 @@
 """The arguments of one forward pass, positional and by keyword: one type for all that run a model."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ class ModelArguments:
     """Positional arguments."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments by keyword."""
+    given_by: str = field(default="example_inputs", compare=False, repr=False)
+    """The option that they came from, for messages."""
 
     @classmethod
     def of(cls, inputs: "Inputs") -> "ModelArguments":
@@ -117,8 +120,11 @@ def does_not_run(where: str, model: nn.Module, arguments: ModelArguments, reason
         reason: the first line of what it raised.
     """
     advice = ""
-    if re.search(r"unexpected keyword|missing \d+ required", reason) and arguments.kwargs and not arguments.args:
-        advice = ". A dict gives arguments by name; for a model whose one argument is a dict, give a tuple: (inputs,)"
+    if re.search(r"unexpected keyword|missing \d+ required", reason) and (arguments.kwargs or not arguments.args):
+        names = list(inspect.signature(model.forward).parameters)
+        advice = f". Its arguments are {', '.join(names)}" if names else ""
+        if len(names) == 1 and arguments.kwargs:
+            advice += "; for one argument that is a dict, give a tuple: (inputs,)"
     return UsageError(
         f"{where}: {type(model).__name__} does not run with these inputs: {reason}; got {arguments.described()}{advice}"
     )

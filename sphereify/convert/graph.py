@@ -101,7 +101,8 @@ def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | No
             return bones, facts, seen
         failed.append(seen)
     if bones is not None and example_inputs is not None and not _has_no_values(bones):
-        raise does_not_run(option("example_inputs"), model, failed[0].arguments, failed[0].error)
+        arguments = failed[0].arguments
+        raise does_not_run(option(arguments.given_by), model, arguments, failed[0].error)
     return bones, facts, seen
 
 
@@ -333,13 +334,17 @@ def _add_call_to_module(table: _SiteTable, holder: str, call: Call, unclear: str
         return
     if site.call is not None and site.call != call:
         unclear = "its forward makes more than one convolution or linear map"
-    elif not (call.owner in site.names or is_within(site.name, call.owner)) and any(
-        name in seen.order for name in site.names
-    ):
+    elif call.owner not in site.names and any(name in seen.order for name in site.names) and not _repeats(call, site):
         unclear = f"it is called, and its weight is used by {call.owner or 'the model'} as well"
     if call.kind in UNANSWERABLE:
         unclear = UNANSWERABLE[call.kind]
     table.update(holder, call=call, called=True, unclear=site.unclear or unclear)
+
+
+def _repeats(call: Call, site: Site) -> bool:
+    """True if a module around a layer makes the call that the layer makes itself."""
+    alike = (call.kind, call.shape, call.transposed) == (site.kind, site.shape, False)
+    return alike and is_within(site.name, call.owner)
 
 
 def _add_call_site(

@@ -6,6 +6,7 @@ counts, prints or logs. A hook that refers to something of the model's is taken 
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,9 +90,12 @@ def _referents(hook: Any, depth: int = 3) -> Iterator[Any]:
     if isinstance(hook, types.MethodType):
         inner = [hook.__self__, hook.__func__]
     elif isinstance(hook, types.FunctionType):
-        inner = [*_cells(hook).values(), *_globals(hook).values(), *(hook.__defaults__ or ())]
+        defaults = (*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values())
+        inner = [*_cells(hook).values(), *_globals(hook).values(), *defaults]
     elif isinstance(hook, functools.partial):
         inner = [hook.func, *hook.args, *hook.keywords.values()]
+    elif isinstance(hook, weakref.ref):
+        inner = [hook()]
     elif callable(hook) and not isinstance(hook, (nn.Module, type)):
         inner = [*getattr(hook, "__dict__", {}).values()]
     else:
@@ -118,6 +122,12 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
 
 def _rebound(hook: Any, copies: dict[int, Any], depth: int = 3) -> Any:
     """A hook with the copies in place of what it refers to; the same hook where nothing of that was copied."""
+    if depth and isinstance(hook, weakref.ref):
+        copied = copies.get(id(hook()))
+        return hook if copied is None else weakref.ref(copied)
+    if depth and isinstance(hook, functools.partial):
+        function = _rebound(hook.func, copies, depth - 1)  # deepcopy has seen to the arguments
+        return hook if function is hook.func else functools.partial(function, *hook.args, **hook.keywords)
     if not isinstance(hook, types.FunctionType) or not depth:
         return copies.get(id(hook), hook)
 
@@ -127,15 +137,18 @@ def _rebound(hook: Any, copies: dict[int, Any], depth: int = 3) -> Any:
 
     cells, names = changed(_cells(hook)), changed(_globals(hook))
     defaults = tuple(_rebound(value, copies, depth - 1) for value in hook.__defaults__ or ())
-    if not (cells or names or any(a is not b for a, b in zip(defaults, hook.__defaults__ or (), strict=True))):
+    by_keyword = hook.__kwdefaults__ or {}
+    new_by_keyword = changed(by_keyword)
+    same_defaults = all(a is b for a, b in zip(defaults, hook.__defaults__ or (), strict=True))
+    if same_defaults and not (cells or names or new_by_keyword):
         return hook
     closure = tuple(
         types.CellType(cells[name]) if name in cells else cell
         for name, cell in zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)
     )
     variables = {**hook.__globals__, **names} if names else hook.__globals__
-    rebound = types.FunctionType(hook.__code__, variables, hook.__name__, defaults or None, closure)
-    rebound.__kwdefaults__ = hook.__kwdefaults__
-    rebound.__qualname__ = hook.__qualname__
-    rebound.__dict__.update(hook.__dict__)
-    return rebound
+    function = types.FunctionType(hook.__code__, variables, hook.__name__, defaults or None, closure)
+    function.__kwdefaults__ = {**by_keyword, **new_by_keyword} or None
+    function.__qualname__ = hook.__qualname__
+    function.__dict__.update(hook.__dict__)
+    return function

@@ -1,5 +1,6 @@
 """The inputs that a command runs a model on, as options. Imports no torch, so that `--help` answers at once."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def _images(model: "nn.Module", size: int) -> "ModelArguments":
     channels = input_channels(model)
     for candidate in assumed_inputs(model):
         if any(tensor.dim() == 4 for tensor in candidate.tensors()):
-            return candidate.map(resized)
+            return dataclasses.replace(candidate.map(resized), given_by="img_size")
     raise UsageError(
         f"{option('img_size')}: {type(model).__name__} does not seem to take images; give {option('input')} instead"
     )

@@ -17,13 +17,23 @@ from sphereify.errors import UnsupportedModelError
 from sphereify.wording import count
 
 NAMES = (
+    "convert_to_deploy",
     "fuse",
+    "fuse_bn",
+    "fuse_conv_bn",
+    "fuse_convs",
     "fuse_lora",
     "fuse_model",
+    "fuse_projections",
     "fuse_qkv_projections",
+    "fuse_repvgg_block",
     "merge",
     "merge_adapter",
     "merge_and_unload",
+    "merge_bn",
+    "merge_dilated_branches",
+    "merge_kernel",
+    "reparam",
     "reparameterize",
     "switch_to_deploy",
 )

@@ -1,11 +1,14 @@
 """The preparation of a model's images, the tensors in its output, and ways to run it that leave no trace in it."""
 
 import copy
+import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 IMAGENET = {
@@ -55,6 +58,22 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and torch, and give each its state back at the end."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextmanager

@@ -16,13 +16,21 @@ LEAVES_IN_PLACE = {
 KEEPS_CLASSES = {
     "softmax", "log_softmax", "logsoftmax", "sigmoid", "relu", "mean", "sum", "interpolate", "upsample", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptiveavgpool2d", "avgpool2d", "adaptiveavgpool1d", "adaptive_avg_pool1d", "stack",
-    "selectadaptivepool2d",
+    "selectadaptivepool2d", "masked_fill", "masked_fill_", "where", "nan_to_num", "nan_to_num_", "clamp", "clamp_",
+    "clip", "clip_", "hardtanh", "neg", "negative", "exp", "log", "log1p", "logsigmoid", "log_sigmoid", "softplus",
+    "double", "half", "bfloat16",
 }  # fmt: skip
 """Operations between the classifier and the output of a model that leave each channel its class."""
+ONLY_SHAPES = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "new_tensor",
+}  # fmt: skip
+"""Operations that take the shape, dtype and device of a tensor and none of its values."""
 SOFTMAX = {"softmax", "softmax2d"}
 HIDDEN_ACTIVATIONS = {"tanh", "gelu", "silu", "elu", "selu", "celu", "mish", "leaky_relu", "hardswish", "prelu"}
 """Activations of hidden features; a sigmoid and a ReLU also make probabilities and lengths of scores."""
-ADD = {"add", "iadd", "add_"}
+ADD = {"add", "iadd", "add_", "sub", "isub", "sub_", "subtract"}
+"""Sums, and differences, which are sums with a sign."""
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}
 GROUPED_PRODUCTS = {
     "grouped_mm", "_grouped_mm", "scaled_grouped_mm", "_scaled_grouped_mm",
@@ -39,5 +47,12 @@ def word(function: object) -> str:
     """The name of a function or method, in lower case: `add` for `__radd__`, `getattr` for a property."""
     name = getattr(function, "__name__", "").lower()
     bare = name.strip("_") if name.startswith("__") else name
-    reflected = {"radd": "add", "rmul": "mul", "rtruediv": "truediv", "rmatmul": "matmul", "get": "getattr"}
+    reflected = {
+        "radd": "add",
+        "rsub": "sub",
+        "rmul": "mul",
+        "rtruediv": "truediv",
+        "rmatmul": "matmul",
+        "get": "getattr",
+    }
     return reflected.get(bare, bare)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.names import join
 from sphereify.convert.observe import Observation
 from sphereify.convert.sites import Site, is_affine_norm, is_site
 from sphereify.convert.trace import TraceFacts
@@ -24,7 +25,7 @@ def with_output_layers(model: nn.Module, sites: list[Site], facts: TraceFacts, s
     if not ("" in facts.untraced or facts.open_ended or _ran_more(sites, facts, seen)):
         return [_as_traced(site, facts, seen) for site in sites]
     if not seen.error and (seen.outputs or seen.ends):
-        return [_as_seen(site, seen) for site in sites]
+        return [_as_seen(site, seen) if _ran(site, seen) else site for site in sites]
     if any(site.role == "classifier" for site in sites):
         return sites  # those outputs that a trace reaches
     return _guessed(model, sites, seen.output)
@@ -40,9 +41,14 @@ def _ran_more(sites: list[Site], facts: TraceFacts, seen: Observation) -> bool:
     )
 
 
+def _ran(site: Site, seen: Observation) -> bool:
+    """True if a layer was called: of one that needs other arguments, a trace knows more."""
+    return site.module is None or any(name in seen.order for name in site.names)
+
+
 def _weights_of(site: Site) -> frozenset[str]:
     """The names that the weight of a site may have."""
-    own = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")}
+    own = {join(name, weight) for name in site.names for weight in ("weight", "computed")}
     called = [site.call.parameter] if site.call is not None and site.call.parameter else []
     return frozenset({*site.names, *own, *called})
 

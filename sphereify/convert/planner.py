@@ -32,7 +32,11 @@ from sphereify.wording import count, shortened
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-EXCLUDED, OVERRIDDEN = "excluded by pattern", "an override keeps it"
+EXCLUDED, OVERRIDDEN, NOT_INCLUDED = BY_PATTERN = (
+    "excluded by pattern",
+    "an override keeps it",
+    "no include pattern matches",
+)
 CAUSAL = "no radius: causal"
 
 ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
@@ -160,7 +164,7 @@ class _Planner:
             notes.append(f"{what}; {inside}")
         if not_run and any(site.called is not True for site in self.graph.sites):
             notes.append(
-                f"{model}: not run ({shortened(not_run)}); example_inputs=… would show which layers are called"
+                f"{model}: not run ({shortened(not_run)}); a run with other inputs would show which layers are called"
             )
         merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
         return [*notes, *self._depthwise_notes(decisions), *_radius_notes(decisions), *([merging] if merging else [])]
@@ -281,7 +285,7 @@ class _Planner:
             return {
                 "keep": OVERRIDDEN,
                 "exclude": EXCLUDED,
-                "not included": "no include pattern matches",
+                "not included": NOT_INCLUDED,
             }[setting]
         if site.attention is not None and self.options.attention == "keep":
             owner = self.model.get_submodule(site.attention)
@@ -437,4 +441,5 @@ def _as_number(k: float | torch.Tensor | None) -> float | None:
 def _nothing_to_convert(decisions: list[Decision]) -> str:
     reasons = Counter(decision.reason for decision in decisions)
     listed = "; ".join(f"{number} × {reason}" for reason, number in reasons.items())
-    return f"nothing to convert: all {count(len(decisions), 'layer')} would be kept ({listed}). Widen the patterns."
+    advice = " Widen the patterns." if any(reason in BY_PATTERN for reason in reasons) else ""
+    return f"nothing to convert: all {count(len(decisions), 'layer')} would be kept ({listed}).{advice}"

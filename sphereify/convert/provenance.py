@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sphereify.convert.model_inputs import tensors_in
-from sphereify.convert.operations import ADD, HIDDEN_ACTIVATIONS, KEEPS_CLASSES, SAME_VALUES, SCALE, SOFTMAX, word
+from sphereify.convert.operations import (
+    ADD,
+    HIDDEN_ACTIVATIONS,
+    KEEPS_CLASSES,
+    ONLY_SHAPES,
+    SAME_VALUES,
+    SCALE,
+    SOFTMAX,
+    word,
+)
 
 NORMALIZATIONS = {
     F.batch_norm,
@@ -148,6 +157,8 @@ class Provenance:
         if name in POOL_BOXES:
             operands, boxes = operands[:1], operands[1:]
             self._cut(map(self._origin, boxes))
+        elif name in ONLY_SHAPES:
+            operands = []
         sources = [origin for origin in map(self._origin, operands) if origin is not NO_ORIGIN]
         weights = frozenset().union(*(origin.weights for origin in sources))
         detached = frozenset().union(*(origin.detached for origin in sources))

@@ -50,7 +50,7 @@ class TraceFacts:
     attention: list[Call] = field(default_factory=list)
     """Projections by whole parameters that `F.multi_head_attention_forward` makes."""
     outputs: int = 0
-    """Number of the model's outputs that end in sites."""
+    """Number of the model's outputs that end in other sites than those before."""
     corrections: set[str] = field(default_factory=set)
     """Sites whose product is added to the model's own input, which makes an output."""
     open_ended: bool = False
@@ -119,6 +119,10 @@ def _trace_with_all_arguments(bones: nn.Module, facts: TraceFacts) -> None:
         given = TraceFacts()
         _collect(bones, "", given, is_root=True, all_arguments=True)
         facts.called_with_more = given.called
+        more = {name: role for name, role in given.roles.items() if name not in facts.order}
+        facts.roles = {**more, **facts.roles}
+        if "classifier" in more.values():
+            facts.outputs = given.outputs
 
 
 def _collect(
@@ -259,6 +263,6 @@ def _read(
         facts.roles[join(prefix, wiring.sites[node])] = "shortcut"
     if is_root:
         outputs = traced_outputs(wiring)
-        facts.outputs, facts.open_ended = len(outputs.ends), outputs.open_ended
+        facts.outputs, facts.open_ended = len({*map(frozenset, outputs.ends)}), outputs.open_ended
         facts.corrections = {join(prefix, name) for name in outputs.corrections}
         facts.roles.update({join(prefix, name): "classifier" for end in outputs.ends for name in end})

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sphereify.convert.operations import LEAVES_IN_PLACE, PRODUCT_NAMES, SAME_VALUES
+from sphereify.convert.operations import LEAVES_IN_PLACE, ONLY_SHAPES, PRODUCT_NAMES, SAME_VALUES
 from sphereify.convert.sites import Call, is_affine_norm, is_site
 from sphereify.nn.functional_calls import FUNCTIONS
 
@@ -149,7 +149,8 @@ class Wiring:
         """True if a node reads no values, as `x.shape` and `x.size(0)`."""
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in SHAPE
-        return node.op == "call_method" and self.name(node) in SHAPE
+        of_method = SHAPE if node.op == "call_method" else set()
+        return node.op.startswith("call_") and self.name(node) in ONLY_SHAPES | of_method
 
     def norm_after(self, site: fx.Node) -> str | None:
         """The affine normalization that is the only reader of this site's output."""

@@ -5,18 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.arguments import Inputs, ModelArguments, does_not_run
 from sphereify.convert.copies import copy_of
 from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.input_values import filled
-from sphereify.convert.model_inputs import evaluating, tensors_in
+from sphereify.convert.model_inputs import evaluating, seeded, tensors_in
 from sphereify.deployment.differences import difference, has_numbers
-from sphereify.errors import UnsupportedModelError
+from sphereify.errors import UnsupportedModelError, first_line, option
 
 TOLERANCE = 3e-2
 """Largest difference of outputs, relative to the largest output, that rounding in any precision explains."""
-SEED = 0
-"""Seed of both passes, for a network that is random in evaluation too."""
 
 
 @torch.no_grad()
@@ -31,6 +29,7 @@ def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], exam
         fold: folds a model in place and returns it.
 
     Raises:
+        UsageError: the model does not run with these inputs.
         UnsupportedModelError: the outputs differ, or none of them is a finite number.
     """
     arguments = filled(ModelArguments.of(example_inputs), model)
@@ -43,16 +42,24 @@ def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], exam
             f"fold: the outputs of {type(model).__name__} on example_inputs are not finite, so there is nothing to "
             f"compare; the first layer with a value that is not finite is {first_bad_layer(model, arguments)}"
         )
-    if not all(map(_agree, *outputs)):
+    if all(map(_agree, *outputs)):
+        return
+    with evaluating(model):
+        twice = _outputs(model, arguments), _outputs(model, arguments)
+    if not all(map(_agree, *twice)):
         raise UnsupportedModelError(
-            f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights of a "
-            f"layer that would be folded. Use it unfolded"
+            f"fold: the outputs of {type(model).__name__} differ from pass to pass, so there is nothing to compare; "
+            f"without example_inputs it is folded and not compared"
         )
+    raise UnsupportedModelError(
+        f"fold: the outputs of {type(model).__name__} would change; its forward seems to read the weights of a "
+        f"layer that would be folded. Use it unfolded"
+    )
 
 
 def _agree(expected: Tensor, output: Tensor) -> bool:
     """True if two outputs are equal up to rounding; what is not finite has to be equal."""
-    if not expected.is_floating_point():
+    if not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(output, expected)
     return difference(output, expected) <= TOLERANCE
 
@@ -62,14 +69,15 @@ def _both(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a network and, after it has been folded, those of its folded form."""
     with evaluating(network):
-        expected = _outputs(network, arguments)
+        try:
+            expected = _outputs(network, arguments)
+        except Exception as error:  # a forward may raise anything
+            raise does_not_run(option("example_inputs"), network, arguments, first_line(error)) from error
     return expected, _outputs(fold(network), arguments)
 
 
 def _outputs(network: nn.Module, arguments: ModelArguments) -> list[Tensor]:
-    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(SEED)
+    with seeded(network):  # it may be random in evaluation, too
         return list(tensors_in(arguments.run(network)))
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+MASK = 1e4
+"""The smallest absolute value that is usual for numbers that mask something out."""
+
 
 def difference(output: Tensor, expected: Tensor) -> float:
-    """The largest difference of two outputs, relative to the largest finite value that is expected.
+    """The largest difference of two outputs, relative to the largest value expected, infinities and masks apart.
 
     NaN agrees with NaN and an infinity with the same infinity, as where classes are masked out with −∞. It is infinite
     where only one of the two is finite, or where the shapes differ.
@@ -21,8 +24,15 @@ def difference(output: Tensor, expected: Tensor) -> float:
         return 0.0
     if not (output[apart].isfinite() & expected[apart].isfinite()).all():
         return math.inf
-    scale = expected[expected.isfinite()].abs().max().clamp_min(1e-12)
+    scale = _scale(expected[~apart & expected.isfinite()], expected[apart])
     return float((output[apart] - expected[apart]).abs().max() / scale)
+
+
+def _scale(equal: Tensor, unequal: Tensor) -> Tensor:
+    """The largest value, without those equal ones that mask something out as −∞ would, such as the smallest number."""
+    own = unequal.abs().max().clamp_min(1e-12)
+    others = equal.abs()
+    return torch.cat([own[None], others[(others < MASK) | (others < 1e3 * own)]]).max()
 
 
 def _real(values: Tensor) -> Tensor:

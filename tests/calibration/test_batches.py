@@ -117,3 +117,31 @@ def test_a_network_that_writes_to_its_input_gets_its_own_each_time():
     calibration = calibrate(model, original, x.split(16), steps=2)
     assert torch.equal(x, before)
     assert calibration.r2["conv"] > 0.5
+
+
+class SomeClasses(nn.Module):
+    """A classifier whose other classes are masked out."""
+
+    def __init__(self, mask=float("-inf")):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.mask = mask
+
+    def forward(self, x):
+        return self.fc(self.body(x).relu()).masked_fill(torch.tensor([False, True, False, False]), self.mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"calibration_steps": 3}], ids=["least squares", "steps"])
+def test_classes_that_are_masked_out_do_not_keep_a_network_from_being_calibrated(options):
+    batch = torch.randn(64, 6)
+    options["calibration"] = [batch]
+    model, finite = sphereify(SomeClasses(), **options).eval(), sphereify(SomeClasses(0.0), **options).eval()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    kept = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(model(batch)[:, kept], finite(batch)[:, kept], rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_with_nothing_but_masks_is_no_original():
+    with pytest.raises(DataError, match="output is not finite"):
+        sphereify(SomeClasses(float("nan")), calibration=[torch.randn(8, 6)])

@@ -238,7 +238,7 @@ def test_both_models_get_their_modes_and_hooks_back():
 def test_modes_come_back_after_an_error_too():
     original = small()
     model = sphereify(original)
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+    with pytest.raises(UsageError, match=r"does not take the first batch, .*mat1 and mat2 shapes cannot be multiplied"):
         calibrate(model, original, [torch.randn(4, 3, 9, 9)])
     assert all(module.training for net in (model, original) for module in net.modules())
     assert not any(module._forward_hooks for net in (model, original) for module in net.modules())

@@ -99,6 +99,9 @@ def test_the_size_of_images_may_be_given(run, weighted):
     code, _, err = run("inspect", weighted, "--img-size", 96)
     assert code == 2
     assert "--img-size: Weighted does not seem to take images; give --input instead" in one_line(err)
+    code, _, err = run("inspect", "vit_tiny_patch16_224", "--img-size", 96)
+    assert code == 2
+    assert "--img-size: VisionTransformer does not run with these inputs: AssertionError: Input height" in one_line(err)
 
 
 def test_the_inputs_are_said_below_the_table(run, weighted):

@@ -114,7 +114,7 @@ def test_folding_is_checked_on_keywords(model):
         (
             {"words": torch.zeros(2, 3)},
             UsageError,
-            "unexpected keyword argument 'words'; got words float32 2×3. A dict",
+            "unexpected keyword argument 'words'; got words float32 2×3. Its arguments are tokens",
         ),
         ({3: torch.zeros(2)}, ArgumentTypeError, "a key: got int, expected the name of an argument"),
         ({"tokens": [[1, 2]]}, UsageError, "must be Tensor, not list; got tokens list$"),

@@ -1,6 +1,8 @@
 """Hooks: those that a forward needs are a part of the network, those of a spectator are left alone."""
 
 import copy
+import functools
+import weakref
 
 import pytest
 import torch
@@ -132,7 +134,43 @@ class Pooling(Network):
         return self.fc(self.b(self.a(x).relu()).relu()[..., :5])  # fits the classifier once it is pooled
 
 
-KINDS = [Method, Closure, Global, Outside, Taps, Pooling]
+class ByName(Method):
+    """Collects with functions that know the place by an argument by keyword."""
+
+    def prepare(self):
+        self.kept = {}
+        for name in ("a", "b"):
+
+            def keep(module, args, output, *, kept=self.kept, name=name):
+                kept[name] = [output]
+
+            getattr(self, name).register_forward_hook(keep)
+
+
+class Partly(Method):
+    """Collects with a closure whose first argument is given beforehand."""
+
+    def prepare(self):
+        kept = self.kept = {}
+
+        def keep(name, module, args, output):
+            kept[name] = [output]
+
+        for name in ("a", "b"):
+            getattr(self, name).register_forward_hook(functools.partial(keep, name))
+
+
+class Weakly(Method):
+    """Collects with functions that hold the network by a weak reference, to make no circle."""
+
+    def prepare(self):
+        self.kept = {}
+        network = weakref.ref(self)
+        for layer in (self.a, self.b):
+            layer.register_forward_hook(lambda module, args, output: network().keep(module, args, output))
+
+
+KINDS = [ByName, Partly, Weakly, Method, Closure, Global, Outside, Taps, Pooling]
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +199,7 @@ def test_a_network_whose_forward_needs_its_hooks_is_converted(kind, after_a_run)
     assert all(d.called for d in plan.verify(model, images()).decisions)
 
 
-@pytest.mark.parametrize("kind", [Method, Closure, Global, Taps])
+@pytest.mark.parametrize("kind", [Method, Closure, Global, Taps, ByName, Partly, Weakly])
 def test_a_converted_copy_collects_features_of_its_own(kind):
     model = kind()
     angular = sphereify(model)

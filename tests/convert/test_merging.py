@@ -109,3 +109,15 @@ def test_parameters_may_be_replaced():
     bare = SphereLinear(3, 4, bias=False)
     bare.bias = nn.Parameter(torch.ones(4))
     torch.testing.assert_close(bare(torch.zeros(1, 3)), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("name", ["fuse_convs", "fuse_projections", "convert_to_deploy", "merge_bn", "merge_kernel"])
+def test_other_usual_names_of_such_methods_are_refused_too(name):
+    class Named(Branches):
+        pass
+
+    setattr(Named, name, Branches.switch_to_deploy)
+    net = Net()
+    net.branches = Named()
+    with pytest.raises(UnsupportedModelError, match=rf"branches\.{name}\(\): merges layers"):
+        getattr(sphereify(net, example_inputs=X).branches, name)()

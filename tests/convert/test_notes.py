@@ -54,7 +54,7 @@ def test_a_plan_without_a_run_says_why_and_that_roles_come_from_names():
     plan = plan_conversion(Net(refuse, fc=nn.Linear(4, 2), used=Branching()))
     assert plan.inputs == ""
     assert "names and shapes" in plan.notes[0]
-    assert "not run (RuntimeError: not today); example_inputs=… would show" in plan.notes[1]
+    assert "not run (RuntimeError: not today); a run with other inputs would show" in plan.notes[1]
 
 
 def test_inputs_and_details_survive_json_and_a_plan_without_them_is_read():

@@ -192,3 +192,100 @@ def test_output_convolutions_of_an_anchor_free_detector_are_kept_before_and_afte
     assert all("output convolution" in d.reason for d in plan.kept)
     model(x)
     assert plan_conversion(model, **options).decisions == plan.decisions
+
+
+# ------------------------------------------------------------------------------------- what is done to scores behind
+
+
+EACH_SCORE = {
+    "masked": lambda z: z.masked_fill(torch.arange(z.shape[1]) == 1, float("-inf")),
+    "where": lambda z: torch.where(torch.arange(z.shape[1]) == 1, torch.full_like(z, -1e9), z),
+    "clamp": lambda z: z.clamp(-10, 10),
+    "minus": lambda z: z - 1,
+    "from one": lambda z: 1 - z,
+    "negated": lambda z: -z,
+    "exp": torch.exp,
+    "logsigmoid": F.logsigmoid,
+    "softplus": F.softplus,
+    "log of softmax": lambda z: z.softmax(1).log(),
+    "centred": lambda z: z - z.mean(1, keepdim=True),
+    "double": lambda z: z.double(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tail", EACH_SCORE)
+def test_what_changes_each_score_by_itself_leaves_an_output_layer_one(tail, way):
+    net = Net(
+        lambda n, x: EACH_SCORE[tail](n.fc(n.body(WAYS[way](x)).relu())), body=nn.Linear(8, 6), fc=nn.Linear(6, 3)
+    )
+    inputs = FEATURES[:, 0]
+    assert classifiers(net, example_inputs=inputs) == {"fc"}
+    assert decisions(net, example_inputs=inputs, head="keep")["fc"].action == "keep"
+    assert decisions(net, example_inputs=inputs)["fc"].head == "w-softmax"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_denoiser_that_subtracts_the_noise_keeps_its_output_layer(way):
+    net = Net(lambda n, x: x - n.fc(n.body(WAYS[way](x)).relu()), body=nn.Linear(8, 6), fc=nn.Linear(6, 8))
+    kept = decisions(net, example_inputs=FEATURES[:, 0])["fc"]
+    assert (kept.role, kept.action) == ("classifier", "keep")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_that_are_returned_in_two_forms_are_one_output(way):
+    def returned(n, x):
+        scores = n.fc(n.body(WAYS[way](x)).relu())
+        return {"logits": scores, "probabilities": scores.softmax(1)}
+
+    net = Net(returned, body=nn.Linear(8, 6), fc=nn.Linear(6, 3))
+    assert decisions(net, example_inputs=FEATURES[:, 0])["fc"].head == "w-softmax"
+
+
+class Towers(nn.Module):
+    """One layer for images and one for texts, of which a pass may call either."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.deeper = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.table, self.text = nn.Embedding(20, 6), nn.Linear(6, 4)
+
+    def forward(self, image=None, text=None):
+        a = self.deeper(self.image(image).relu()) if image is not None else None
+        b = self.text(self.table(text).mean(1)) if text is not None else None
+        return a, b
+
+
+@pytest.mark.parametrize("given", ["image", "text", "both"])
+def test_a_layer_that_the_inputs_do_not_reach_is_an_output_layer_all_the_same(given):
+    inputs = {"image": FEATURES[:, 0], "text": TOKENS}
+    chosen = inputs if given == "both" else {given: inputs[given]}
+    assert classifiers(Towers(), example_inputs=chosen) == {"deeper", "text"}
+
+
+def test_the_message_that_all_layers_are_kept_speaks_of_patterns_where_one_keeps_some():
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(UsageError, match=r"nothing to convert: all 2 layers .*excluded.*\)\. Widen the patterns\.$"):
+        plan_conversion(net, head="keep", exclude="0")
+    with pytest.raises(
+        UsageError, match=r"nothing to convert: all 1 layer would be kept \(1 × output convo.*only\)\.$"
+    ):
+        plan_conversion(nn.Sequential(nn.Conv2d(3, 6, 3)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_whose_weight_another_call_reads_as_well_is_kept(way):
+    def autoencoder(n, x):
+        return F.linear(n.encode(n.body(WAYS[way](x)).relu()).relu(), n.encode.weight.t())
+
+    net = Net(autoencoder, body=nn.Linear(8, 6), encode=nn.Linear(6, 4))
+    kept = decisions(net, example_inputs=FEATURES[:, 0])["encode"]
+    assert (kept.action, kept.reason) == ("keep", "it is called, and its weight is used by the model as well")
+    assert sphereify(net, example_inputs=FEATURES[:, 0])(FEATURES[:, 0]).shape == (2, 6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_whose_weight_scores_tokens_in_a_functional_call_is_said_to_be_used_so(way):
+    net = language_model(way, lambda n, h: F.linear(h, n.table.weight))
+    kept = decisions(net, example_inputs=TOKENS)["table"]
+    assert (kept.action, kept.reason) == ("keep", "it is called, and its weight is used by the model as well")

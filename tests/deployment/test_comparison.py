@@ -1,11 +1,15 @@
 """The check of a folded model refuses what is wrong, and neither chance nor rounding that the network amplifies."""
 
+import itertools
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sphereify import fold, sphereify
-from sphereify.errors import UnsupportedModelError
+from sphereify.errors import UnsupportedModelError, UsageError
 from tests.nn.oracle import normal
 
 X = normal(4, 6, dtype=torch.float32)
@@ -69,3 +73,45 @@ def test_other_places_of_what_is_not_finite_are_a_difference():
     assert model(X).isfinite().all()
     with pytest.raises(UnsupportedModelError, match="would change"):
         fold(model, X)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: 100 ** float(np.random.rand()), lambda: 100 ** random.random()], ids=["numpy", "python"]
+)
+def test_all_generators_are_seeded_for_both_passes_and_left_as_they_were(draw):
+    model = converted(lambda y: y * draw())
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert "hidden" in fold(model, X).folding.layers
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_outputs_that_no_seed_repeats_are_not_taken_for_a_change():
+    passes = itertools.count()
+    model = converted(lambda y: y + next(passes))
+    with pytest.raises(UnsupportedModelError, match="differ from pass to pass, so there is nothing to compare"):
+        fold(model, X)
+    assert "hidden" in fold(model).folding.layers
+
+
+def test_complex_outputs_are_compared_as_numbers():
+    model = converted(lambda y: torch.complex(y, 1 + y))
+    torch.testing.assert_close(fold(model, X)(X), model(X))
+
+
+def test_masks_that_are_finite_hide_no_difference():
+    mask = torch.tensor([False, True, False])
+
+    class Doubles(Net):
+        def forward(self, x):
+            y = super().forward(x) * self.hidden.weight.norm()
+            return y.masked_fill(mask, torch.finfo(y.dtype).min)
+
+    model = sphereify(Doubles(nn.Identity()), head="keep", example_inputs=X).eval()
+    with pytest.raises(UnsupportedModelError, match="would change"):
+        fold(model, X)
+
+
+def test_inputs_with_which_the_model_does_not_run_are_named():
+    model = converted(nn.Identity())
+    with pytest.raises(UsageError, match=r"example_inputs: Net does not run with these inputs: .*'other'"):
+        fold(model, {"other": X})

@@ -267,6 +267,20 @@ def test_what_cannot_be_done_is_said_and_leaves_no_file(case, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
 
 
+def test_a_model_that_is_random_in_evaluation_is_refused_with_that_reason(tmp_path):
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.fc = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(nn.functional.dropout(self.layer(x), 0.5, training=True))
+
+    with pytest.raises(ExportError, match="differ from pass to pass, since it is random in evaluation"):
+        export(sphereify(Random()).eval(), tmp_path / "m.onnx", torch.randn(4, 6))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, factor):
     path = tmp_path / "m.pt2"
