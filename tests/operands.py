@@ -38,6 +38,8 @@ class Operands(TorchDispatchMode):
     model: nn.Module
     products: set[frozenset[str]] = field(default_factory=set)
     """For each weight that was multiplied with data the parameters, by their first names, that it is computed from."""
+    multiplied: set[str] = field(default_factory=set)
+    """Parameters behind what was multiplied with anything, constants too."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -51,9 +53,10 @@ class Operands(TorchDispatchMode):
         operands = list(_tensors((args, kwargs)))
         has_data = any(_address(t) not in self.sources for t in operands) or any(word in name for word in RANDOM)
         multiplied = list(_tensors(args[PRODUCTS[name]])) if name in PRODUCTS else []
+        weights = {parameters for t in multiplied if (parameters := self.sources.get(_address(t)))}
+        self.multiplied |= frozenset().union(*weights)
         if any(_address(t) not in self.sources for t in multiplied):
-            weights = (self.sources.get(_address(t)) for t in multiplied)
-            self.products |= {parameters for parameters in weights if parameters}
+            self.products |= weights
         result = func(*args, **(kwargs or {}))
         written = [*_tensors(result), *(operands[:1] if func._schema.is_mutable else [])]
         behind = frozenset().union(*(self.sources.get(_address(t), ()) for t in operands))
@@ -66,9 +69,10 @@ class Operands(TorchDispatchMode):
         return result
 
 
-def products_of(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[frozenset[str]]:
-    """The parameters behind each weight in a pass in evaluation and, if the model allows, one in training."""
-    found: set[frozenset[str]] = set()
+def products_of(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[set[frozenset[str]], set[str]]:
+    """What a pass in evaluation and, if the model allows, one in training multiply: `products` and `multiplied`."""
+    products: set[frozenset[str]] = set()
+    multiplied: set[str] = set()
     for training in (False, True):
         with Operands(model.train(training)) as counted:
             try:
@@ -76,8 +80,9 @@ def products_of(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[frozen
             except Exception:
                 if not training:
                     raise
-        found |= counted.products
-    return found
+        products |= counted.products
+        multiplied |= counted.multiplied
+    return products, multiplied
 
 
 def _address(tensor: Tensor) -> int:
