@@ -7,7 +7,7 @@ way. What is compared:
   kept; what is said to be called or never called is so; and the plan without inputs is the same, or says that it
   was made without a run or without some of the arguments;
 - scale: with every second filter of each converted layer times 3, outputs in evaluation stay what they are;
-- gradients: each converted filter that the original trains is trained, by finite numbers; `labels=` gives a finite loss;
+- gradients: each converted filter that the original trains gets a finite gradient, and `labels=` a finite loss;
 - saved and loaded again, and folded, the outputs are the same; the model that was passed in is unchanged.
 
 An outcome is right; friction, where a step was refused; wrong, where a
@@ -73,7 +73,9 @@ class Outcome:
 
 def names() -> list[tuple[str, str]]:
     """Each network as a library and a name, of the libraries that are installed."""
-    return [(library, name) for library in LIBRARIES if is_installed(library) for name in described(library).ARCHITECTURES]
+    return [
+        (library, name) for library in LIBRARIES if is_installed(library) for name in described(library).ARCHITECTURES
+    ]
 
 
 def convert(library: str, name: str) -> Outcome:

@@ -1,4 +1,4 @@
-"""Networks of other libraries, each from a small configuration and without downloads: what `tests.strangers` converts."""
+"""Networks of other libraries, from small configurations and without downloads: what `tests.strangers` converts."""
 
 import importlib
 import importlib.util

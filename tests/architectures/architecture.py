@@ -19,6 +19,7 @@ class Architecture:
     labels: Callable[[], Mapping[str, Any]] | None = None
     """Keywords with which the model returns its own loss."""
 
+
 def get(module: str, name: str) -> Any:
     """An attribute of a module that is imported only now."""
     return getattr(importlib.import_module(module), name)

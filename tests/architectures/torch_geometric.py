@@ -54,9 +54,7 @@ ARCHITECTURES = {
     "graph-sage": Architecture(built("GraphSAGE", **SIZES), graph),
     "edge-cnn": Architecture(built("EdgeCNN", **SIZES), graph),
     "transformer-layers": Architecture(of_layers("TransformerConv", heads=1), graph),
-    "relations": Architecture(
-        of_layers("RGCNConv", num_relations=2), lambda: (*graph(), torch.arange(4 * NODES) % 2)
-    ),
+    "relations": Architecture(of_layers("RGCNConv", num_relations=2), lambda: (*graph(), torch.arange(4 * NODES) % 2)),
     "relations-in-bases": Architecture(
         of_layers("RGCNConv", num_relations=3, num_bases=2), lambda: (*graph(), torch.arange(4 * NODES) % 3)
     ),

@@ -39,7 +39,9 @@ def detection(backbone: str, model: str, configuration: str, **settings: Any) ->
             out_features=["stage4"],
         )
         options = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
-        return get("transformers", model)(get("transformers", configuration)(backbone_config=features, **options, **settings))
+        return get("transformers", model)(
+            get("transformers", configuration)(backbone_config=features, **options, **settings)
+        )
 
     return build
 
@@ -99,7 +101,15 @@ SMALL_BART = {
     "eos_token_id": 2,
 }
 LLAMA = {**TEXT, "num_key_value_heads": 1}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 ARCHITECTURES = {
     "bert": Architecture(built("BertConfig", "BertForSequenceClassification", **TEXT), tokens, classes),
@@ -285,7 +295,9 @@ ARCHITECTURES = {
             num_labels=4,
         ),
         pictures(64),
-        lambda: {"labels": [{"class_labels": torch.tensor([1]), "boxes": torch.rand(1, 4) / 2 + 0.1} for _ in range(2)]},
+        lambda: {
+            "labels": [{"class_labels": torch.tensor([1]), "boxes": torch.rand(1, 4) / 2 + 0.1} for _ in range(2)]
+        },
     ),
     "masked-autoencoder": Architecture(
         built(

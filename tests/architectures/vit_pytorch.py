@@ -20,9 +20,7 @@ HEADS = {**SIZES, "dim_head": 8}
 ARCHITECTURES = {
     "vit": Architecture(built("vit", "ViT", **HEADS), image(2, 3, 32, 32)),
     "simple-vit": Architecture(built("simple_vit", "SimpleViT", **HEADS), image(2, 3, 32, 32)),
-    "normalized-vit": Architecture(
-        built("normalized_vit", "nViT", **HEADS), image(2, 3, 32, 32)
-    ),
+    "normalized-vit": Architecture(built("normalized_vit", "nViT", **HEADS), image(2, 3, 32, 32)),
     "deepvit": Architecture(built("deepvit", "DeepViT", **HEADS), image(2, 3, 32, 32)),
     "cait": Architecture(built("cait", "CaiT", **HEADS, cls_depth=1), image(2, 3, 32, 32)),
     "cct": Architecture(
@@ -65,9 +63,7 @@ ARCHITECTURES = {
         ),
         image(2, 3, 32, 32),
     ),
-    "xcit": Architecture(
-        built("xcit", "XCiT", **HEADS, cls_depth=1, local_patch_kernel_size=3), image(2, 3, 32, 32)
-    ),
+    "xcit": Architecture(built("xcit", "XCiT", **HEADS, cls_depth=1, local_patch_kernel_size=3), image(2, 3, 32, 32)),
     "max-vit": Architecture(
         built(
             "max_vit",
