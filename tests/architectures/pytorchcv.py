@@ -21,11 +21,7 @@ ARCHITECTURES = {
         "diaresnet20_cifar10": 32,
         "shakeshakeresnet20_2x16d_cifar10": 32,
         "nin_cifar10": 32,
-        "xdensenet40_2_k24_bc_cifar10": 32,
         "shufflenetv2_wd2": 224,
-        "igcv3_wd4": 224,
-        "sqnxt23_w1": 224,
         "fdmobilenet_wd4": 224,
-        "lednet_cityscapes": 64,
     }.items()
 }

@@ -22,9 +22,6 @@ ARCHITECTURES = {
     "fpn": Architecture(built("FPN", "mobilenet_v2", decoder_pyramid_channels=32), image(2, 3, 64, 64)),
     "pspnet": Architecture(built("PSPNet", psp_out_channels=32), image(2, 3, 64, 64)),
     "deeplab-v3-plus": Architecture(built("DeepLabV3Plus", "mobilenet_v2", decoder_channels=16), image(2, 3, 64, 64)),
-    "manet": Architecture(built("MAnet", decoder_channels=(32, 16, 8, 8, 8)), image(1, 3, 64, 64)),
-    "linknet": Architecture(built("Linknet"), image(2, 3, 64, 64)),
-    "pan": Architecture(built("PAN", decoder_channels=16), image(2, 3, 128, 128)),
     "segformer": Architecture(built("Segformer", decoder_segmentation_channels=16), image(2, 3, 64, 64)),
     "upernet": Architecture(built("UPerNet", decoder_channels=16), image(2, 3, 64, 64)),
     "unet-with-classifier": Architecture(

@@ -77,7 +77,17 @@ ARCHITECTURES = {
         image(2, 40, 8),
     ),
     "contextnet": Architecture(
-        built("ContextNet", "ContextNet", input_shape=(2, 40, 8), alpha=0.05),
+        built(
+            "ContextNet",
+            "ContextNet",
+            input_shape=(2, 40, 8),
+            out_channels=16,
+            conv_channels=[8, 8, 16],
+            strides=[1, 2, 1],
+            residuals=[True] * 3,
+            num_blocks=3,
+            num_layers=2,
+        ),
         image(2, 40, 8),
     ),
     "speaker-resnet": Architecture(

@@ -21,8 +21,6 @@ def built(kind: str, description: str, **settings: Any) -> Callable[[], nn.Modul
 
 ARCHITECTURES = {
     "yolov8": Architecture(built("DetectionModel", "yolov8n.yaml"), image(1, 3, 64, 64)),
-    "yolov5": Architecture(built("DetectionModel", "yolov5n.yaml"), image(1, 3, 64, 64)),
-    "yolov9": Architecture(built("DetectionModel", "yolov9t.yaml"), image(1, 3, 64, 64)),
     "yolov10": Architecture(built("DetectionModel", "yolov10n.yaml"), image(1, 3, 64, 64)),
     "yolo12": Architecture(built("DetectionModel", "yolo12n.yaml"), image(1, 3, 64, 64)),
     "yolo11-segmentation": Architecture(built("SegmentationModel", "yolo11n-seg.yaml"), image(1, 3, 64, 64)),
