@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.names import join
 from sphereify.convert.observe import Observation
 from sphereify.convert.sites import Site, attribute_of, is_affine_norm, is_site
 from sphereify.convert.trace import TraceFacts
@@ -42,7 +43,7 @@ def _ran_more(sites: list[Site], facts: TraceFacts, seen: Observation) -> bool:
 
 def _weights_of(site: Site) -> frozenset[str]:
     """The names that the weight of a site may have."""
-    own = {f"{name}.{weight}" for name in site.names for weight in ("weight", "computed")}
+    own = {join(name, weight) for name in site.names for weight in ("weight", "computed")}
     called = [site.call.parameter] if site.call is not None and site.call.parameter else []
     return frozenset({*site.names, *own, *called})
 
