@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 SOURCES := sphereify tests examples benchmarks
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # The markers of pyproject.toml, each a kind of test that `make test` leaves to `make check`.
-MARKED := exhaustive or zoo or export or processes or triton or papers
+MARKED := exhaustive or zoo or export or processes or triton or papers or strangers
 
-.PHONY: demo test check zoo zoo-full lint types unmarked marked clean
+.PHONY: demo test check zoo zoo-full strangers lint types unmarked marked clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,11 @@ zoo: $(VENV)/.installed
 zoo-full: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --all --jobs $(JOBS)
 
+# Networks of a dozen other libraries, from small configurations; it installs these libraries.
+strangers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[strangers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.strangers --jobs $(JOBS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -46,7 +51,7 @@ unmarked: $(VENV)/.installed
 	$(PYTEST) -m "not ($(MARKED))"
 
 marked: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "$(MARKED) or hypothesis"
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "($(MARKED) or hypothesis) and not strangers"
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -197,7 +197,9 @@ class _KnownModel:
             width = self.declared("cross_attention_dim", "encoder_hid_dim", "context_dim", "hidden_size")
             return [self.numbers(LENGTH, width[-1])] if width else []
         if kind == "ids":
-            return [_empty(BATCH, length, dtype=torch.int64) for length in ID_LENGTHS]
+            own = self.declared("context_length", "block_size", "max_seq_len")[:1]
+            lengths = dict.fromkeys((ID_LENGTHS[0], *own, *ID_LENGTHS))
+            return [_empty(BATCH, length, dtype=torch.int64) for length in lengths]
         if kind == "images":
             return self.images() if nn.Conv2d in self.layers else [*self.volumes(), *self.images()]
         if kind == "signals":
@@ -215,7 +217,16 @@ class _KnownModel:
             nn.RNNBase: lambda: [self.numbers(LENGTH, self.layers[nn.RNNBase].input_size)],
             nn.MultiheadAttention: lambda: [self.numbers(LENGTH, self.layers[nn.MultiheadAttention].embed_dim)],
         }
-        return [tensor for kind in self.layers for tensor in makers[kind]()] or self.images()
+        usual = [tensor for kind in self.layers for tensor in makers[kind]()] or self.images()
+        return [*usual, *self.rows_of_own_layers()]
+
+    def rows_of_own_layers(self) -> list[Tensor]:
+        """Rows for the first layer of another class that holds a matrix, filters first or last."""
+        for module in self.model.modules():
+            own = [p for p in module.parameters(recurse=False) if p.dim() == 2]
+            if own and not isinstance(module, LAYERS):
+                return [self.numbers(own[0].shape[1]), self.numbers(own[0].shape[0])]
+        return []
 
     def numbers(self, *shape: int) -> Tensor:
         """A batch of numbers in the dtype of the model."""

@@ -230,7 +230,7 @@ def _next_sibling_norm(name: str, module: nn.Module, model: nn.Module) -> str | 
     position = next((i for i, (sibling, _) in enumerate(siblings) if sibling == own), len(siblings))
     if position + 1 < len(siblings):
         sibling, candidate = siblings[position + 1]
-        if is_affine_norm(candidate) and len(candidate.weight) == len(module.weight):  # type: ignore[arg-type]
+        if is_affine_norm(candidate) and len(candidate.weight) == len(weight_of(module)):  # type: ignore[arg-type]
             return join(parent, sibling)
     return None
 

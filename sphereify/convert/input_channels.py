@@ -26,4 +26,4 @@ def input_channels(model: nn.Module) -> int:
             if not seen.error:
                 return int(seen.arguments.first.shape[1])
     first: Any = next(iter(convolutions), None)
-    return 3 if first is None else int(first.weight.shape[1]) * int(getattr(first, "groups", 1))
+    return 3 if first is None else int(weight_of(first).shape[1]) * int(getattr(first, "groups", 1))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.convert.sites import is_site
+from sphereify.convert.sites import attribute_of, is_site
 from sphereify.errors import UnsupportedModelError, wrong_type
 from sphereify.nn.layers import is_folded_layer
 
@@ -70,5 +70,6 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
-    weight: Any = getattr(module, "weight", torch.empty(0))  # quantized modules have a method of that name
+    weight: Any = attribute_of(module, "weight")  # quantized modules have a method of that name
+    weight = torch.empty(0) if weight is None else weight
     return weight() if callable(weight) and not isinstance(weight, torch.Tensor) else weight

@@ -12,7 +12,7 @@ from torch import nn
 
 from sphereify.convert.names import join
 from sphereify.convert.observe import Observation
-from sphereify.convert.sites import Site, is_affine_norm, is_site
+from sphereify.convert.sites import Site, attribute_of, is_affine_norm, is_site
 from sphereify.convert.trace import TraceFacts
 from sphereify.nn.filters import own_classifier
 
@@ -109,7 +109,7 @@ def _fits_other_layers(model: nn.Module, site: Site) -> bool:
     """
     width = site.shape[0]
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
+        weight: Any = attribute_of(module, "weight")
         if module is site.module or not hasattr(weight, "shape"):
             continue
         if width in (weight.shape[1:2] if is_site(module) else weight.shape[:1] if is_affine_norm(module) else ()):

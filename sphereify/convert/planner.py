@@ -38,6 +38,7 @@ EXCLUDED, OVERRIDDEN, NOT_INCLUDED = BY_PATTERN = (
     "no include pattern matches",
 )
 CAUSAL = "no radius: causal"
+NOT_GIVEN = "not called without"
 
 ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
 FEW_INPUTS = {
@@ -106,10 +107,7 @@ class _Planner:
     def plan(self) -> ConversionPlan:
         quantized = quantized_layers(self.model)
         if not self.graph.sites and not quantized:
-            raise UsageError(
-                f"{type(self.model).__name__} has no convolution or linear layer (nn.Conv1d/2d/3d, nn.Linear): "
-                f"nothing to convert"
-            )
+            raise UsageError(self._no_sites())
         decisions = [self._decide(site) for site in self.graph.sites]
         for patterns in (self.include, self.exclude, self.overrides):
             patterns.check([*(n for site in self.graph.sites for n in site.names), *quantized])
@@ -132,6 +130,17 @@ class _Planner:
             self._details(),
             self.graph.inputs,
             self.objects,
+        )
+
+    def _no_sites(self) -> str:
+        name = type(self.model).__name__
+        layers = "no convolution or linear layer (nn.Conv1d/2d/3d, nn.Linear)"
+        if not self.graph.not_run:
+            return f"{name} has {layers}: nothing to convert"
+        return (
+            f"{name} has {layers}, and it was not run ({shortened(self.graph.not_run)}): nothing to convert as far as "
+            f"that shows. Products that its forward makes with parameters of its own are seen in a run, for which "
+            f"{option('example_inputs')} gives the arguments."
         )
 
     def _check_radius(self, decisions: list[Decision]) -> None:
@@ -162,9 +171,14 @@ class _Planner:
                 what = f"{len(untraced)} modules: not traced ({name} and others: {why})"
             inside = "roles inside come from names and shapes" if not_run else "a run shows what is called inside"
             notes.append(f"{what}; {inside}")
-        if not_run and any(site.called is not True for site in self.graph.sites):
+        if not_run:
+            unknown = any(site.called is not True for site in self.graph.sites)
+            shown = "which layers are called" if unknown else "products whose weights are computed"
+            notes.append(f"{model}: not run ({shortened(not_run)}); a run with other inputs would show {shown}")
+        elif waiting := sum(d.reason.startswith(NOT_GIVEN) for d in decisions):
             notes.append(
-                f"{model}: not run ({shortened(not_run)}); a run with other inputs would show which layers are called"
+                f"{model}: run without {_few(self.graph.left_out)}, for which {count(waiting, 'layer')} may wait; what "
+                f"else would be called is not in the plan"
             )
         merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
         return [*notes, *self._depthwise_notes(decisions), *_radius_notes(decisions), *([merging] if merging else [])]
@@ -277,7 +291,7 @@ class _Planner:
         if site.reader:
             return f"its own forward is not called: its weight is an operand of {site.reader}"
         if self.graph.left_out:
-            return f"not called without {_few(self.graph.left_out)}: give them as example_inputs if they call it"
+            return f"{NOT_GIVEN} {_few(self.graph.left_out)}: give them as example_inputs if they call it"
         return "never called by the model's forward"
 
     def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:

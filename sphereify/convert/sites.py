@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from sphereify.convert.model_inputs import evaluating
 from sphereify.nn import AngularHead
 
 Role = Literal["input", "hidden", "shortcut", "classifier", "auxiliary"]
@@ -159,12 +161,12 @@ def is_swapped(module: nn.Module) -> bool:
 def is_affine_norm(module: nn.Module) -> bool:
     """True for a normalization, of torch, torchvision, timm or the user, that has a scale of its own."""
     named = "norm" in type(module).__name__.lower() and not is_site(module)
-    return named and getattr(module, "weight", None) is not None
+    return named and attribute_of(module, "weight") is not None
 
 
 def number_of_channels(norm: Any) -> int | None:
     """The number of channels that a normalization scales, each by its own factor; None where there is no telling."""
-    scales = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
+    scales = (attribute_of(norm, "weight"), getattr(norm, "running_mean", None))
     return next((scale.numel() for scale in scales if isinstance(scale, Tensor)), None)
 
 
@@ -176,9 +178,19 @@ def class_name(thing: Any) -> str:
 
 def weight_of(module: nn.Module) -> Any:
     """The weight whose shape describes a site; recurrent layers have several, of which this is the first."""
-    if isinstance(module, nn.RNNBase):
-        return module.weight_ih_l0
-    return getattr(module, "weight_ih", None) if isinstance(module, nn.RNNCellBase) else module.weight
+    recurrent = {nn.RNNBase: "weight_ih_l0", nn.RNNCellBase: "weight_ih"}
+    return attribute_of(module, next((name for base, name in recurrent.items() if isinstance(module, base)), "weight"))
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, read without changing it; None if there is none.
+
+    Reading a parametrized tensor computes it, and that may change buffers in training: spectral norm goes on iterating.
+    """
+    if not is_parametrized(module):
+        return getattr(module, name, None)
+    with evaluating(module), torch.no_grad():
+        return getattr(module, name, None)
 
 
 def site_modules(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sphereify import plan_conversion
@@ -181,7 +182,8 @@ class Pairs(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image, self.text, self.position = nn.Conv2d(3, 4, 3), nn.Embedding(9, 4), nn.Parameter(torch.zeros(77, 4))
+        self.image = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.text, self.position = nn.Embedding(9, 4), nn.Parameter(torch.zeros(77, 4))
         self.scale = nn.Linear(4, 4)
 
     def forward(self, image=None, text=None):
@@ -218,6 +220,44 @@ class Frames(nn.Module):
         return self.fc(self.conv(pixel_values.transpose(1, 2)).mean((2, 3, 4)))
 
 
+class Towers(nn.Module):
+    """Two towers, of which the one for texts takes one length alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.context_length = 12
+        self.image, self.table = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), nn.Embedding(9, 4)
+        self.positions, self.projection = nn.Parameter(torch.zeros(12, 4)), nn.Parameter(torch.ones(4, 5))
+
+    def forward(self, image=None, text=None):
+        seen = None if image is None else self.image(image).mean((2, 3))
+        return seen, None if text is None else (self.table(text) + self.positions).mean(1) @ self.projection
+
+
+class OwnLayer(nn.Module):
+    """A linear map of another class than torch's, with the filters in columns or in rows."""
+
+    def __init__(self, inputs, outputs, rows):
+        super().__init__()
+        self.rows, self.weight = rows, nn.Parameter(torch.ones((outputs, inputs) if rows else (inputs, outputs)))
+
+    def forward(self, x):
+        return F.linear(x, self.weight) if self.rows else x @ self.weight
+
+
+class Graph(nn.Module):
+    """Nodes that sum over their neighbours, with the number of nodes read off the edges."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.first, self.fc = OwnLayer(7, 6, rows), nn.Linear(6, 3)
+
+    def forward(self, x, edge_index):
+        nodes = max(int(edge_index.max()) + 1, len(x))
+        x = self.first(x)
+        return self.fc(torch.zeros(nodes, 6).index_add(0, edge_index[1], x[edge_index[0]]))
+
+
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [
@@ -229,6 +269,11 @@ class Frames(nn.Module):
         (Patches(3, 4), "float32 2×3×32×32"),
         (Patches(1, 8), "float32 2×1×64×64"),
         (Frames(), "float32 2×16×3×112×112"),
+        (Towers(), "image float32 2×3×224×224, text int64 2×12"),
+        (nn.Sequential(OwnLayer(7, 6, rows=True), nn.Linear(6, 3)), "float32 2×7"),
+        (nn.Sequential(OwnLayer(7, 6, rows=False), nn.Linear(6, 3)), "float32 2×7"),
+        (Graph(rows=True), "float32 2×7, int64 2×8"),
+        (Graph(rows=False), "float32 2×7, int64 2×8"),
         (nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Linear(2, 3), nn.Linear(3, 2)), ""),
     ],
 )
@@ -238,6 +283,30 @@ def test_a_network_runs_on_what_it_seems_to_take(model, inputs):
     if inputs:
         assert all(decision.called is not False for decision in plan.decisions)
         assert runnable_inputs(model.eval()).described() == inputs  # with values
+
+
+class InGroups(nn.Module):
+    """Multiplies groups of rows in fp32, which torch does on a CPU, but not on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.experts = nn.Linear(8, 16), nn.Parameter(torch.ones(2, 16, 16))
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        ends = torch.tensor([1, 2], dtype=torch.int32, device=x.device)
+        return self.fc(torch._grouped_mm(self.embed(x), self.experts, offs=ends))
+
+
+def test_values_are_tried_where_the_meta_device_is_stricter_than_the_cpu():
+    model = InGroups()
+    try:
+        model(torch.randn(2, 8))
+    except RuntimeError as error:
+        pytest.skip(f"torch {torch.__version__} has no grouped product in fp32 ({error})")
+    plan = plan_conversion(model)
+    assert plan.inputs == "assumed inputs: float32 2×8"
+    assert {d.name: d.action for d in plan.decisions} == {"embed": "convert", "experts": "keep", "fc": "convert"}
 
 
 def test_a_network_that_fails_in_the_same_words_at_each_size_is_not_tried_at_all_of_them():

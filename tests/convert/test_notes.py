@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sphereify import ConversionPlan, apply_plan, plan_conversion, sphereify
+from sphereify.errors import UsageError
 from tests.convert.models import Net
 
 
@@ -55,6 +56,64 @@ def test_a_plan_without_a_run_says_why_and_that_roles_come_from_names():
     assert plan.inputs == ""
     assert "names and shapes" in plan.notes[0]
     assert "not run (RuntimeError: not today); a run with other inputs would show" in plan.notes[1]
+
+
+def test_a_plan_without_a_run_says_so_where_a_trace_shows_all_layers_too():
+    def forward(n, x):
+        return n.fc(F.conv2d(x, n.maker(n.code[0]).view(4, 3, 3, 3)).mean((2, 3)))
+
+    hyper = Net(forward, maker=nn.Linear(5, 108), fc=nn.Linear(4, 2), code=nn.ParameterList([torch.ones(1, 5)]))
+    plan = plan_conversion(hyper)
+    assert [d.name for d in plan.decisions] == ["maker", "fc"]
+    (note,) = plan.notes
+    assert ": not run (" in note
+    assert note.endswith("example_inputs=… would show products whose weights are computed")
+    assert "computed" in {d.name for d in plan_conversion(hyper, example_inputs=torch.randn(2, 3, 8, 8)).decisions}
+
+
+class Parts(nn.Module):
+    """Runs without its second argument, cannot be traced, and makes a functional call with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.own = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x, more=None):
+        x = self.a(x) if x.shape[0] < 1000 else self.b(x)
+        return x if more is None else self.c(x) + F.linear(self.b(more), self.own)
+
+
+def test_what_was_not_given_in_the_run_is_said_once():
+    x = torch.randn(2, 4)
+    plan = plan_conversion(Parts(), example_inputs=x)
+    assert {d.name for d in plan.kept} >= {"b", "c"}
+    note = next(note for note in plan.notes if "run without" in note)
+    assert note == (
+        "Parts: run without more, for which 2 layers may wait; what else would be called is not in the plan"
+    )
+    whole = plan_conversion(Parts(), example_inputs=(x, x))
+    assert "own" in {d.name for d in whole.decisions}
+    assert not any("run without" in note for note in whole.notes)
+
+
+class _Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.ones(4, 3, 5)), nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x):
+        if x.shape != (6, 5):
+            raise ValueError("not six")
+        return F.linear(F.linear(x, self.weight[0]).relu(), self.last)
+
+
+def test_nothing_to_convert_is_said_of_a_model_that_was_not_run_with_what_a_run_would_show():
+    with pytest.raises(UsageError, match=r"not run \(ValueError: not six\).*seen in a run, for which example_inputs"):
+        plan_conversion(_Bare())
+    assert plan_conversion(_Bare(), example_inputs=torch.randn(6, 5)).decisions
+    with pytest.raises(UsageError, match=r"nothing to convert$"):
+        plan_conversion(nn.ReLU())
 
 
 def test_inputs_and_details_survive_json_and_a_plan_without_them_is_read():
