@@ -5,7 +5,6 @@ Everything that can be refused is refused here, so that applying a plan has noth
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from torch import nn
 from sphereify import choices
 from sphereify.convert.arguments import Inputs
 from sphereify.convert.graph import ModelGraph, read_graph
-from sphereify.convert.merging import merging_note
 from sphereify.convert.model_checks import check_model, quantized_layers
 from sphereify.convert.names import submodule
+from sphereify.convert.notes import CAUSAL, NOT_GIVEN, few, plan_details, plan_notes
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
@@ -37,8 +36,6 @@ EXCLUDED, OVERRIDDEN, NOT_INCLUDED = BY_PATTERN = (
     "an override keeps it",
     "no include pattern matches",
 )
-CAUSAL = "no radius: causal"
-NOT_GIVEN = "not called without"
 
 ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
 FEW_INPUTS = {
@@ -126,8 +123,8 @@ class _Planner:
         return ConversionPlan(
             class_name(self.model),
             decisions,
-            self._notes(decisions),
-            self._details(),
+            plan_notes(self.model, self.graph, decisions),
+            plan_details(self.model, self.graph),
             self.graph.inputs,
             self.objects,
         )
@@ -158,47 +155,6 @@ class _Planner:
                         f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name}: the pattern "
                         f"matches no convolution that is converted, and nothing else has patches to pool"
                     )
-
-    def _notes(self, decisions: list[Decision]) -> list[str]:
-        """Remarks on the model as a whole, one for each kind."""
-        model = type(self.model).__name__
-        untraced, not_run = self.graph.untraced, self.graph.not_run
-        notes = []
-        if untraced:
-            name, why = next((name or model, shortened(why)) for name, why in untraced.items())
-            what = f"{name}: not traced ({why})"
-            if len(untraced) > 1:
-                what = f"{len(untraced)} modules: not traced ({name} and others: {why})"
-            inside = "roles inside come from names and shapes" if not_run else "a run shows what is called inside"
-            notes.append(f"{what}; {inside}")
-        if not_run:
-            unknown = any(site.called is not True for site in self.graph.sites)
-            shown = "which layers are called" if unknown else "products whose weights are computed"
-            notes.append(f"{model}: not run ({shortened(not_run)}); a run with other inputs would show {shown}")
-        elif waiting := sum(d.reason.startswith(NOT_GIVEN) for d in decisions):
-            notes.append(
-                f"{model}: run without {_few(self.graph.left_out)}, for which {count(waiting, 'layer')} may wait; what "
-                f"else would be called is not in the plan"
-            )
-        merging = merging_note(self.model, {d.module for d in decisions if d.action == "convert"})
-        return [*notes, *self._depthwise_notes(decisions), *_radius_notes(decisions), *([merging] if merging else [])]
-
-    def _depthwise_notes(self, decisions: list[Decision]) -> list[str]:
-        """One line on depthwise convolutions that are converted, if there are some."""
-        pairs = zip(decisions, self.graph.sites, strict=True)
-        number = sum(decision.action == "convert" and site.is_depthwise for decision, site in pairs)
-        if not number:
-            return []
-        return [
-            f"{count(number, 'depthwise convolution')}: angles to single channels cost a trained network accuracy, "
-            f"and time; skip_depthwise keeps them"
-        ]
-
-    def _details(self) -> list[str]:
-        """What the remarks count, one line for each, with the whole reasons."""
-        model = type(self.model).__name__
-        details = [f"{name or model}: not traced ({why})" for name, why in self.graph.untraced.items()]
-        return [*details, *([f"{model}: not run ({self.graph.not_run})"] if self.graph.not_run else [])]
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""
@@ -291,7 +247,7 @@ class _Planner:
         if site.reader:
             return f"its own forward is not called: its weight is an operand of {site.reader}"
         if self.graph.left_out:
-            return f"{NOT_GIVEN} {_few(self.graph.left_out)}: give them as example_inputs if they call it"
+            return f"{NOT_GIVEN} {few(self.graph.left_out)}: give them as example_inputs if they call it"
         return "never called by the model's forward"
 
     def _should_not_convert(self, site: Site, setting: dict[str, Any] | str) -> str | None:
@@ -397,24 +353,6 @@ class _Planner:
         return True, False, "no norm follows: SphereNorm rescaling"
 
 
-def _radius_notes(decisions: list[Decision]) -> list[str]:
-    """One line on the converted layers with a radius and those without one, where some have one."""
-    layers = [d for d in decisions if d.action == "convert" and not d.head]
-    if not any(layer.radius for layer in layers):
-        return []
-    without = [layer for layer in layers if not layer.radius]
-    linear = sum(layer.kind == "linear" for layer in without)
-    causal = sum(CAUSAL in layer.reason for layer in without)
-    unasked = len(without) - linear - causal
-    parts = [
-        f"{count(linear, 'linear map')} (no patches to pool)" if linear else "",
-        f"{count(causal, 'causal convolution')} (a pool would look ahead)" if causal else "",
-        f"{count(unasked, 'convolution')} (not asked for)" if unasked else "",
-    ]
-    rest = "; without: " + ", ".join(filter(None, parts)) if without else ""
-    return [f"pooled radius: {count(len(layers) - len(without), 'convolution')}{rest}"]
-
-
 def _cannot_convert(site: Site) -> str | None:
     """The reason why this site cannot become angular, whatever the user asks for; None if it can."""
     module = site.module
@@ -433,11 +371,6 @@ def _cannot_convert(site: Site) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return f"{class_name(module)} is a subclass, and no single convolution or linear map was seen in its forward"
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names of some."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _is_position_table(call: Call) -> bool:

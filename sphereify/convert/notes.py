@@ -1,0 +1,90 @@
+"""Remarks of a plan on the model as a whole: one for each kind, and what they count."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from sphereify.convert.graph import ModelGraph
+from sphereify.convert.merging import merging_note
+from sphereify.convert.plan import Decision
+from sphereify.wording import count, shortened
+
+CAUSAL = "no radius: causal"
+NOT_GIVEN = "not called without"
+"""Beginnings of reasons that remarks count."""
+
+
+def plan_notes(model: nn.Module, graph: ModelGraph, decisions: list[Decision]) -> list[str]:
+    """The remarks, one for each kind."""
+    merging = merging_note(model, {d.module for d in decisions if d.action == "convert"})
+    return [
+        *_notes_on_passes(type(model).__name__, graph, decisions),
+        *_depthwise_notes(graph, decisions),
+        *_radius_notes(decisions),
+        *([merging] if merging else []),
+    ]
+
+
+def plan_details(model: nn.Module, graph: ModelGraph) -> list[str]:
+    """What the remarks count, one line for each, with the whole reasons."""
+    name = type(model).__name__
+    details = [f"{module or name}: not traced ({why})" for module, why in graph.untraced.items()]
+    return [*details, *([f"{name}: not run ({graph.not_run})"] if graph.not_run else [])]
+
+
+def _notes_on_passes(model: str, graph: ModelGraph, decisions: list[Decision]) -> list[str]:
+    """What could not be traced or run, and what that leaves open."""
+    untraced, not_run = graph.untraced, graph.not_run
+    notes = []
+    if untraced:
+        name, why = next((name or model, shortened(why)) for name, why in untraced.items())
+        what = f"{name}: not traced ({why})"
+        if len(untraced) > 1:
+            what = f"{len(untraced)} modules: not traced ({name} and others: {why})"
+        inside = "roles inside come from names and shapes" if not_run else "a run shows what is called inside"
+        notes.append(f"{what}; {inside}")
+    if not_run:
+        unknown = any(site.called is not True for site in graph.sites)
+        shown = "which layers are called" if unknown else "products whose weights are computed"
+        notes.append(f"{model}: not run ({shortened(not_run)}); a run with other inputs would show {shown}")
+    elif waiting := sum(d.reason.startswith(NOT_GIVEN) for d in decisions):
+        notes.append(
+            f"{model}: run without {few(graph.left_out)}, for which {count(waiting, 'layer')} may wait; what else "
+            f"would be called is not in the plan"
+        )
+    return notes
+
+
+def _depthwise_notes(graph: ModelGraph, decisions: list[Decision]) -> list[str]:
+    """One line on depthwise convolutions that are converted, if there are some."""
+    pairs = zip(decisions, graph.sites, strict=True)
+    number = sum(decision.action == "convert" and site.is_depthwise for decision, site in pairs)
+    if not number:
+        return []
+    return [
+        f"{count(number, 'depthwise convolution')}: angles to single channels cost a trained network accuracy, and "
+        f"time; skip_depthwise keeps them"
+    ]
+
+
+def _radius_notes(decisions: list[Decision]) -> list[str]:
+    """One line on the converted layers with a radius and those without one, where some have one."""
+    layers = [d for d in decisions if d.action == "convert" and not d.head]
+    if not any(layer.radius for layer in layers):
+        return []
+    without = [layer for layer in layers if not layer.radius]
+    linear = sum(layer.kind == "linear" for layer in without)
+    causal = sum(CAUSAL in layer.reason for layer in without)
+    unasked = len(without) - linear - causal
+    parts = [
+        f"{count(linear, 'linear map')} (no patches to pool)" if linear else "",
+        f"{count(causal, 'causal convolution')} (a pool would look ahead)" if causal else "",
+        f"{count(unasked, 'convolution')} (not asked for)" if unasked else "",
+    ]
+    rest = "; without: " + ", ".join(filter(None, parts)) if without else ""
+    return [f"pooled radius: {count(len(layers) - len(without), 'convolution')}{rest}"]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of some."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
