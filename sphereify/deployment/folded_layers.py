@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.deployment import onnx_layers
+from sphereify.deployment.onnx_layers import is_traced_for_onnx
 from sphereify.errors import UnsupportedModelError
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, resolve
 from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
@@ -191,6 +193,8 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
         return y if input.dim() == len(kernel) + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+        if is_traced_for_onnx():
+            return onnx_layers.convolution(self, x, weight, projection)
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(cast(x, precise), groups, weight.shape[1])
@@ -274,6 +278,8 @@ class FoldedLinear(FoldedLayer, nn.Linear):
         return y if input.dim() > 1 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
+        if is_traced_for_onnx():
+            return onnx_layers.rows(self, x, weight)
         precise = accumulate_dtype(x.dtype)
         inverse = _inverse_length(cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:
