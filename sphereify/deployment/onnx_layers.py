@@ -11,7 +11,8 @@ broadcasting are done outside of the blocks, which costs two copies and the fusi
 - norms of rows are a root mean square, for which it has one kernel.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -52,13 +53,13 @@ def convolution(layer: Any, x: Tensor, weight: Tensor, projection: Projection) -
     norm = _patch_norm(cast(x, precise), weight, projection, layer.eps, layer.radius)
     if groups == 1 and is_identity(weight.shape[2:], projection) and (channels < filters or _one_position(x)):
         bias = cast(layer.bias, x.dtype) if layer.curve == "cosine" and layer.bias is not None else None
-        dot = convolve(cast(cast(x, precise) / norm, x.dtype), weight, bias, projection)
+        dot = convolve(cast(cast(x, precise) * norm.reciprocal(), x.dtype), weight, bias, projection)
         return _finish(layer, cast(dot, precise), done=layer.curve == "cosine")
     dot = cast(convolve(x, weight, None, projection), precise)
     if groups == 1 and _in_blocks(x):
         return _finish(layer, dot * _spread(norm.reciprocal(), filters), in_blocks=True)
     if groups in (1, filters):
-        return _finish(layer, dot / norm)
+        return _finish(layer, dot * norm.reciprocal() if groups == 1 else dot / norm)
     return _finish(layer, (dot.unflatten(1, (groups, -1)) / norm.unsqueeze(2)).flatten(1, 2))
 
 
@@ -91,9 +92,22 @@ def _patch_norm(x: Tensor, weight: Tensor, projection: Projection, eps: float, r
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Over the channels: (B, C, *space) -> (B, 1, *space), in one operation."""
-    shape = [x.shape[0], 1, *x.shape[2:]]
-    return _operator("ReduceSumSquare", (x, torch.tensor([1])), {"keepdims": 1}, x, shape)
+    """Over the channels: (B, C, *space) -> (B, 1, *space).
+
+    As a product of matrices: ONNX Runtime's reductions take three times as long where there are many positions.
+    """
+    batch, channels, *space = x.shape
+    if _one_position(x) or not _is_fixed(space):
+        axes = {"keepdims": 1}
+        return _operator("ReduceSumSquare", (x, torch.tensor([1])), axes, x, [batch, 1, *space])
+    squares = _reshape(x * x, [0, 0, -1], [batch, channels, math.prod(space)])
+    total = x.new_ones(1, channels) @ squares
+    return _reshape(total, [0, 1, *space], [batch, 1, *space])
+
+
+def _reshape(x: Tensor, to: list[int], shape: list[Any]) -> Tensor:
+    """x in another shape, which `to` says without the size of the batch: 0 keeps a size, -1 takes the rest."""
+    return _operator("Reshape", (x, torch.tensor(to)), {}, x, shape)
 
 
 def _unit_rows(x: Tensor, eps: float) -> Tensor:
@@ -115,12 +129,17 @@ def _spread(inverse: Tensor, filters: int) -> Tensor:
 
 def _in_blocks(x: Tensor) -> bool:
     """True if ONNX Runtime can keep x in blocks: images whose size does not change from run to run."""
-    return x.dim() == 4 and all(isinstance(size, int) for size in x.shape[2:])
+    return x.dim() == 4 and _is_fixed(x.shape[2:])
+
+
+def _is_fixed(space: Sequence[Any]) -> bool:
+    """True if no size differs from run to run."""
+    return all(isinstance(size, int) for size in space)
 
 
 def _one_position(x: Tensor) -> bool:
     """True if every channel is one number, as behind a global pooling."""
-    return all(isinstance(size, int) and size == 1 for size in x.shape[2:])
+    return _is_fixed(x.shape[2:]) and math.prod(x.shape[2:]) == 1
 
 
 # ---- What follows
