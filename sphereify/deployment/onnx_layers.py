@@ -53,7 +53,8 @@ def convolution(layer: Any, x: Tensor, weight: Tensor, projection: Projection) -
     norm = _patch_norm(cast(x, precise), weight, projection, layer.eps, layer.radius)
     if groups == 1 and is_identity(weight.shape[2:], projection) and (channels < filters or _one_position(x)):
         bias = cast(layer.bias, x.dtype) if layer.curve == "cosine" and layer.bias is not None else None
-        dot = convolve(cast(cast(x, precise) * norm.reciprocal(), x.dtype), weight, bias, projection)
+        unit = cast(x, precise) / norm if _one_position(x) else cast(x, precise) * norm.reciprocal()
+        dot = convolve(cast(unit, x.dtype), weight, bias, projection)
         return _finish(layer, cast(dot, precise), done=layer.curve == "cosine")
     dot = cast(convolve(x, weight, None, projection), precise)
     if groups == 1 and _in_blocks(x):
@@ -100,7 +101,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     if _one_position(x) or not _is_fixed(space):
         axes = {"keepdims": 1}
         return _operator("ReduceSumSquare", (x, torch.tensor([1])), axes, x, [batch, 1, *space])
-    squares = _reshape(x * x, [0, 0, -1], [batch, channels, math.prod(space)])
+    squares = _reshape(x.pow(2), [0, 0, -1], [batch, channels, math.prod(space)])
     total = x.new_ones(1, channels) @ squares
     return _reshape(total, [0, 1, *space], [batch, 1, *space])
 
