@@ -1,13 +1,13 @@
 """The folded layers in the form that ONNX Runtime runs fast: the same maps, of other operations.
 
-ONNX Runtime keeps the activations of convolutional networks in blocks of channels, in which it has convolutions,
-products of equal shapes and batch norms, and fuses each with the activation behind it. Square roots, quotients and
+ONNX Runtime keeps the activations of convolutional networks in blocks of channels, in which it has convolutions
+and products of equal shapes, and fuses a convolution with the activation behind it. Square roots, quotients and
 broadcasting are done outside of the blocks, which costs two copies and the fusion. So
 
 - the norms of patches are made on one channel, by a sum over channels and a convolution with ones, and ε is its bias;
 - a window of one position divides its input where that has the fewer channels: what follows stays fused;
-- otherwise 1/N is spread over the channels by a convolution with ones, and b is the bias of a batch norm, which takes
-  the activation in;
+- otherwise 1/N is spread over the channels by a convolution with ones, and b is the bias of a convolution with one
+  weight for each channel, which takes the activation in;
 - norms of rows are a root mean square, for which it has one kernel.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sphereify.nn.geometry import Ints, Projection, convolve, is_identity
+from sphereify.nn.geometry import Projection, convolve, is_identity
 from sphereify.nn.precision import accumulate_dtype, cast
 from sphereify.nn.radius import pool
 
@@ -59,8 +59,10 @@ def convolution(layer: Any, x: Tensor, weight: Tensor, projection: Projection) -
     dot = cast(convolve(x, weight, None, projection), precise)
     if groups == 1 and _in_blocks(x):
         return _finish(layer, dot * _spread(norm.reciprocal(), filters), in_blocks=True)
-    if groups in (1, filters):
-        return _finish(layer, dot * norm.reciprocal() if groups == 1 else dot / norm)
+    if groups == 1:
+        return _finish(layer, dot * norm.reciprocal())
+    if groups == filters:
+        return _finish(layer, dot / norm)
     return _finish(layer, (dot.unflatten(1, (groups, -1)) / norm.unsqueeze(2)).flatten(1, 2))
 
 
@@ -130,7 +132,7 @@ def _spread(inverse: Tensor, filters: int) -> Tensor:
 
 def _in_blocks(x: Tensor) -> bool:
     """True if ONNX Runtime can keep x in blocks: images whose size does not change from run to run."""
-    return x.dim() == 4 and _is_fixed(x.shape[2:])
+    return x.dim() == 4 and _is_fixed(x.shape[2:]) and not _one_position(x)
 
 
 def _is_fixed(space: Sequence[Any]) -> bool:
@@ -147,23 +149,25 @@ def _one_position(x: Tensor) -> bool:
 
 
 def _finish(layer: Any, cos: Tensor, *, done: bool = False, in_blocks: bool = False, dim: int = 1) -> Tensor:
-    """a·g(θ) + b from cosines, or from a·cos + b where all is `done`; the filters lie along `dim`."""
+    """a·g(θ) + b from cosines, or from a·cos + b where all is `done`; the filters lie along `dim`.
+
+    Outside of blocks a shift alone is an addition; with a scale it is cheaper to go into them.
+    """
     if done:
         return cos
     shape = (-1,) if dim == -1 else (1, -1, *[1] * (cos.dim() - 2))
     y = cos if layer.curve == "cosine" else layer._g(cos, shape)
     scale, shift = (None if v is None else cast(v, y.dtype) for v in (layer.scale, layer.bias))
-    if shift is not None and dim == 1 and (in_blocks or scale is not None):
-        return _batch_norm(y, scale, shift)
+    if shift is not None and (in_blocks or (scale is not None and _in_blocks(y))):
+        return _scaled_channels(y, scale, shift)
     y = y if scale is None else y * scale.view(shape)
     return y if shift is None else y + shift.view(shape)
 
 
-def _batch_norm(y: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
-    """scale·y + shift for each channel, in one operation."""
-    zeros, ones = torch.zeros_like(shift), torch.ones_like(shift)
-    inputs = (y, ones if scale is None else scale, shift, zeros, ones)
-    return _operator("BatchNormalization", inputs, {"epsilon": 0.0}, y, y.shape)
+def _scaled_channels(y: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
+    """scale·y + shift for each channel of images, as the convolution that takes in an activation behind it."""
+    filters = (torch.ones_like(shift) if scale is None else scale).view(-1, 1, 1, 1)
+    return convolve(y, filters, shift, Projection((1, 1), (0, 0), (1, 1), len(shift)))
 
 
 def _operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor, shape: Any) -> Tensor:
