@@ -198,8 +198,8 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(cast(x, precise), groups, weight.shape[1])
-        squares = box_sum(squares, weight.shape[2:], projection)
-        inverse = squares.add(pool(squares, self.radius) + self.eps if self.radius else self.eps).rsqrt_()
+        squares = box_sum(squares, weight.shape[2:], projection, 0.0 if self.radius else self.eps)
+        inverse = (squares.add(pool(squares, self.radius) + self.eps) if self.radius else squares).rsqrt_()
         filters = (1, -1, *ones)
         if groups == 1 and is_identity(weight.shape[2:], projection) and weight.shape[1] < weight.shape[0]:
             bias = cast(self.bias, x.dtype) if self.curve == "cosine" and self.bias is not None else None
@@ -221,21 +221,22 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
 def _squares(x: Tensor, groups: int, per_group: int) -> Tensor:
     """The sum of squares over the channels of each group: (B, C, …) -> (B, groups, …).
 
-    Which way is fastest on a CPU depends on where channels lie in memory; a wrong one takes up to 70 times as long.
+    Which way is fastest on a CPU depends on where channels lie in memory; a wrong one takes up to 70 times as long, and
+    `square` two to three times as long as a product.
     """
     if per_group == 1:
-        return x.square()
+        return x * x
     if torch.compiler.is_compiling():
         return x.square().sum(1, keepdim=True) if groups == 1 else _by_group(x.square(), groups).sum(2)
     if per_group <= 4 and groups == 1:
         first, *others = x.split(1, dim=1)
-        total = first.square()
+        total = first * first
         for channel in others:
             total = torch.addcmul(total, channel, channel)
         return total
     if x.stride(1) == 1:
         return torch.linalg.vector_norm(_by_group(x, groups), dim=2).square()
-    return _by_group(x.square(), groups).sum(2)
+    return _by_group(x * x, groups).sum(2)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
