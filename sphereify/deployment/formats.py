@@ -101,12 +101,12 @@ class Onnx:
 
 def _compute_constants(model: Any) -> None:
     """Compute whatever does not depend on the inputs: runtimes fuse operators whose parameters are constants."""
-    from onnx_ir.passes import Sequential, common
-    from onnxscript import optimizer
+    from onnxscript import ir, optimizer
 
+    common: Any = ir.passes.common
     common.InlinePass()(model)
     optimizer.fold_constants(model, onnx_shape_inference=True)
-    Sequential(
+    ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
