@@ -3,6 +3,7 @@
     python -m benchmarks.speed                                             # on the CPU
     python -m benchmarks.speed --device cuda --dtype bfloat16 --batch 256  # on a GPU
     python -m benchmarks.speed --parts training --models resnet50 --compile
+    python -m benchmarks.speed --parts onnx --models resnet18 vit_tiny_patch16_224 --json speed.json
 
 All variants take turns within one process, so that a busy machine slows each of them alike. A ratio is the median over
 the rounds of the ratio within a round; in brackets the quartiles.
@@ -11,8 +12,10 @@ the rounds of the ratio within a round; in brackets the quartiles.
 import argparse
 import copy
 import itertools
+import json
 import math
 import multiprocessing
+import re
 import statistics
 import time
 import types
@@ -25,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from benchmarks import exported
 from sphereify import fold, param_groups, sphereify
 from sphereify.convert.graph import read_graph
 from sphereify.convert.rewrite import without_norm
 from sphereify.nn import SphereConv2d, SphereLinear
 
-PARTS = ("layers", "training", "inference", "memory", "roofline")
+PARTS = ("layers", "training", "inference", "memory", "roofline", "onnx")
 LAYERS = {
     "7×7 stride 2, 3→64, 224": (nn.Conv2d(3, 64, 7, 2, 3, bias=False), (3, 224, 224)),
     "3×3, 64→64, 56": (nn.Conv2d(64, 64, 3, 1, 1, bias=False), (64, 56, 56)),
@@ -153,10 +157,22 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, str]:
     return found
 
 
-def table(title: str, header: list[str], rows: Iterator[list[str]]) -> None:
+def table(title: str, header: list[str], rows: Iterator[list[str]]) -> list[dict[str, object]]:
+    """Print a table row by row, and return it with numbers for JSON."""
     print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    found = []
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
+        found.append({name: as_number(cell) for name, cell in zip(header, row, strict=True)})
+    return found
+
+
+def as_number(cell: str) -> object:
+    """A number, a median with its quartiles, or the text of a cell."""
+    if match := re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", cell):
+        median, low, high = map(float, match.groups())
+        return {"median": median, "quartiles": [low, high]}
+    return float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else cell
 
 
 def layers(bench: Bench) -> Iterator[list[str]]:
@@ -302,6 +318,10 @@ def roofline(bench: Bench) -> Iterator[list[str]]:
                f"{bandwidth / 1e9:.0f}", f"{seconds * 1e3:.0f}", f"{1 + extra / seconds:.2f}"]  # fmt: skip
 
 
+def onnx(bench: Bench) -> Iterator[list[str]]:
+    yield from exported.rows(bench.options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -316,13 +336,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--contiguous", action="store_true", help="instead of channels_last")
     parser.add_argument("--compile", action="store_true", help="torch.compile all networks")
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime; more than 1 needs a quiet machine")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     options = parser.parse_args()
     if "cosine" not in options.operators:
         options.operators.insert(0, "cosine")
     bench = Bench(options)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     layout = ("contiguous" if options.contiguous else "channels_last") + (", compiled" if options.compile else "")
-    print(f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} px")
+    where = f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} px"
+    print(where)
     operators = list(options.operators)
     headers = {
         "layers": ["layer", "plain, ms", *operators, "naive cosine"],
@@ -330,9 +353,13 @@ def main() -> None:
         "inference": ["inference", "variant", "ms", "to the original", "to it with BatchNorm folded"],
         "memory": ["memory", "variant", "saved for backward, MiB", "ratio", "peak, MiB", "ratio"],
         "roofline": ["roofline", "GFLOP", "GFLOP/s reached", "extra GB", "GB/s of a copy", "original, ms", "allowed"],
+        "onnx": ["ONNX Runtime", "variant", "batch", "ms", "to the original"],
     }
+    found: dict[str, object] = {"setting": where}
     for part in options.parts:
-        table(part.capitalize(), headers[part], globals()[part](bench))
+        found[part] = table("ONNX" if part == "onnx" else part.capitalize(), headers[part], globals()[part](bench))
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def export(
         _check_finite(reference, inputs)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
         axes = tuple(_dynamic_axes(one, options) for one in inputs.values())
-        program = _traced(network, inputs, axes)
+        with chosen.tracing(options.opset or LOWEST_OPSET):
+            program = _traced(network, inputs, axes)
         try:
             with replacing_with_companions(target, chosen.companions) as aside:
                 written = _write(chosen, program, aside, axes, options, target)

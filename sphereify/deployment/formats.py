@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from sphereify import choices
 from sphereify.convert.arguments import ModelArguments
 from sphereify.convert.model_inputs import tensors_in
+from sphereify.deployment.onnx_layers import traced_for_onnx
 from sphereify.errors import ExportError, UsageError, option
 
 Axes = dict[int, str]
@@ -37,6 +39,9 @@ class Format(Protocol):
     runtime: str
     companions: tuple[str, ...]
 
+    def tracing(self, opset: int) -> AbstractContextManager[None]:
+        """A context in which models are traced for this format."""
+
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
         """Write the file, and beside it what belongs to it.
 
@@ -60,6 +65,9 @@ class Onnx:
     runtime = "onnxruntime"
     companions: tuple[str, ...] = (".data",)
 
+    def tracing(self, opset: int) -> AbstractContextManager[None]:
+        return traced_for_onnx(opset)
+
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
         import onnx
 
@@ -68,10 +76,11 @@ class Onnx:
             raise UsageError(
                 f"{option('opset')}: got {opset}, expected at most {highest}, the highest that this onnx has"
             )
-        # Not optimized: onnxscript takes an ε of 1e-8 or less for 0 and leaves it out. Runtimes optimize by themselves.
+        # Not optimized: onnxscript takes an ε of 1e-8 or less for 0 and leaves it out.
         converted: Any = torch.onnx.export(
             program, dynamo=True, opset_version=opset, dynamic_shapes=axes, optimize=False, verbose=False
         )
+        _compute_constants(converted.model)
         nodes = converted.model.graph.all_nodes()
         operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in nodes)
         del operators["Constant"]
@@ -90,12 +99,32 @@ class Onnx:
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 
 
+def _compute_constants(model: Any) -> None:
+    """Compute whatever does not depend on the inputs: runtimes fuse operators whose parameters are constants."""
+    from onnxscript import ir, optimizer
+
+    common: Any = ir.passes.common
+    common.InlinePass()(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    )(model)
+
+
 class TorchExport:
     """The exported program of `torch.export`, for `torch.export.load`."""
 
     packages: tuple[str, ...] = ()
     runtime = "torch"
     companions: tuple[str, ...] = ()
+
+    def tracing(self, opset: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
         with path.open("wb") as file:  # a path would have to end in .pt2

@@ -119,17 +119,19 @@ def project_backward(
 # ---- Sums over windows
 
 
-def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:
-    """The sum over each window of a (B, groups, H, W) tensor: one channel a group, so it costs next to nothing.
+def box_sum(squares: Tensor, kernel: Sequence[int], projection: Projection, plus: float = 0.0) -> Tensor:
+    """The sum over each window of a (B, groups, H, W) tensor, and `plus`: one channel a group, so it costs little.
 
     A depthwise convolution with ones; pooling has no dilation and is several times slower on many channels.
     """
     groups = projection.groups
     if is_identity(kernel, projection):
-        return squares
+        return squares + plus if plus else squares
     if groups == 1 and squares.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _sum_by_axis(squares, kernel, projection)
-    return convolve(squares, squares.new_ones(groups, 1, *kernel), None, projection)
+        sums = _sum_by_axis(squares, kernel, projection)
+        return sums + plus if plus else sums
+    bias = squares.new_full((groups,), plus) if plus else None  # without a pass of its own
+    return convolve(squares, squares.new_ones(groups, 1, *kernel), bias, projection)
 
 
 def _sum_by_axis(squares: Tensor, kernel: Sequence[int], projection: Projection) -> Tensor:

@@ -1,9 +1,12 @@
 """Files for other runtimes: they compute what the model does, for any batch size, or are not left behind."""
 
+import copy
 import math
 import os
 import re
+from collections import Counter
 
+import onnx
 import onnxruntime
 import pytest
 import timm
@@ -71,6 +74,112 @@ def test_every_operator_computes_the_same_elsewhere_at_another_batch_and_image_s
         inputs = assert_standard(path).graph.input[0].type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in inputs] == ["batch", 3, "height", "width"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+FORMS = {
+    "image": (nn.Conv2d(3, 16, 3, stride=2, padding=1), 16),
+    "patches": (nn.Conv2d(3, 12, 4, stride=4), 16),
+    "dense": (nn.Conv2d(16, 16, 3, padding=1), 8),
+    "dense, few filters": (nn.Conv2d(16, 3, 3, dilation=2), 8),
+    "more filters": (nn.Conv2d(16, 24, 1), 8),
+    "fewer filters": (nn.Conv2d(24, 16, 1), 8),
+    "shortcut": (nn.Conv2d(16, 24, 1, stride=2), 8),
+    "one position": (nn.Conv2d(24, 6, 1), 1),
+    "depthwise": (nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16), 9),
+    "depthwise, two filters a channel": (nn.Conv2d(8, 16, 3, groups=8), 8),
+    "grouped": (nn.Conv2d(16, 24, 3, padding=1, groups=4), 8),
+    "asymmetric": (nn.Conv2d(8, 8, (1, 7), padding=(0, 3)), 8),
+    "even, same": (nn.Conv2d(8, 8, 2, padding="same"), 8),
+}
+"""Convolutions that differ in the form in which they are exported, with the size of their images."""
+
+
+def exact(model, x):
+    """The outputs of the model itself, not folded, in float64."""
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(x.double())
+
+
+@pytest.mark.parametrize(
+    ("form", "operator", "radius"),
+    [
+        ("dense", "cosine", 0.0),
+        ("depthwise", "cosine", 2.0),
+        *(pytest.param(form, "cosine", 0.0, marks=pytest.mark.export) for form in FORMS if form != "dense"),
+        *(pytest.param(form, "linear", 2.0, marks=pytest.mark.export) for form in FORMS),
+        *(pytest.param(form, "learnable-sigmoid", 0.0, marks=pytest.mark.export) for form in FORMS),
+    ],
+)
+def test_every_form_of_a_convolution_is_exact_for_images_of_one_size(form, operator, radius, tmp_path):
+    layer, size = FORMS[form]
+    torch.manual_seed(0)
+    wrapped = nn.Sequential(copy.deepcopy(layer), nn.BatchNorm2d(layer.out_channels), nn.Hardswish())
+    model = scrambled(sphereify(wrapped, operator=operator, radius=radius, head="keep"))
+    assert isinstance(model[0], SphereConv2d)
+    x = torch.randn(5, layer.in_channels, size, size)
+    x[0] = 0  # patches without an angle
+    export(model, tmp_path / "m.onnx", x[:2])
+    assert_standard(tmp_path / "m.onnx")
+    for batch in (x, x[1:2]):
+        expected = exact(model, batch)
+        assert (run_onnx(tmp_path / "m.onnx", batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("operator", ["cosine", "sigmoid"])
+def test_rows_are_normalized_by_one_operation_of_the_runtime(operator, opset, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8), nn.Linear(8, 3))
+    model = scrambled(sphereify(net, operator=operator, head="keep"))
+    x = torch.randn(5, 7, 8)
+    export(model, tmp_path / "m.onnx", x[:2], opset=opset)
+    assert_standard(tmp_path / "m.onnx", opset)
+    expected = exact(model, x)
+    assert (run_onnx(tmp_path / "m.onnx", x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    name = "RMSNormalization" if opset >= 23 else "SimplifiedLayerNormalization"
+    assert as_run(tmp_path / "m.onnx")[name] == 2
+
+
+def as_run(path):
+    """How often ONNX Runtime uses each operator of the file when it has optimized it."""
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    settings.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(settings.optimized_model_filepath).graph.node)
+
+
+def test_the_runtime_fuses_activations_and_residuals_as_it_does_in_the_original(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = conv(16, 16), conv(16, 16), nn.Conv2d(16, 32, 1)
+            self.last = nn.Conv2d(32, 4, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+        def forward(self, x):
+            y = self.norms[0](self.first(x)).relu()
+            y = (self.norms[1](self.second(y)) + y).relu()
+            return self.last(self.third(y).relu())
+
+    torch.manual_seed(0)
+    model = scrambled(sphereify(Block(), head="keep"))
+    x = torch.randn(2, 16, 8, 8)
+    export(model, tmp_path / "m.onnx", x)
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+    operators = as_run(tmp_path / "m.onnx")
+    if "ReorderInput" not in operators:
+        pytest.skip("this processor has no layout of its own in ONNX Runtime")
+    assert operators["Relu"] == operators["Add"] - 1 == 0  # the one addition is that of ε, to one channel
+
+
+@pytest.mark.export
+def test_what_does_not_depend_on_the_input_is_computed_before(tmp_path):
+    model = network("learnable-sigmoid")
+    for folded in (True, False):
+        operators = export(model, tmp_path / "m.onnx", images(size=16), folded=folded).operators
+        assert not {"CastLike", "Cast", "Expand", "Identity"} & set(operators)
 
 
 def pooled(learn):
