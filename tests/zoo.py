@@ -169,9 +169,11 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
         return Outcome(str(source), "refused", str(error), time.perf_counter() - started)
     except Exception as error:
         return failure(source, error)
-    # The walk does not know which matrices are computed from parameters.
+    # The walk does not know which matrices are computed from parameters, or selected from a stack of them.
     comparable = [
-        d for d in plan.decisions if d.call is None or d.call.kind != "product" or d.call.parameter is not None
+        d
+        for d in plan.decisions
+        if d.call is None or (d.call.kind != "experts" and (d.call.kind != "product" or d.call.parameter is not None))
     ]
     counted = Counter("call" if not d.type else "module" for d in comparable)
     if expected is not None and counted != expected:
