@@ -169,11 +169,9 @@ def convert(numbered: tuple[int, Source]) -> Outcome:
         return Outcome(str(source), "refused", str(error), time.perf_counter() - started)
     except Exception as error:
         return failure(source, error)
-    # The walk does not know which matrices are computed from parameters, or selected from a stack of them.
+    # The walk does not know which matrices are computed from parameters.
     comparable = [
-        d
-        for d in plan.decisions
-        if d.call is None or (d.call.kind != "experts" and (d.call.kind != "product" or d.call.parameter is not None))
+        d for d in plan.decisions if d.call is None or d.call.kind != "product" or d.call.parameter is not None
     ]
     counted = Counter("call" if not d.type else "module" for d in comparable)
     if expected is not None and counted != expected:
@@ -260,6 +258,8 @@ class _Calls(TorchFunctionMode):
         torch.einsum,
     )
 
+    SELECTIONS = ("__getitem__", "index_select", "expand")
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         operands = tensors_of((args, kwargs))
         of_data = any(id(t) not in self.fixed for t in operands)
@@ -277,6 +277,8 @@ class _Calls(TorchFunctionMode):
         for tensor in tensors_of(result) or operands[:1]:  # an assignment returns nothing and writes into the first
             if not of_data:
                 self.fixed[id(tensor)] = tensor
+                if getattr(func, "__name__", "") in self.SELECTIONS and id(operands[0]) in self.own:
+                    self.own[id(tensor)] = self.own[id(operands[0])]
             else:
                 for written in (tensor, tensor._base):
                     self.fixed.pop(id(written), None)
