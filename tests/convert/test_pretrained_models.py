@@ -123,6 +123,6 @@ def test_transformers_itself(tmp_path):
     model.resize_token_embeddings(64)
     assert model(IDS).logits.logits.shape == (2, 3)
     config = transformers.LlamaConfig(vocab_size=60, tie_word_embeddings=False, **sizes)
-    model = sphereify(transformers.LlamaForCausalLM(config), example_inputs=IDS)
+    model = sphereify(transformers.LlamaForCausalLM(config), head="w-softmax", example_inputs=IDS)
     with pytest.raises(UnsupportedModelError, match="lm_head is angular"):
         model.resize_token_embeddings(64)
