@@ -277,7 +277,8 @@ class _Calls(TorchFunctionMode):
         for tensor in tensors_of(result) or operands[:1]:  # an assignment returns nothing and writes into the first
             if not of_data:
                 self.fixed[id(tensor)] = tensor
-                if getattr(func, "__name__", "") in self.SELECTIONS and id(operands[0]) in self.own:
+                selects = getattr(func, "__name__", "") in self.SELECTIONS and operands[0].dim() > 2
+                if selects and id(operands[0]) in self.own:  # a matrix of a stack; rows of a table are features
                     self.own[id(tensor)] = self.own[id(operands[0])]
             else:
                 for written in (tensor, tensor._base):
