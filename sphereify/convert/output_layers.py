@@ -33,11 +33,11 @@ def with_output_layers(model: nn.Module, sites: list[Site], facts: TraceFacts, s
 
 def _ran_more(sites: list[Site], facts: TraceFacts, seen: Observation) -> bool:
     """True if the model ran with arguments that the trace did not have, and called layers that the trace does not."""
-    layers = [site.names for site in sites if site.module is not None] if not seen.error else []
-    return any(
-        any(name in seen.order for name in names)
-        and not any(name in facts.called or facts.is_untraced(name) for name in names)
-        for names in layers
+    return not seen.error and any(
+        site.module is not None
+        and _ran(site, seen)
+        and not any(name in facts.called or facts.is_untraced(name) for name in site.names)
+        for site in sites
     )
 
 

@@ -10,7 +10,7 @@ from sphereify.convert.copies import copy_of
 from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.input_values import filled
 from sphereify.convert.model_inputs import evaluating, seeded, tensors_in
-from sphereify.deployment.differences import difference, has_numbers
+from sphereify.deployment.differences import difference, has_numbers, is_number
 from sphereify.errors import UnsupportedModelError, first_line, option
 
 TOLERANCE = 3e-2
@@ -59,7 +59,7 @@ def check_outputs(model: nn.Module, fold: Callable[[nn.Module], nn.Module], exam
 
 def _agree(expected: Tensor, output: Tensor) -> bool:
     """True if two outputs are equal up to rounding; what is not finite has to be equal."""
-    if not (expected.is_floating_point() or expected.is_complex()):
+    if not is_number(expected):
         return torch.equal(output, expected)
     return difference(output, expected) <= TOLERANCE
 

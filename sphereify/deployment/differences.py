@@ -40,14 +40,19 @@ def _real(values: Tensor) -> Tensor:
     return values.detach().cpu().double()
 
 
+def is_number(output: Tensor) -> bool:
+    """True for real and complex floating-point numbers, which round."""
+    return output.is_floating_point() or output.is_complex()
+
+
 def has_numbers(outputs: Iterable[Tensor]) -> bool:
     """True if there is a finite value among outputs, or if they are no floating-point numbers at all."""
-    values = [one for one in outputs if one.is_floating_point() or one.is_complex()]
+    values = [one for one in outputs if is_number(one)]
     return not values or any(bool(one.isfinite().any()) for one in values)
 
 
 def not_finite(outputs: Iterable[Tensor]) -> str:
     """A phrase on the values in outputs that are not finite; empty if all are."""
-    values = [one for one in outputs if one.is_floating_point() or one.is_complex()]
+    values = [one for one in outputs if is_number(one)]
     odd, total = sum(int((~one.isfinite()).sum()) for one in values), sum(one.numel() for one in values)
     return f"{odd:,} of {total:,} output values are not finite" if odd else ""
