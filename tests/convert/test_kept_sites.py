@@ -205,12 +205,14 @@ def test_where_no_trace_follows_other_arguments_they_are_named(look):
         assert found["spare"].reason == "never called by the model's forward"
 
 
-def test_what_only_an_optional_argument_calls_is_an_output_layer_where_the_run_says_so():
+@pytest.mark.parametrize("look", [lambda image: None, by_shape])
+def test_what_only_an_optional_argument_calls_is_an_output_layer_where_the_run_says_so(look):
     class Both(Towers):
         def forward(self, image=None, text=None):
+            self.look(image)  # by shapes, only a run gets past it
             return image, None if text is None else self.text(self.table(text).mean(1))
 
-    found = decisions(Both(), (images(), torch.ones(2, 4, dtype=torch.long)))
+    found = decisions(Both(look), (images(), torch.ones(2, 4, dtype=torch.long)))
     assert found["text"].role == "classifier"
 
 
