@@ -105,11 +105,15 @@ def _belong_together(filters: Tensor, channels: Tensor, number: int) -> bool:
         return False  # one channel for all filters
     if len(along_filters) == 1:
         return along_filters <= along_channels
+    # Along the other axes, such as the batch and the positions, every pair is met again.
+    changing = along_filters | along_channels
+    once = tuple(slice(None) if axis in changing else 0 for axis in range(filters.dim()))
+    filters, channels = filters[once].long(), channels[once].long()
     total = int(channels.max()) + 1
     if number * total > MOST_PAIRS:
         return bool(along_filters & along_channels)
     pairs = torch.zeros(total * number, dtype=torch.bool)
-    pairs[(channels.long() * number + filters.long()).flatten()] = True
+    pairs[(channels * number + filters).flatten()] = True
     met = pairs.view(total, number)
     return int(met.sum()) in (int(met.any(1).sum()), int(met.any(0).sum()))
 
