@@ -28,7 +28,14 @@ from sphereify.nn.geometry import Projection, project, project_backward, resolve
 from sphereify.nn.operators import broadcast_k, is_built_in
 from sphereify.nn.passes import reference, with_passes
 from sphereify.nn.passes.protocol import Passes
-from sphereify.nn.precision import accumulate_dtype, compute_dtype, fit_into, in_forward_mode, no_autocast
+from sphereify.nn.precision import (
+    accumulate_dtype,
+    compute_dtype,
+    fit_into,
+    in_forward_mode,
+    in_transform,
+    no_autocast,
+)
 from sphereify.nn.radius import Radius, check_radius, is_pooled, pool_backward, radius_backward
 
 Operator = Callable[[Tensor], Tensor]
@@ -206,82 +213,94 @@ def _angular(
     radius = radius.to(accumulate_dtype(x.dtype)) if isinstance(radius, Tensor) else check_radius(radius)
     with no_autocast(x.device.type):
         if not is_built_in(operator):  # an operator of the user's own follows the map of the cosine
-            cos = _sphere_map(x, weight, None, None, None, radius, "cosine", eps, projection)
+            cos = _sphere_map(x, weight, projection, None, None, None, radius, "cosine", eps)
             return reference.rescale(operator(cos), beta, bias, projection)
         # The filters of a linear map are its last dimension, those of a convolution dimension 1.
         k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-        return _sphere_map(x, weight, k, beta, bias, radius, operator.name, eps, projection)
+        return _sphere_map(x, weight, projection, k, beta, bias, radius, operator.name, eps)
 
 
-def _sphere_map(
-    x: Tensor,
-    weight: Tensor,
-    k: float | Tensor | None,
-    beta: Tensor | None,
-    shift: Tensor | None,
-    radius: Radius,
-    curve: str,
-    eps: float,
-    projection: Projection | None,
-) -> Tensor:
-    """β·g(θ) + shift, by the Function below wherever torch can differentiate one."""
+def _sphere_map(*arguments: Any) -> Tensor:
+    """β·g(θ) + shift, by one of the Functions below wherever torch can differentiate one.
+
+    Args:
+        arguments: those of `_forward` behind the passes.
+    """
     if in_forward_mode():
-        return reference.composed(x, weight, projection, k, beta, shift, radius, curve, eps)
-    return _SphereMap.apply(x, weight, k, beta, shift, radius, curve, eps, projection)[0]  # type: ignore[no-any-return]
+        return reference.composed(*arguments)
+    return _function().apply(*arguments)[0]  # type: ignore[no-any-return]
+
+
+def _function() -> type[torch.autograd.Function]:
+    """The Function that serves here; torch looks up the signature of a transformable one in each call."""
+    return _TransformableSphereMap if torch.compiler.is_compiling() or in_transform() else _SphereMap
 
 
 class _SphereMap(torch.autograd.Function):
-    """(x, weight) -> (β·g(θ) + shift, patch norms, g), or (g, patch norms) where there is neither β nor shift.
+    """(x, weight) -> (β·g(θ) + shift, patch norms, filter norms, g), without the last where there is no β or shift.
 
     The results behind the first are there to be saved, not to be differentiated.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        k: Any,
-        beta: Tensor | None,
-        shift: Tensor | None,
-        radius: Radius,
-        curve: str,
-        eps: float,
-        projection: Projection | None,
-    ) -> tuple[Tensor, ...]:
-        return with_passes(_forward, x, weight, projection, k, beta, shift, radius, curve, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, k, beta, shift, radius, ctx.curve, ctx.eps, ctx.projection = inputs
-        g, norm = output[-1] if len(output) > 2 else output[0], output[1]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.shift_dtype = None if shift is None else shift.dtype
-        ctx.constants = [None if isinstance(value, Tensor) else value for value in (k, beta, radius)]
-        ctx.is_tensor = [isinstance(value, Tensor) for value in (k, beta, radius)]
-        ctx.save_for_backward(x, weight, g, norm, *(v for v in (k, beta, radius) if isinstance(v, Tensor)))
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = with_passes(_forward, *arguments)
+        _save(ctx, arguments, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        x, weight, g, norm, *tensors = ctx.saved_tensors
-        saved = iter(tensors)
-        k, beta, radius = (
-            next(saved) if is_tensor else constant
-            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
-        )
-        with no_autocast(grad.device.type):
-            if torch.is_grad_enabled():
-                # This backward is to be differentiated: what was saved is constant to autograd, what is computed here
-                # is not.
-                norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection, radius)
-                if beta is not None or ctx.shift_dtype is not None:
-                    g, _ = _SphereMap.apply(x, weight, k, None, None, radius, ctx.curve, ctx.eps, ctx.projection)
-            gradients = with_passes(
-                _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
-                grad, g, norm, ctx.needs_input_grad,
-            )  # fmt: skip
-        return *gradients, None, None, None
+        return _gradients(ctx, grad)
+
+
+class _TransformableSphereMap(torch.autograd.Function):
+    """The same in the form that torch.func and torch.compile can transform."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return with_passes(_forward, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
+        return _gradients(ctx, grad)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    """Keep for the backward what both Functions need there."""
+    x, weight, ctx.projection, k, beta, shift, radius, ctx.curve, ctx.eps = inputs
+    g, norm, filter_norm = output[-1] if len(output) > 3 else output[0], output[1], output[2]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.constants = [None if isinstance(value, Tensor) else value for value in (k, beta, radius)]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in (k, beta, radius)]
+    ctx.save_for_backward(x, weight, g, norm, filter_norm, *(v for v in (k, beta, radius) if isinstance(v, Tensor)))
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple:
+    """The gradients of the arguments of both Functions."""
+    x, weight, g, norm, filter_norm, *tensors = ctx.saved_tensors
+    saved = iter(tensors)
+    k, beta, radius = (
+        next(saved) if is_tensor else constant for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+    )
+    with no_autocast(grad.device.type):
+        if torch.is_grad_enabled():
+            # This backward is to be differentiated: what was saved is constant to autograd, what is computed here is
+            # not.
+            norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection, radius)
+            _, filter_norm = reference.normalize_filters(weight, ctx.eps, x.dtype)
+            if beta is not None or ctx.shift_dtype is not None:
+                g, *_ = _function().apply(x, weight, ctx.projection, k, None, None, radius, ctx.curve, ctx.eps)
+        return with_passes(
+            _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
+            grad, g, norm, filter_norm, ctx.needs_input_grad,
+        )  # fmt: skip
 
 
 def _forward(
@@ -296,12 +315,12 @@ def _forward(
     curve: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """(y, patch norms, g), or (g, patch norms) where there is neither β nor shift."""
-    unit, _ = passes.normalize_filters(weight, eps, x.dtype)
+    """(y, patch norms, filter norms, g), or (g, patch norms, filter norms) where there is neither β nor shift."""
+    unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
     dot = project(x, unit, projection)  # before the norms, for torch's complaints about shapes
     norm = passes.patch_norm(x, weight.shape[2:], eps, projection, radius)
     g, y = passes.curve(dot, norm, curve, k, projection, beta, shift)
-    return (g, norm) if y is None else (y, norm, g)
+    return (g, norm, filter_norm) if y is None else (y, norm, filter_norm, g)
 
 
 def _backward(
@@ -318,23 +337,25 @@ def _backward(
     grad: Tensor,
     g: Tensor,
     norm: Tensor,
+    filter_norm: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, k, β, the shift and ρ."""
-    needs_x, needs_weight, needs_k, _, _, needs_radius, *_ = needed
-    grad, grad_beta, grad_shift = passes.rescale_backward(grad, g, beta, shift_dtype, projection)
+    """The gradients of the arguments of `_forward` behind the passes."""
+    needs_x, needs_weight, _, needs_k, _, _, needs_radius, *_ = needed
     needs = (needs_x or needs_radius, needs_weight, needs_k)
-    d_dot, radial, grad_k = passes.curve_backward(grad, g, norm, curve, k, projection, needs)
+    d_dot, radial, grad_k, grad_beta, grad_shift = passes.curve_backward(
+        grad, g, norm, curve, k, projection, beta, shift_dtype, needs
+    )
     grad_radius = None
     if radial is not None and is_pooled(radius):
         if needs_radius:
             assert isinstance(radius, Tensor)
             grad_radius = radius_backward(radial, norm, radius, eps)
         radial = pool_backward(radial, radius)
-    unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
+    unit = (weight.to(filter_norm.dtype) / filter_norm).to(x.dtype)
     grad_x, v = project_backward(d_dot, x, unit, projection, needed[:2])
     if grad_x is not None:
         assert radial is not None
         grad_x = passes.subtract_radial(grad_x, x, radial, weight.shape[2:], projection)
     grad_weight = None if v is None else passes.filter_gradient(v, weight, filter_norm)
-    return grad_x, grad_weight, grad_k, grad_beta, grad_shift, grad_radius
+    return grad_x, grad_weight, None, grad_k, grad_beta, grad_shift, grad_radius, None, None

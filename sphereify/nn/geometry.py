@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphereify.errors import UsageError
+from sphereify.nn.precision import CHANNELS_LAST, is_channels_last, runs_eagerly
 
 Ints = tuple[int, ...]
 
@@ -159,9 +160,30 @@ def box_spread(windows: Tensor, size: Sequence[int], kernel: Sequence[int], proj
     if math.prod(stride) == 1 and min(mirrored) >= 0:
         # The window is symmetric: its adjoint is itself. On a CPU this is 30 times faster than the general way.
         return box_sum(windows, kernel, projection._replace(padding=mirrored))
-    ones = windows.new_ones(groups, 1, *kernel)
-    shape_only = windows.new_empty(1).expand(*windows.shape[:2], *size)
-    zeros = [0] * len(stride)
+    if groups == 1 and windows.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _spread_by_axis(windows, size, kernel, projection)
+    # The adjoint depends on the shape of the input only. Where it lies in memory as `windows` do, none is copied.
+    shape = (*windows.shape[:2], *size)
+    if runs_eagerly(windows):
+        layout = CHANNELS_LAST[windows.dim()] if is_channels_last(windows) else torch.contiguous_format
+        shape_only = torch.empty(shape, dtype=windows.dtype, device=windows.device, memory_format=layout)
+    else:
+        shape_only = windows.new_empty(1).expand(shape)
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        windows, shape_only, ones, None, stride, padding, dilation, False, zeros, groups, (True, False, False)
-    )[0]
+        windows, shape_only, windows.new_ones(groups, 1, *kernel), None, stride, padding, dilation, False,
+        [0] * len(stride), groups, (True, False, False),
+    )[0]  # fmt: skip
+
+
+def _spread_by_axis(windows: Tensor, size: Sequence[int], kernel: Sequence[int], projection: Projection) -> Tensor:
+    """`box_spread` along one axis after the other, likewise."""
+    stride, padding, dilation, _ = projection
+    for axis, (n, k, s, p, d) in enumerate(zip(size, kernel, stride, padding, dilation, strict=True), start=2):
+        reach = s * (windows.shape[axis] - 1) + 1
+        padded = list(windows.shape)
+        padded[axis] = max(n + 2 * p, d * (k - 1) + reach)
+        places = windows.new_zeros(padded)
+        for j in range(k):
+            places[(slice(None),) * axis + (slice(j * d, j * d + reach, s),)] += windows
+        windows = places.narrow(axis, p, n)
+    return windows

@@ -195,7 +195,7 @@ def test_gradcheck_of_a_callable_operator():
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_forward_saves_input_weight_output_and_the_patch_norms_only(name, groups):
+def test_forward_saves_input_weight_output_and_norms_of_patches_and_filters_only(name, groups):
     x = normal(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
     weight = normal(8, 4 // groups, 3, 3, seed=1, dtype=torch.float32).requires_grad_()
     operator = make_operator(name, filters=8)
@@ -207,7 +207,7 @@ def test_forward_saves_input_weight_output_and_the_patch_norms_only(name, groups
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = sphere_conv2d(x, weight, operator, padding=1, groups=groups)
-    norms = 2 * groups * 8 * 8
+    norms = 2 * groups * 8 * 8 + 8
     of_k = 2 * 8 if name == "learnable-sigmoid" else 0  # p and k
     assert {x.data_ptr(), weight.data_ptr(), out.data_ptr()} <= saved.keys()
     assert not [value for value in vars(out.grad_fn).values() if isinstance(value, torch.Tensor)], "hidden from hooks"

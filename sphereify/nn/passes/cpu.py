@@ -5,15 +5,16 @@ stays in the cache before the next block is touched, and write to tensors that a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sphereify.nn.geometry import Projection, box_spread, box_sum
 from sphereify.nn.operators import CURVES, SIN_FLOOR, clip
+from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.reference import rescaled
-from sphereify.nn.precision import CHANNELS_LAST, accumulate_dtype, is_channels_last, runs_eagerly
+from sphereify.nn.passes.views import View
+from sphereify.nn.precision import accumulate_dtype, is_channels_last, runs_eagerly
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 BLOCK = 2**18
@@ -49,7 +50,7 @@ def patch_norm(
     x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
 ) -> Tensor:
     """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
-    view = _View.of(x, projection)
+    view = View.of(x, projection)
     squares = view.empty_patches(x)
     for piece, total in _split(view(x), view.patches(squares)):
         if view.channels_last:
@@ -72,7 +73,7 @@ def curve(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
-    view = _View.of(dot, projection)
+    view = View.of(dot, projection)
     dot, k = view.arranged(dot), view.of_filters(k)
     beta, shift = (None if v is None else view.of_filters(v.to(norm.dtype)) for v in (beta, shift))
     y = None if beta is None and shift is None else torch.empty_like(dot)
@@ -90,32 +91,6 @@ def curve(
 # ---- Backward
 
 
-def rescale_backward(
-    grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of g, β and the shift from that of β·g + shift."""
-    if beta is None and shift_dtype is None:
-        return grad, None, None
-    view = _View.of(g, projection)
-    g, grad = view.arranged(g), view.arranged(grad)
-    precise = accumulate_dtype(g.dtype)
-    factor = None if beta is None else view.of_filters(beta.to(precise))
-    out = grad if beta is None else torch.empty_like(g, dtype=precise)
-    channels = view(g).shape[1:3]
-    sums = torch.zeros(2, *channels, dtype=precise)
-    others = (0,) if view.channels_last else (0, 3)
-    for up, value, written in _split(view(grad), view(g), view(out)):
-        up = up.to(precise)
-        if shift_dtype is not None:
-            sums[1] += up.sum(others)
-        if factor is not None:
-            sums[0] += (up * value).sum(others)
-            torch.mul(up, factor, out=written)
-    by_beta, by_shift = sums.flatten(1)
-    grad_beta = None if beta is None else by_beta.to(beta.dtype)
-    return out, grad_beta, None if shift_dtype is None else by_shift.to(shift_dtype)
-
-
 def curve_backward(
     grad: Tensor,
     g: Tensor,
@@ -123,19 +98,29 @@ def curve_backward(
     curve: str,
     k: float | Tensor | None,
     projection: Projection | None,
+    beta: Tensor | None,
+    shift_dtype: torch.dtype | None,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g."""
-    view = _View.of(g, projection)
+) -> CurveGradients:
+    """What becomes of the gradient of β·g + shift, all recovered from g."""
+    view = View.of(g, projection)
     g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k)
+    factor = None if beta is None else view.of_filters(beta.to(norm.dtype))
     d_dot, radial = torch.empty_like(g), view.empty_patches(g)
-    grad_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
+    by_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
+    by_beta, by_shift = torch.zeros(2, *view(g).shape[1:3], dtype=norm.dtype)
+    others = (0,) if view.channels_last else (0, 3)
     tensors = (view(grad), view(g), view.patches(norm), view(d_dot), view.patches(radial))
     for up, value, n, out, total in _split(*tensors):
         up, value = up.to(n.dtype), value.to(n.dtype)
+        if shift_dtype is not None:
+            by_shift += up.sum(others)
+        if factor is not None:
+            by_beta += (up * value).sum(others)
+            up = up * factor
         slope = CURVES[curve].slope(value, filters_k, SIN_FLOOR[g.dtype])
-        if grad_k is not None and slope.by_k is not None:
-            grad_k += slope.by_k.mul_(up).sum_to_size(grad_k.shape)
+        if by_k is not None and slope.by_k is not None:
+            by_k += slope.by_k.mul_(up).sum_to_size(by_k.shape)
         d = up if slope.by_cos is None else slope.by_cos.mul_(up)
         if needed[0]:
             torch.sum(d * slope.cos, view.channels, keepdim=True, out=total)
@@ -144,16 +129,20 @@ def curve_backward(
             torch.div(d, n, out=out)
         else:
             out.copy_(d / n)
-    if grad_k is not None:
-        grad_k = grad_k.view(k.shape)  # type: ignore[union-attr]
-    return d_dot, radial if needed[0] else None, grad_k
+    return CurveGradients(
+        d_dot,
+        radial if needed[0] else None,
+        None if by_k is None else by_k.view(k.shape),  # type: ignore[union-attr]
+        None if beta is None else by_beta.flatten().to(beta.dtype),
+        None if shift_dtype is None else by_shift.flatten().to(shift_dtype),
+    )
 
 
 def subtract_radial(
     grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
 ) -> Tensor:
     """grad_x - x · (the sum of `radial` over the patches of each element), in place."""
-    view = _View.of(x, projection)
+    view = View.of(x, projection)
     grad_x = view.arranged(grad_x)
     places = radial if projection is None else box_spread(radial, x.shape[2:], kernel, projection)
     for piece, values, place in _split(view(grad_x), view(x), view.patches(places)):
@@ -177,55 +166,6 @@ def _rows(filters: Tensor, like: Tensor) -> Tensor:
 
 
 # ---- Blocks
-
-
-class _View(NamedTuple):
-    """The way in which a tensor is cut into blocks, by its layout.
-
-    In channels_last and for linear maps it is seen as (places, groups, channels), else as (B, groups, channels,
-    places). Tensors with one value for each patch have one channel.
-    """
-
-    linear: bool
-    channels_last: bool
-    groups: int
-    channels: int
-    """Dimension of the channels in a view."""
-
-    @classmethod
-    def of(cls, tensor: Tensor, projection: Projection | None) -> "_View":
-        channels_last = projection is None or is_channels_last(tensor)
-        return cls(
-            projection is None, channels_last, projection.groups if projection else 1, -1 if channels_last else 2
-        )
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if not self.channels_last:
-            return tensor.flatten(2).unflatten(1, (self.groups, -1))
-        last = tensor if self.linear else tensor.movedim(1, -1)
-        return last.reshape(-1, self.groups, last.shape[-1] // self.groups)
-
-    def patches(self, tensor: Tensor) -> Tensor:
-        """The view of a tensor with one value for each patch, (B, groups, *space) or (*, 1)."""
-        return self(tensor) if self.linear or tensor.is_contiguous() else self(self.arranged(tensor))
-
-    def arranged(self, tensor: Tensor) -> Tensor:
-        """The tensor in the layout of this view, copied where it has another."""
-        return tensor.contiguous(memory_format=self.memory_format(tensor.dim()))
-
-    def memory_format(self, dim: int) -> torch.memory_format:
-        return CHANNELS_LAST[dim] if self.channels_last and not self.linear else torch.contiguous_format
-
-    def empty_patches(self, like: Tensor) -> Tensor:
-        """(B, groups, *space) for a tensor (B, C, *space), or (*, 1), in fp32 at least."""
-        shape = (*like.shape[:-1], 1) if self.linear else (len(like), self.groups, *like.shape[2:])
-        return torch.empty(shape, dtype=accumulate_dtype(like.dtype), memory_format=self.memory_format(like.dim()))
-
-    def of_filters(self, k: Any) -> Any:
-        """One value for each filter in the shape that broadcasts over a view; numbers and None stay."""
-        if not isinstance(k, Tensor) or k.numel() == 1:
-            return k.reshape(1) if isinstance(k, Tensor) else k
-        return k.reshape(self.groups, -1) if self.channels_last else k.reshape(self.groups, -1, 1)
 
 
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

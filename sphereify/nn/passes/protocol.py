@@ -5,8 +5,8 @@
     n_x       = patch_norm(x)                           pooled where there is a radius
     g, y      = curve(dot, n_x)                         cos θ = dot / n_x, g(θ), and y = β·g + γ
 
-    grad      = rescale_backward(∂L/∂y)                 ∂L/∂g, and the gradients of β and γ
-    d, radial = curve_backward(∂L/∂g, g, n_x)           d = ∂L/∂cos / n_x, radial = Σ_filters ∂L/∂cos · cos / n_x²
+    d, radial = curve_backward(∂L/∂y, g, n_x)           d = ∂L/∂cos / n_x, radial = Σ_filters ∂L/∂cos · cos / n_x²,
+                                                        and the gradients of k, β and γ
     radial    = pool_backward(radial)                   where there is a radius
     ∂L/∂x, v  = project_backward(d)                     the adjoints of the products, torch's own again
     ∂L/∂x     = subtract_radial(∂L/∂x, x, radial)       patches have a direction and no length
@@ -16,13 +16,26 @@ A norm per patch is computed in one place of each maker, `patch_norm`, and its a
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sphereify.nn.geometry import Projection
 from sphereify.nn.radius import Radius
+
+
+class CurveGradients(NamedTuple):
+    """The gradients that lie between an output β·g + shift and the products, with d = ∂L/∂cos."""
+
+    d_dot: Tensor
+    """d / norm, the gradient of the products, in the dtype of g."""
+    radial: Tensor | None
+    """Σ_filters d·cos / norm² in the shape of `norm`; may be None where the gradient of x is not needed."""
+    k: Tensor | None
+    """None where k is no tensor or its gradient is not needed."""
+    beta: Tensor | None
+    shift: Tensor | None
 
 
 class Passes(Protocol):
@@ -64,20 +77,6 @@ class Passes(Protocol):
             beta, shift: (O,) or None. Without both the second result is None.
         """
 
-    def rescale_backward(
-        self,
-        grad: Tensor,
-        g: Tensor,
-        beta: Tensor | None,
-        shift_dtype: torch.dtype | None,
-        projection: Projection | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradients of g, β and the shift from `grad`, that of β·g + shift.
-
-        Args:
-            beta, shift_dtype: β and the dtype of the shift; None where there is none.
-        """
-
     def curve_backward(
         self,
         grad: Tensor,
@@ -86,14 +85,16 @@ class Passes(Protocol):
         curve: str,
         k: float | Tensor | None,
         projection: Projection | None,
+        beta: Tensor | None,
+        shift_dtype: torch.dtype | None,
         needed: Sequence[bool],
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
+    ) -> CurveGradients:
+        """What becomes of the gradient of β·g + shift, all recovered from g.
 
         Args:
-            grad: the gradient of g.
-            needed: True for each of the gradients of x, of the weight and of k that is needed. The second result may
-                be None without the first; the third is None without the last and where k is no tensor.
+            grad: the gradient of β·g + shift.
+            beta, shift_dtype: β and the dtype of the shift; None where there is none.
+            needed: True for each of the gradients of x, of the weight and of k that is needed.
         """
 
     def subtract_radial(

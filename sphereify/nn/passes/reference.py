@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sphereify.nn.geometry import Projection, box_spread, box_sum, project
 from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, g_of, overwrite
-from sphereify.nn.precision import accumulate_dtype, accumulated, cast
+from sphereify.nn.passes.protocol import CurveGradients
+from sphereify.nn.precision import accumulated, cast
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 # ---- Forward
@@ -90,21 +91,6 @@ def composed(
 # ---- Backward
 
 
-def rescale_backward(
-    grad: Tensor, g: Tensor, beta: Tensor | None, shift_dtype: torch.dtype | None, projection: Projection | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of g, β and the shift from that of β·g + shift."""
-    if beta is None and shift_dtype is None:
-        return grad, None, None  # without a copy in another precision
-    others = [d for d in range(g.dim()) if d != (g.dim() - 1 if projection is None else 1)]
-    upstream = grad.to(accumulate_dtype(g.dtype))
-    grad_shift = None if shift_dtype is None else upstream.sum(others).to(shift_dtype)
-    if beta is None:
-        return grad, None, grad_shift
-    grad_beta = (upstream * g).sum(others).to(beta.dtype)
-    return rescale(upstream, beta, None, projection), grad_beta, grad_shift
-
-
 def curve_backward(
     grad: Tensor,
     g: Tensor,
@@ -112,11 +98,19 @@ def curve_backward(
     curve: str,
     k: float | Tensor | None,
     projection: Projection | None,
+    beta: Tensor | None,
+    shift_dtype: torch.dtype | None,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g."""
-    slope = CURVES[curve].slope(accumulated(g), k, SIN_FLOOR[g.dtype])
-    upstream = grad.to(norm.dtype)
+) -> CurveGradients:
+    """What becomes of the gradient of β·g + shift, all recovered from g."""
+    value, upstream = accumulated(g), grad.to(norm.dtype)
+    others = [d for d in range(g.dim()) if d != (g.dim() - 1 if projection is None else 1)]
+    grad_shift = None if shift_dtype is None else upstream.sum(others).to(shift_dtype)
+    grad_beta = None
+    if beta is not None:
+        grad_beta = (upstream * value).sum(others).to(beta.dtype)
+        upstream = rescale(upstream, beta, None, projection)
+    slope = CURVES[curve].slope(value, k, SIN_FLOOR[g.dtype])
     d = upstream if slope.by_cos is None else upstream * slope.by_cos
     d_dot = _by_patch(torch.Tensor.div, d, norm, projection).to(g.dtype)
     radial = _sum_filters(d * slope.cos, projection) / (norm * norm) if needed[0] else None
@@ -124,7 +118,7 @@ def curve_backward(
     if slope.by_k is not None and needed[2]:
         assert isinstance(k, Tensor)
         grad_k = (upstream * slope.by_k).sum_to_size(k.shape)
-    return d_dot, radial, grad_k
+    return CurveGradients(d_dot, radial, grad_k, grad_beta, grad_shift)
 
 
 def subtract_radial(

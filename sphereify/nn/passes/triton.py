@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
-from sphereify.nn.passes.reference import rescale_backward as rescale_backward
+from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.precision import is_channels_last, runs_eagerly
 from sphereify.nn.radius import Radius, is_pooled, pool
 
@@ -185,12 +185,11 @@ def curve_backward(
     curve: str,
     k: float | Tensor | None,
     projection: Projection | None,
+    beta: Tensor | None = None,
+    shift_dtype: torch.dtype | None = None,
     needed: Sequence[bool] = (True, True, True),
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(d / norm, Σ_filters d·cos / norm², ∂L/∂k) with d = grad · dg/dcos, all recovered from g.
-
-    The first is like g, the second in fp32 of the shape of `norm`. Sums are always computed in the same order.
-    """
+) -> CurveGradients:
+    """What becomes of the gradient of β·g + shift, all recovered from g. Sums are always computed in the same order."""
     layout = _Tensor.of(g, projection)
     g, grad, norm = layout.arrange(g), layout.arrange(grad), layout.arrange(norm)
     groups = projection.groups if projection else 1
@@ -198,16 +197,23 @@ def curve_backward(
     blocks = _grouped(layout, groups)
     grid = layout.grid(blocks, groups)
     learned = isinstance(k, Tensor) and needed[2]
-    partial = g.new_empty((grid[0], layout.columns), dtype=torch.float32) if learned else None
+    partial_k, partial_beta, partial_shift = (
+        g.new_empty((grid[0], layout.columns), dtype=torch.float32) if present else None
+        for present in (learned, beta is not None, shift_dtype is not None)
+    )
     _launch(
-        "prologue", grid, grad, g, norm, _as_argument(k), d_dot, radial, partial,
+        "prologue", grid, grad, g, norm, _as_argument(k), _adjacent(beta), d_dot, radial,
+        partial_k, partial_beta, partial_shift,
         layout.rows, layout.columns // groups, groups, SIN_FLOOR[g.dtype],
         **_of_curve(curve, k), **layout.constants(groups), **blocks,
     )  # fmt: skip
-    if partial is None or not isinstance(k, Tensor):
-        return d_dot, radial, None
-    by_filter = partial.sum(0)
-    return d_dot, radial, by_filter.view(k.shape) if k.numel() > 1 else by_filter.sum().view(k.shape)
+    grad_k = None
+    if partial_k is not None and isinstance(k, Tensor):
+        by_filter = partial_k.sum(0)
+        grad_k = by_filter.view(k.shape) if k.numel() > 1 else by_filter.sum().view(k.shape)
+    grad_beta = None if partial_beta is None or beta is None else partial_beta.sum(0).to(beta.dtype)
+    grad_shift = None if partial_shift is None else partial_shift.sum(0).to(shift_dtype)
+    return CurveGradients(d_dot, radial, grad_k, grad_beta, grad_shift)
 
 
 def subtract_radial(

@@ -302,15 +302,15 @@ def epilogue(
 
 @triton.jit(do_not_specialize=["rows"])
 def prologue(
-    grad, g, norm, k, d_dot, radial, partial_k, rows, per, groups, sin_floor,
+    grad, g, norm, k, beta, d_dot, radial, partial_k, partial_beta, partial_shift, rows, per, groups, sin_floor,
     CURVE: tl.constexpr, LEARNED: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """With d = grad · dg/dcos: d_dot = d / norm, radial = the sum of d · cos over a group's filters / norm².
+    """With d = grad · β · dg/dcos: d_dot = d / norm, radial = the sum of d · cos over a group's filters / norm².
 
-    Where there is a `partial_k`, its row of this program takes each filter's sum of grad · dg/dk over the program's
-    rows.
+    Where there is a `partial_k`, its row of this program takes each filter's sum of grad · β · dg/dk over the program's
+    rows; `partial_beta` that of grad · g, and `partial_shift` that of grad.
     """
     rows, per = rows // ROW_ALIGN * ROW_ALIGN, per // ALIGN * ALIGN
     groups = groups // GROUP_ALIGN * GROUP_ALIGN
@@ -326,16 +326,21 @@ def prologue(
         upstream = tl.load(
             at(grad, sample, first, row, column, rows, per * groups, CHANNELS_LAST), mask=mask, other=0.0
         )
-        upstream = upstream.to(tl.float32)
+        upstream, value = upstream.to(tl.float32), value.to(tl.float32)
+        partial = tl.program_id(0).to(tl.int64) * (per * groups) + column
+        if partial_shift is not None:
+            tl.store(partial_shift + partial, tl.sum(upstream, axis=0), mask=real)
+        if beta is not None:
+            tl.store(partial_beta + partial, tl.sum(upstream * value, axis=0), mask=real)
+            upstream *= tl.load(beta + column, mask=real, other=0.0).to(tl.float32)[None, :]
         own_k = k_of(k, column, real, LEARNED, SHARED)
-        cos, by_cos, by_k = slope(value.to(tl.float32), own_k, sin_floor, CURVE)
+        cos, by_cos, by_k = slope(value, own_k, sin_floor, CURVE)
         d = upstream * by_cos
         along += d * cos
         place = at(d_dot, sample, first, row, column, rows, per * groups, CHANNELS_LAST)
         tl.store(place, (d * (1 / length)).to(d_dot.dtype.element_ty), mask=mask)
         if partial_k is not None:
-            place = partial_k + tl.program_id(0).to(tl.int64) * (per * groups) + column
-            tl.store(place, tl.sum(upstream * by_k, axis=0), mask=real)
+            tl.store(partial_k + partial, tl.sum(upstream * by_k, axis=0), mask=real)
     total = sum_groups(along, BLOCK_ROWS, GROUP_BLOCK, COLUMN_BLOCK)
     group = tl.program_id(1) * GROUP_BLOCK + tl.arange(0, GROUP_BLOCK)
     mask = inside & (group < groups)[None, :]

@@ -182,12 +182,11 @@ def test_any_linear_map_and_its_gradients_agree_with_the_reference(leading, feat
     assert_all_close(got, outcome(False, sphere_linear, x, weight, operator, upstream, eps=1.0), dtype)
 
 
-def test_a_layer_takes_eight_launches_beside_its_convolutions(launched):
+def test_a_layer_takes_seven_launches_beside_its_convolutions(launched):
     x, weight = tensor(2, 4, 5, 5, layout="channels_last"), tensor(6, 4, 3, 3, seed=1)
     outcome(True, sphere_conv2d, x, weight, make_operator("linear"), tensor(2, 6, 5, 5), padding=1)
     assert launched == [
-        "normalize_rows", "square_sum", "window_map", "epilogue",
-        "prologue", "normalize_rows", "correct", "project_rows",
+        "normalize_rows", "square_sum", "window_map", "epilogue", "prologue", "correct", "project_rows",
     ]  # fmt: skip
 
 
@@ -239,7 +238,7 @@ def test_curve_backward_recovers_the_slopes_from_g_up_to_the_poles(name, dtype):
         rows = g.expand(2, -1).t().contiguous()  # (*, filters)
         k = k.to(DEVICE) if isinstance(k, torch.Tensor) else k
         grad, norm = tensor(*rows.shape, seed=1, dtype=dtype), tensor(len(rows), 1, seed=2).abs() + 0.5
-        d_dot, radial, grad_k = kernels.curve_backward(grad, rows, norm, name, k, None)
+        d_dot, radial, grad_k, *_ = kernels.curve_backward(grad, rows, norm, name, k, None)
         exact = CURVES[name].slope(rows.double(), k.double() if isinstance(k, torch.Tensor) else k, SIN_FLOOR[dtype])
         d = grad.double() if exact.by_cos is None else grad.double() * exact.by_cos
         # What is left of a sigmoid's 1 - t² at the pole has few digits in fp32.
@@ -344,7 +343,7 @@ def test_saved_for_backward_are_input_weight_output_and_norms_only():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         out = sphere_conv2d(x, weight, make_operator("linear"), padding=1)
-    assert sum(saved.values()) == 4 * (x.numel() + weight.numel() + out.numel() + 2 * 8 * 8)
+    assert sum(saved.values()) == 4 * (x.numel() + weight.numel() + out.numel() + 2 * 8 * 8 + len(weight))
 
 
 def test_second_derivatives_and_three_dimensions_take_the_reference(launched):

@@ -27,8 +27,10 @@ def served(monkeypatch):
     """The makers that served, in order."""
     names = []
     for maker in (reference, cpu):
-        pass_, name = maker.normalize_filters, maker.__name__.rpartition(".")[2]
-        monkeypatch.setattr(maker, "normalize_filters", lambda *a, _p=pass_, _n=name: names.append(_n) or _p(*a))
+        for pass_ in (maker.curve, maker.curve_backward):
+            name = maker.__name__.rpartition(".")[2]
+            spy = lambda *a, _p=pass_, _n=name: names.append(_n) or _p(*a)  # noqa: E731
+            monkeypatch.setattr(maker, pass_.__name__, spy)
     return names
 
 

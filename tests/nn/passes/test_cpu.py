@@ -113,9 +113,10 @@ def test_nothing_that_the_caller_holds_is_written_to():
         assert torch.equal(tensor, old)
 
 
-def test_backward_keeps_input_weight_output_and_one_channel_norms():
+def test_backward_keeps_input_weight_output_and_norms_of_one_channel():
     x, weight = torch.randn(2, 8, 6, 6).requires_grad_(), torch.randn(16, 8, 3, 3).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         sphere_conv2d(x, weight, SigmoidOperator(), padding=1)
-    assert sorted(kept) == sorted([x.shape, weight.shape, torch.Size([2, 16, 6, 6]), torch.Size([2, 1, 6, 6])])
+    norms = [torch.Size([2, 1, 6, 6]), torch.Size([16, 1, 1, 1])]
+    assert sorted(kept) == sorted([x.shape, weight.shape, torch.Size([2, 16, 6, 6]), *norms])
