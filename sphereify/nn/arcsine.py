@@ -10,6 +10,10 @@ second, whose terms are small wherever its result is, by 1.03e-7 in units of arc
 """
 
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 COEFFICIENTS = (
     math.pi / 2,
@@ -41,3 +45,44 @@ def arcsin(cos: float) -> float:
     for coefficient in reversed(COEFFICIENTS):
         p = p * size + coefficient
     return math.copysign(math.pi / 2 - math.sqrt(1 - size) * p, cos)
+
+
+def is_fused(tensor: Tensor) -> bool:
+    """True where torch.compile makes one loop of the operations on a tensor, so that polynomials cost least.
+
+    In eager mode each term is a pass of its own, and torch's own functions are faster; GPUs have fast ones, and an
+    exported program keeps the functions' names.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+    )
+
+
+def arcsin_in_right_angles(cos: Tensor) -> Tensor:
+    """2/π·arcsin cos, to 1e-7, by the second form above; cos in [-1, 1], fp32."""
+    size = cos.abs()
+    root = (1 - size).sqrt()
+    q = _polynomial(_Q, size)
+    return torch.copysign(size + root * ((root - 1) - size * q), cos)
+
+
+def sine_of_right_angles(share: Tensor) -> Tensor:
+    """sin(π/2·share), to 2e-7; share in [-1, 1], fp32."""
+    return share * _polynomial(_SINE, share * share)
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """Σ coefficients[i]·x^i, by Horner's rule."""
+    *others, value = coefficients
+    total = x * value
+    for coefficient in reversed(others[1:]):
+        total = (total + coefficient) * x
+    return total + others[0]
+
+
+_Q = tuple(2 / math.pi * coefficient for coefficient in COEFFICIENTS[1:])
+_SINE = tuple((-1) ** i * (math.pi / 2) ** (2 * i + 1) / math.factorial(2 * i + 1) for i in range(7))
+"""Taylor's series; the first term left out is below 1e-9."""

@@ -228,6 +228,8 @@ def _sphere_map(*arguments: Any) -> Tensor:
     """
     if in_forward_mode():
         return reference.composed(*arguments)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_transform():
+        return with_passes(_forward, *arguments)[0]
     return _function().apply(*arguments)[0]  # type: ignore[no-any-return]
 
 
@@ -244,7 +246,7 @@ class _SphereMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output = with_passes(_forward, *arguments)
+        output = with_passes(_forward, *arguments, training=True)
         _save(ctx, arguments, output)
         return output
 
@@ -299,7 +301,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
                 g, *_ = _function().apply(x, weight, ctx.projection, k, None, None, radius, ctx.curve, ctx.eps)
         return with_passes(
             _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
-            grad, g, norm, filter_norm, ctx.needs_input_grad,
+            grad, g, norm, filter_norm, ctx.needs_input_grad, training=True,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""The passes around the products of an angular map, which `protocol` defines and three modules make.
+"""The passes around the products of an angular map, which `protocol` defines and four modules make.
 
-`reference` works everywhere, `cpu` is faster in eager mode on a CPU, and `triton` on CUDA.
+`reference` works everywhere, `cpu` is faster in eager mode on a CPU, `compiled` in training there, and `triton` on CUDA.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sphereify.nn.geometry import Projection
-from sphereify.nn.passes import cpu, reference, triton
+from sphereify.nn.passes import compiled, cpu, reference, triton
 from sphereify.nn.passes.protocol import Passes
 from sphereify.nn.precision import runs_eagerly
 
@@ -17,12 +17,19 @@ Result = TypeVar("Result")
 
 
 def with_passes(
-    method: Callable[..., Result], x: Tensor, weight: Tensor, projection: Projection | None, *arguments: Any
+    method: Callable[..., Result],
+    x: Tensor,
+    weight: Tensor,
+    projection: Projection | None,
+    *arguments: Any,
+    training: bool = False,
 ) -> Result:
     """method(passes, x, weight, projection, *arguments) with the fastest passes for these tensors.
 
-    Where a Triton kernel cannot be compiled or launched, a warning says so once, and the other passes serve from then
-    on.
+    Where a pass cannot be compiled or launched, a warning says so once, and the other passes serve from then on.
+
+    Args:
+        training: a gradient is recorded or computed, so that it may pay to compile passes.
     """
     if not runs_eagerly(x, weight, *(value for value in arguments if isinstance(value, Tensor))):
         return method(reference, x, weight, projection, *arguments)
@@ -31,5 +38,10 @@ def with_passes(
             return method(triton, x, weight, projection, *arguments)
         except triton.KernelFailure as failure:
             triton.give_up(failure)
+    if training and compiled.usable(x, weight, projection):
+        try:
+            return method(compiled, x, weight, projection, *arguments)
+        except compiled.CompilerFailure as failure:
+            compiled.give_up(failure)
     passes: Passes = cpu if cpu.usable(x, weight, projection) else reference
     return method(passes, x, weight, projection, *arguments)

@@ -14,7 +14,7 @@ from sphereify.nn.operators import CURVES, SIN_FLOOR, clip
 from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.reference import rescaled
 from sphereify.nn.passes.views import View
-from sphereify.nn.precision import accumulate_dtype, is_channels_last, runs_eagerly
+from sphereify.nn.precision import accumulate_dtype, is_channels_last
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 BLOCK = 2**18
@@ -22,13 +22,12 @@ BLOCK = 2**18
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """True if these passes can serve an angular map of x and weight, in a forward or a backward.
+    """True if these passes can serve an angular map of x and weight, where operations run eagerly.
 
-    They overwrite tensors, so operations must run eagerly, and they cut x as it lies in memory, so it must be dense.
+    They cut x as it lies in memory, so it must be dense.
     """
     return (
         x.device.type == "cpu"
-        and runs_eagerly(x, weight)
         and x.numel() > 0
         and weight.numel() > 0
         and (projection is None or x.is_contiguous() or is_channels_last(x))
@@ -41,8 +40,9 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
     accumulate = accumulate_dtype(weight.dtype)
-    norm = torch.linalg.vector_norm(_rows(weight, weight), dim=1, dtype=accumulate).square_().add_(eps).sqrt_()
-    norm = norm.view(-1, *[1] * (weight.dim() - 1))
+    rows = tuple(range(1, weight.dim()))
+    norm = torch.linalg.vector_norm(weight, dim=rows, keepdim=True, dtype=accumulate)
+    norm.mul_(norm).add_(eps).sqrt_()
     return (weight / norm).to(dtype), norm
 
 
@@ -50,11 +50,17 @@ def patch_norm(
     x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
 ) -> Tensor:
     """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
-    view = View.of(x, projection)
+    view = _view(x, projection)
     squares = view.empty_patches(x)
     for piece, total in _split(view(x), view.patches(squares)):
-        if view.channels_last:
-            torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=total.dtype, out=total).square_()
+        if view.single:
+            torch.mul(piece.to(total.dtype), piece, out=total)
+        elif view.channels_last and not view.whole and piece.shape[-1] < 16:
+            # A norm of short rows is not vectorized.
+            torch.matmul(piece.to(total.dtype) ** 2, total.new_ones(piece.shape[-1], 1), out=total)
+        elif view.channels_last:
+            torch.linalg.vector_norm(piece, dim=view.channels, keepdim=True, dtype=total.dtype, out=total)
+            total.mul_(total)
         else:
             piece = piece.to(total.dtype)
             torch.sum(piece * piece, view.channels, keepdim=True, out=total)
@@ -73,9 +79,9 @@ def curve(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
-    view = View.of(dot, projection)
-    dot, k = view.arranged(dot), view.of_filters(k)
-    beta, shift = (None if v is None else view.of_filters(v.to(norm.dtype)) for v in (beta, shift))
+    view, dim = _view(dot, projection), dot.dim()
+    dot, k = view.arranged(dot), view.of_filters(k, dim)
+    beta, shift = (None if v is None else view.of_filters(v.to(norm.dtype), dim) for v in (beta, shift))
     y = None if beta is None and shift is None else torch.empty_like(dot)
     for piece, n, out in _split(view(dot), view.patches(norm), view(dot if y is None else y)):
         g = CURVES[curve].value(clip(piece.to(n.dtype).div_(n), -1, 1), k)
@@ -103,38 +109,41 @@ def curve_backward(
     needed: Sequence[bool],
 ) -> CurveGradients:
     """What becomes of the gradient of β·g + shift, all recovered from g."""
-    view = View.of(g, projection)
-    g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k)
-    factor = None if beta is None else view.of_filters(beta.to(norm.dtype))
-    d_dot, radial = torch.empty_like(g), view.empty_patches(g)
-    by_k = torch.zeros_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
-    by_beta, by_shift = torch.zeros(2, *view(g).shape[1:3], dtype=norm.dtype)
-    others = (0,) if view.channels_last else (0, 3)
-    tensors = (view(grad), view(g), view.patches(norm), view(d_dot), view.patches(radial))
-    for up, value, n, out, total in _split(*tensors):
+    view, dim = _view(g, projection), g.dim()
+    g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k, dim)
+    factor = None if beta is None else view.of_filters(beta.to(norm.dtype), dim)
+    d_dot, radial = torch.empty_like(g), view.empty_patches(g) if needed[0] else None
+    by_k = by_beta = by_shift = None
+    places = view.places(dim)
+    tensors = (view(grad), view(g), view.patches(norm), view(d_dot))
+    totals = () if radial is None else (view.patches(radial),)
+    for up, value, n, out, *total in _split(*tensors, *totals):
         up, value = up.to(n.dtype), value.to(n.dtype)
         if shift_dtype is not None:
-            by_shift += up.sum(others)
+            by_shift = _plus(by_shift, up.sum(places))
         if factor is not None:
-            by_beta += (up * value).sum(others)
+            by_beta = _plus(by_beta, (up * value).sum(places))
             up = up * factor
         slope = CURVES[curve].slope(value, filters_k, SIN_FLOOR[g.dtype])
-        if by_k is not None and slope.by_k is not None:
-            by_k += slope.by_k.mul_(up).sum_to_size(by_k.shape)
+        if slope.by_k is not None and needed[2]:
+            by_k = _plus(by_k, slope.by_k.mul_(up).sum_to_size(filters_k.shape))
         d = up if slope.by_cos is None else slope.by_cos.mul_(up)
-        if needed[0]:
-            torch.sum(d * slope.cos, view.channels, keepdim=True, out=total)
-            total.div_(n).div_(n)
+        for sums in total:
+            if view.single:
+                torch.mul(d, slope.cos, out=sums)
+            else:
+                torch.sum(d * slope.cos, view.channels, keepdim=True, out=sums)
+            sums.div_(n).div_(n)
         if out.dtype is n.dtype:
             torch.div(d, n, out=out)
         else:
             out.copy_(d / n)
     return CurveGradients(
         d_dot,
-        radial if needed[0] else None,
-        None if by_k is None else by_k.view(k.shape),  # type: ignore[union-attr]
-        None if beta is None else by_beta.flatten().to(beta.dtype),
-        None if shift_dtype is None else by_shift.flatten().to(shift_dtype),
+        radial,
+        by_k.view(k.shape) if by_k is not None and isinstance(k, Tensor) else None,
+        by_beta.flatten().to(beta.dtype) if by_beta is not None and beta is not None else None,
+        by_shift.flatten().to(shift_dtype) if by_shift is not None and shift_dtype is not None else None,
     )
 
 
@@ -142,7 +151,7 @@ def subtract_radial(
     grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
 ) -> Tensor:
     """grad_x - x · (the sum of `radial` over the patches of each element), in place."""
-    view = View.of(x, projection)
+    view = _view(x, projection)
     grad_x = view.arranged(grad_x)
     places = radial if projection is None else box_spread(radial, x.shape[2:], kernel, projection)
     for piece, values, place in _split(view(grad_x), view(x), view.patches(places)):
@@ -166,6 +175,16 @@ def _rows(filters: Tensor, like: Tensor) -> Tensor:
 
 
 # ---- Blocks
+
+
+def _view(tensor: Tensor, projection: Projection | None) -> View:
+    """The view of a layer's tensors: as they are where they fit into one block, since views cost time, too."""
+    return View.of(tensor, projection, whole=tensor.numel() <= 2 * BLOCK)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum over one block more; the first is the total so far."""
+    return part if total is None else total.add_(part)
 
 
 def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

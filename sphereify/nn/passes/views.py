@@ -1,4 +1,4 @@
-"""Views of a tensor as it lies in memory, for passes that read and write each element once."""
+"""Views of tensors as they lie in memory, for passes that read and write each element once."""
 
 from typing import Any, NamedTuple
 
@@ -10,26 +10,43 @@ from sphereify.nn.precision import CHANNELS_LAST, accumulate_dtype, is_channels_
 
 
 class View(NamedTuple):
-    """The dimensions in which the passes on a CPU see a tensor, by its layout in memory.
+    """The dimensions in which the passes on a CPU see the tensors of a layer, by their layout in memory.
 
-    In channels_last and for linear maps it is seen as (places, groups, channels), else as (B, groups, channels,
-    places). Tensors with one value for each patch have one channel.
+    Three forms: tensors as they are, for passes over whole tensors; (places, groups, channels), for
+    channels_last and for linear maps; (B, groups, channels, places) for contiguous tensors of convolutions. Tensors
+    with one value for each patch have one channel.
     """
 
     linear: bool
     channels_last: bool
     groups: int
+    whole: bool
     channels: int
     """Dimension of the channels in a view."""
+    single: bool
+    """True if each group has one channel: a sum over its channels is the channel itself."""
 
     @classmethod
-    def of(cls, tensor: Tensor, projection: Projection | None) -> "View":
-        channels_last = projection is None or is_channels_last(tensor)
-        return cls(
-            projection is None, channels_last, projection.groups if projection else 1, -1 if channels_last else 2
+    def of(cls, tensor: Tensor, projection: Projection | None, whole: bool = False) -> "View":
+        """The view of a tensor and those of its shape, or its patches.
+
+        Args:
+            whole: leave the tensors as they are where there is one group, or one channel a group.
+        """
+        if projection is None:
+            return cls(True, True, 1, whole, -1, tensor.shape[-1] == 1)
+        groups, channels_last, single = (
+            projection.groups,
+            is_channels_last(tensor),
+            tensor.shape[1] == projection.groups,
         )
+        if whole and (groups == 1 or single):
+            return cls(False, channels_last, groups, True, 1, single)
+        return cls(False, channels_last, groups, False, -1 if channels_last else 2, single)
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if self.whole:
+            return tensor
         if not self.channels_last:
             return tensor.flatten(2).unflatten(1, (self.groups, -1))
         last = tensor if self.linear else tensor.movedim(1, -1)
@@ -51,8 +68,21 @@ class View(NamedTuple):
         shape = (*like.shape[:-1], 1) if self.linear else (len(like), self.groups, *like.shape[2:])
         return torch.empty(shape, dtype=accumulate_dtype(like.dtype), memory_format=self.memory_format(like.dim()))
 
-    def of_filters(self, k: Any) -> Any:
-        """One value for each filter in the shape that broadcasts over a view; numbers and None stay."""
-        if not isinstance(k, Tensor) or k.numel() == 1:
-            return k.reshape(1) if isinstance(k, Tensor) else k
-        return k.reshape(self.groups, -1) if self.channels_last else k.reshape(self.groups, -1, 1)
+    def of_filters(self, values: Any, dim: int) -> Any:
+        """One value for each filter in the shape that broadcasts over a view of a tensor of `dim` dimensions.
+
+        One value for all, numbers and None stay.
+        """
+        if not isinstance(values, Tensor):
+            return values
+        if values.numel() == 1:
+            return values.reshape(1)
+        if self.linear or (self.channels_last and not self.whole):
+            return values.reshape(-1) if self.whole else values.reshape(self.groups, -1)
+        return values.reshape(-1, *[1] * (dim - 2)) if self.whole else values.reshape(self.groups, -1, 1)
+
+    def places(self, dim: int) -> list[int]:
+        """The dimensions of a view of a tensor of `dim` dimensions that are not of filters."""
+        if self.whole:
+            return list(range(dim - 1)) if self.linear else [0, *range(2, dim)]
+        return [0] if self.channels_last else [0, 3]

@@ -57,10 +57,10 @@ def test_four_frames_at_most_lie_between_a_layer_and_its_forward(monkeypatch):
 
     depths = []
 
-    def count(method, *arguments):
+    def count(method, *arguments, **training):
         frames = [frame.function for frame in inspect.stack() if "/sphereify/nn/" in frame.filename]
         depths.append(frames[1 : frames.index("forward", frames.index("forward") + 1)])
-        return passes.with_passes(method, *arguments)
+        return passes.with_passes(method, *arguments, **training)
 
     monkeypatch.setattr("sphereify.nn.functional.with_passes", count)
     SphereConv2d(2, 3, 3)(torch.zeros(1, 2, 4, 4))
