@@ -1,13 +1,13 @@
 """Whether the passes of a maker compute what the reference computes, asked of each pass alone, on small tensors.
 
-The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a part
-in them. What a result may differ by follows from its dtype (`allowed`).
+The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
+part in them. What a result may differ by follows from its dtype (`allowed`).
 
 The Triton kernels are checked before their first use with each device, dtype and layout (`is_trusted`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -107,7 +107,8 @@ class Operands(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Operands":
         """The same with each tensor changed."""
-        return Operands(*(change(value) if isinstance(value, Tensor) else value for value in self))
+        values: Iterable[Any] = self
+        return Operands._make(change(value) if isinstance(value, Tensor) else value for value in values)
 
 
 Answer = tuple[Tensor | None, ...]
@@ -140,19 +141,9 @@ def make_operands(case: Case, kind: Kind) -> Operands:
 
     linear = kind.layout == "linear"
     projection = None if linear else Projection(case.stride, case.padding, case.dilation, case.groups)
-    kernel = () if linear else case.kernel
+    kernel: Ints = () if linear else case.kernel
     radius = 0.0 if linear else case.radius
-    if projection is None:
-        leading = (case.batch, math.prod(case.size))
-        x_shape, y_shape, patches = ((*leading, n) for n in (case.channels, case.filters, 1))
-        weight_shape: tuple[int, ...] = (case.filters, case.channels)
-    else:
-        places = output_size(case.size, kernel, projection)
-        x_shape, y_shape = (case.batch, case.channels, *case.size), (case.batch, case.filters, *places)
-        patches, weight_shape = (
-            (case.batch, case.groups, *places),
-            (case.filters, case.channels // case.groups, *kernel),
-        )
+    x_shape, y_shape, patches, weight_shape = _shapes(case, projection)
     precise = accumulate_dtype(kind.dtype)
     x, weight = draw(*x_shape), draw(*weight_shape, dtype=kind.weight_dtype)
     _, filter_norm = reference.normalize_filters(weight, DEFAULT_EPS, kind.dtype)
@@ -178,6 +169,17 @@ def make_operands(case: Case, kind: Kind) -> Operands:
     if kind.layout != "channels_last":
         return operands
     return operands.each(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+
+
+def _shapes(case: Case, projection: Projection | None) -> tuple[Ints, Ints, Ints, Ints]:
+    """The shapes of x, of the outputs, of the patch norms and of the weight."""
+    if projection is None:
+        rows = (case.batch, math.prod(case.size))
+        return (*rows, case.channels), (*rows, case.filters), (*rows, 1), (case.filters, case.channels)
+    places = output_size(case.size, case.kernel, projection)
+    x, y, patches = ((case.batch, n) for n in (case.channels, case.filters, case.groups))
+    weight = (case.filters, case.channels // case.groups, *case.kernel)
+    return (*x, *case.size), (*y, *places), (*patches, *places), weight
 
 
 # ---- The comparison
@@ -293,9 +295,3 @@ def check_kernels(kind: Kind) -> None:
     for found in deviations(triton, kind):
         if not found.agrees:
             raise triton.KernelFailure(", ".join(found.kernels) or found.name) from Disagreement(f"{found}, in {kind}")
-
-
-def as_dict(found: Deviation) -> dict[str, Any]:
-    """A deviation for JSON."""
-    return {"pass": found.name, "kernels": list(found.kernels), "case": found.case._asdict(),
-            "deviation": found.deviation, "allowed": found.allowed, "agrees": found.agrees}  # fmt: skip

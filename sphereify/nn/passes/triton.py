@@ -66,6 +66,11 @@ class enabled:
         _Switch.on = self._before
 
 
+def serves(device: torch.device) -> bool:
+    """True if tensors on this device may be given to the kernels: they are switched on, and Triton can run them."""
+    return _Switch.on and (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _has_triton()
+
+
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     """True if the kernels can serve an angular map of x (in the compute dtype) and weight, in a forward or a backward.
 
@@ -414,7 +419,8 @@ _launched = _Launched()
 @contextmanager
 def launches() -> Iterator[list[str]]:
     """The names of the kernels that this thread launches inside `with`."""
-    _launched.names = names = []
+    names: list[str] = []
+    _launched.names = names
     try:
         yield names
     finally:
