@@ -158,9 +158,12 @@ def measure(bench: Bench, jobs: list[str], record: Record) -> None:
     speed = bandwidth(bench) if missing else 0.0
     if missing:
         record.data["copied_GB_per_s"] = speed / 1e9
-    print(f"\nRatios to the original: {' / '.join(bench.options.operators)}; compiled: cosine, to the original compiled; "
-          f"folded: to the original with its BatchNorm folded. In brackets what the hardware allows.\n\n"
-          f"| network | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}", flush=True)  # fmt: skip
+    print(
+        f"\nRatios to the original: {' / '.join(bench.options.operators)}; compiled: cosine, to the original compiled; "
+        f"folded: to the\noriginal with its BatchNorm folded. In brackets what the hardware allows.\n\n"
+        f"| network | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}",
+        flush=True,
+    )
     for name in bench.options.models:
         network = Network(bench, name, speed)
         for job in jobs:

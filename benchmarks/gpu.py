@@ -49,7 +49,8 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
         yield Step("nvidia-smi", ("nvidia-smi",), 20)
     yield Step("doctor", (python, "-m", "sphereify", "doctor", "--json"), 120, "json")
     selection = ("-k", "grouped_and_strided") if not on_gpu else ("-k", "not any_") if options.quick else ()
-    yield Step("kernels", (python, "-m", "pytest", "-p", "no:cacheprovider", KERNELS, *selection), 150)
+    which = "kernels, some tests" if selection else "kernels"
+    yield Step(which, (python, "-m", "pytest", "-p", "no:cacheprovider", KERNELS, *selection), 150)
     yield Step("self-check", (python, "-c", SELF_CHECK, options.device), 120, "json")
     models = options.models[:1] + options.models[2:3] if options.quick else options.models
     dtypes = ["bfloat16"] if options.quick else ["bfloat16", "float16"]
@@ -84,7 +85,8 @@ print(json.dumps(seconds))
 def run(step: Step, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run a step for at most so many seconds: its exit code (None where time ran out), what it printed and gave."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["TRITON_INTERPRET"] = "0" if options.device.startswith("cuda") or step.name == "doctor" else "1"
+    is_interpreted = not options.device.startswith("cuda") and step.name in ("kernels, some tests", "self-check")
+    environment["TRITON_INTERPRET"] = str(int(is_interpreted))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [str(file) if word == "FILE" else word for word in step.command]
@@ -113,27 +115,43 @@ def run(step: Step, seconds: float, options: argparse.Namespace) -> dict[str, An
         return found
 
 
+def networks_of(found: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a step by network and column."""
+    return (found.get("result") or {}).get("networks", {})
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """The cells of a step that failed, by network and column."""
+    networks = (found.get("result") or {}).get("networks", {})
+    return [
+        f"{name}: {column}" for name, cells in networks.items() for column, cell in cells.items() if "error" in cell
+    ]
+
+
 def is_done(found: dict[str, Any] | None) -> bool:
     """True for a step that has nothing more to tell: it ended well, and no cell failed."""
-    if found is None or found.get("exit_code") != 0:
-        return False
-    networks = (found.get("result") or {}).get("networks", {})
-    return not any("error" in cell for cells in networks.values() for cell in cells.values())
+    return found is not None and found.get("exit_code") == 0 and not failures(found)
+
+
+def how_it_ended(found: dict[str, Any]) -> str:
+    if "skipped" in found:
+        return str(found["skipped"])
+    if found["exit_code"] is None:
+        return "out of time"
+    if found["exit_code"] != 0:
+        return f"exit code {found['exit_code']}"
+    return f"failed: {', '.join(failures(found))}" if failures(found) else "ok"
 
 
 def show(data: dict[str, Any]) -> None:
     """Print how each step ended, and the cells of all networks."""
     for name, found in data["steps"].items():
-        code = found.get("exit_code")
-        ended = found.get("skipped") or ("ok" if code == 0 else "out of time" if code is None else f"exit code {code}")
-        print(f"{name}: {ended}" + (f", {found['seconds']:.0f} s" if "seconds" in found else ""))
+        print(f"{name}: {how_it_ended(found)}" + (f", {found['seconds']:.0f} s" if "seconds" in found else ""))
     for mode, jobs in MODES.items():
         columns = [column for job in jobs for column in JOBS[job][1]]
         print(f"\n| {mode} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
         for name, found in data["steps"].items():
-            for network, cells in (
-                (found.get("result") or {}).get("networks", {}) if name.startswith(mode) else {}
-            ).items():
+            for network, cells in networks_of(found).items() if name.startswith(mode) else ():
                 texts = (as_text(cells[column]) if column in cells else "" for column in columns)
                 print(f"| {network}, {name.split(', ')[1]} | {' | '.join(texts)} |")
 
@@ -149,8 +167,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    before = json.loads(options.output.read_text()) if options.output.exists() else {}
-    data: dict[str, Any] = {"steps": before.get("steps", {})}
+    setting = f"{options.device}, batch {options.batch}, {options.size} px, {options.rounds} rounds"
+    data: dict[str, Any] = {"setting": setting, "steps": {}}
+    if options.output.exists():
+        data = json.loads(options.output.read_text())
+        if data["setting"] != setting:
+            raise SystemExit(
+                f"{options.output}: was measured with {data['setting']}, now: {setting}. Name another file."
+            )
     end = time.perf_counter() + 60 * options.minutes
     for step in steps(options):
         if is_done(data["steps"].get(step.name)):
