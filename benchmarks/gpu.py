@@ -171,7 +171,7 @@ def main() -> None:
     data: dict[str, Any] = {"setting": setting, "steps": {}}
     if options.output.exists():
         data = json.loads(options.output.read_text())
-        if data["setting"] != setting:
+        if data.get("setting") != setting:
             raise SystemExit(
                 f"{options.output}: was measured with {data['setting']}, now: {setting}. Name another file."
             )

@@ -145,7 +145,7 @@ def _examine(name: str, maker: Passes, device: torch.device) -> Iterator[PassRep
 
 def _exact_convolutions(device: torch.device) -> AbstractContextManager:
     """Without TF32, in which cuDNN would compute the sums over windows of the reference on a GPU."""
-    return torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
 
 
 def _note(report: PassReport, found: Deviation, kind: Kind) -> None:

@@ -10,9 +10,14 @@ from sphereify.nn.passes import cpu, reference, self_check, with_passes
 from sphereify.nn.passes import triton as kernels
 from sphereify.nn.passes.self_check import Kind
 from tests.nn.oracle import normal
+from tests.nn.passes.test_choice import METHODS
 from tests.nn.passes.test_triton import needs_triton, run_kernels
 
 CPU = torch.device("cpu")
+
+
+def test_each_pass_of_the_protocol_is_compared():
+    assert set(self_check.PASSES) == set(METHODS)
 
 
 @needs_triton
