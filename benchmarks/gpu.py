@@ -173,7 +173,8 @@ def main() -> None:
         data = json.loads(options.output.read_text())
         if data.get("setting") != setting:
             raise SystemExit(
-                f"{options.output}: was measured with {data['setting']}, now: {setting}. Name another file."
+                f"{options.output}: was measured with another setting: {data.get('setting')}\nnow: {setting}\n"
+                f"Name another file with --output, or remove this one."
             )
     end = time.perf_counter() + 60 * options.minutes
     for step in steps(options):

@@ -3,7 +3,8 @@
 The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
 part in them. What a result may differ by follows from its dtype (`allowed`).
 
-The Triton kernels are checked before their first use with each device, dtype and layout (`is_trusted`).
+The Triton kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes some
+milliseconds once the thirty variants of kernels that it needs are compiled, which Triton keeps on disk.
 """
 
 import math
