@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bench import create, ratio_texts
 from sphereify import export, sphereify
 
 BATCHES = (1, 8)
@@ -22,22 +22,23 @@ TURN = 0.05
 def rows(options: argparse.Namespace) -> Iterator[list[str]]:
     """For each network, variant and batch size: milliseconds, and the ratio to the original."""
     for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            files = written(name, options, Path(folder))
-            for batch in BATCHES:
-                runs = {key: runner(path, batch, options) for key, path in files.items()}
-                seconds = race(runs, options.rounds)
-                for key, times in seconds.items():
-                    quotients = [a / b for a, b in zip(times, seconds["original"], strict=True)]
-                    low, middle, high = statistics.quantiles(quotients, n=4)
-                    ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-                    yield [name, key, str(batch), f"{statistics.median(times) * 1e3:.2f}", ratio]
+        for batch, seconds in races(name, options):
+            found = ratio_texts(seconds, "original")
+            for key, times in seconds.items():
+                yield [name, key, str(batch), f"{statistics.median(times) * 1e3:.2f}", found[key]]
+
+
+def races(name: str, options: argparse.Namespace) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """For each batch size the seconds of each variant of a network in each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = written(name, options, Path(folder))
+        for batch in BATCHES:
+            yield batch, race({key: runner(path, batch, options) for key, path in files.items()}, options.rounds)
 
 
 def written(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """The files of the original and of each variant, which take any batch size."""
-    torch.manual_seed(0)
-    original = as_trained(timm.create_model(name).eval())
+    original = as_trained(create(name, options.size).eval())
     x = torch.randn(2, 3, options.size, options.size)
     files = {"original": folder / "original.onnx"}
     torch.onnx.export(

@@ -1,9 +1,14 @@
 """The cost of a converted network, as ratios to its original: time, memory, and what the hardware allows.
 
-    python -m benchmarks.speed                                             # on the CPU
+    python -m benchmarks.speed --json speed.json                           # the table of five networks, on the CPU
+    python -m benchmarks.speed --models resnet18 --columns training folded
     python -m benchmarks.speed --device cuda --dtype bfloat16 --batch 256  # on a GPU
     python -m benchmarks.speed --parts training --models resnet50 --compile
-    python -m benchmarks.speed --parts onnx --models resnet18 vit_tiny_patch16_224 --json speed.json
+    python -m benchmarks.speed --parts layers inference memory roofline onnx
+
+The table has a row for each network and a column for each way of running it (`columns`). With --json it is written
+after each cell, and a call with the same setting measures what the file lacks. The other parts each show one thing in
+detail.
 
 All variants take turns within one process, so that a busy machine slows each of them alike. A ratio is the median over
 the rounds of the ratio within a round; in brackets the quartiles.
@@ -11,30 +16,23 @@ the rounds of the ratio within a round; in brackets the quartiles.
 
 import argparse
 import copy
-import itertools
-import json
-import math
 import multiprocessing
 import re
 import statistics
-import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from benchmarks import exported
-from sphereify import fold, param_groups, sphereify
-from sphereify.convert.graph import read_graph
-from sphereify.convert.rewrite import without_norm
+from benchmarks import columns, exported
+from benchmarks.bench import Bench, create, made_naive, networks, ratio_texts, saved_bytes, with_norms_folded
+from benchmarks.record import Record
+from sphereify import fold, sphereify
 from sphereify.nn import SphereConv2d, SphereLinear
 
-PARTS = ("layers", "training", "inference", "memory", "roofline", "onnx")
+PARTS = ("table", "layers", "training", "inference", "memory", "roofline", "onnx")
+MODELS = ("resnet18", "resnet50", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_100")
 LAYERS = {
     "7×7 stride 2, 3→64, 224": (nn.Conv2d(3, 64, 7, 2, 3, bias=False), (3, 224, 224)),
     "3×3, 64→64, 56": (nn.Conv2d(64, 64, 3, 1, 1, bias=False), (64, 56, 56)),
@@ -46,115 +44,6 @@ LAYERS = {
     "depthwise 7×7, 96, 28": (nn.Conv2d(96, 96, 7, 1, 3, groups=96, bias=False), (96, 28, 28)),
     "linear, 192→768, 197 tokens": (nn.Linear(192, 768, bias=False), (197, 192)),
 }
-
-
-def naive(layer: SphereConv2d, x: Tensor) -> Tensor:
-    """SphereConv left to autograd: a dense convolution with ones for the patch norms, one operation after another."""
-    geometry = (layer.stride, layer.padding, layer.dilation)
-    ones = torch.ones_like(layer.weight[:1])
-    length = (F.conv2d(x * x, ones, None, *geometry) + layer.eps).sqrt()
-    filters = layer.weight / (layer.weight.square().sum((1, 2, 3), keepdim=True) + layer.eps).sqrt()
-    cos = (F.conv2d(x, filters, None, *geometry) / length).clamp(-1 + 1e-6, 1 - 1e-6)
-    name, k = layer.operator.name, getattr(layer.operator, "k", None)
-    if name == "cosine":
-        return cos
-    theta = cos.acos()
-    if name == "linear":
-        return 1 - theta * (2 / math.pi)
-    return ((math.pi / 2 - theta) / (2 * k)).tanh() / math.tanh(math.pi / (4 * k))
-
-
-def made_naive(converted: nn.Module) -> nn.Module:
-    network = copy.deepcopy(converted)
-    for layer in network.modules():
-        if isinstance(layer, SphereConv2d) and layer.groups == 1:
-            layer.forward = types.MethodType(naive, layer)  # type: ignore[method-assign]
-    return network
-
-
-def with_norms_folded(model: nn.Module) -> nn.Module:
-    """The plain network with each BatchNorm folded into the convolution before it, as torch does it."""
-    fused = copy.deepcopy(model).eval()
-    for site in read_graph(fused).sites:
-        norm = fused.get_submodule(site.norm) if site.norm and site.owns_norm else None
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            fused.set_submodule(site.name, fuse_conv_bn_eval(site.module, norm))
-            fused.set_submodule(site.norm, without_norm(norm))
-    return fused
-
-
-class Bench:
-    """The device, the dtype and the inputs that all measurements share."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.device = torch.device(options.device)
-        self.dtype = getattr(torch, options.dtype)
-        self.layout = torch.contiguous_format if options.contiguous else torch.channels_last
-
-    def images(self, shape: tuple[int, ...]) -> Tensor:
-        x = torch.randn(self.options.batch, *shape, device=self.device)
-        return x.to(memory_format=self.layout) if x.dim() == 4 else x
-
-    def placed(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device).to(memory_format=self.layout)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-
-    def step(self, network: nn.Module) -> Callable[[], None]:
-        """A training step: forward, loss, backward, SGD."""
-        network = self.placed(network).train()
-        x = self.images((3, self.options.size, self.options.size))
-        classes = torch.arange(len(x), device=self.device) % 10
-        groups = param_groups(network, weight_decay=1e-4)
-        optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
-        run = torch.compile(network) if self.options.compile else network
-
-        def step() -> None:
-            with self.autocast():
-                loss = F.cross_entropy(run(x).float(), classes)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        return step
-
-    def inference(self, network: nn.Module, compiled: bool) -> Callable[[], None]:
-        network = self.placed(network).eval()
-        x = self.images((3, self.options.size, self.options.size))
-        run = torch.compile(network) if compiled else network
-
-        def infer() -> None:
-            with torch.inference_mode(), self.autocast():
-                run(x)
-
-        return infer
-
-    def race(self, variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        """Seconds of each task in each round; the first two rounds warm up."""
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(rounds + 2):
-            for name, run in variants.items():
-                self.wait()
-                began = time.perf_counter()
-                run()
-                self.wait()
-                seconds[name].append(time.perf_counter() - began)
-        return {name: found[2:] for name, found in seconds.items()}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, str]:
-    found = {}
-    for name, times in seconds.items():
-        quotients = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
-        low, middle, high = statistics.quantiles(quotients, n=4)
-        found[name] = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-    return found
 
 
 def table(title: str, header: list[str], rows: Iterator[list[str]]) -> list[dict[str, object]]:
@@ -194,23 +83,9 @@ def layers(bench: Bench) -> Iterator[list[str]]:
 
         seconds = bench.race({key: (lambda layer=layer: both(layer)) for key, layer in variants.items()},  # type: ignore[misc]
                              bench.options.rounds)  # fmt: skip
-        found = ratios(seconds, "plain")
+        found = ratio_texts(seconds, "plain")
         yield [name, f"{statistics.median(seconds['plain']) * 1e3:.2f}",
                *(found.get(key, "") for key in (*bench.options.operators, "naive"))]  # fmt: skip
-
-
-def networks(bench: Bench, name: str) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    original = timm.create_model(name)
-    made: dict[str, nn.Module] = {"original": original}
-    for operator in bench.options.operators:
-        made[operator] = sphereify(original, operator=operator)
-    if bench.options.radius:
-        made["cosine, radius"] = sphereify(original, operator="cosine", radius=bench.options.radius)
-    made["naive (cosine)"] = made_naive(made["cosine"])
-    if any(isinstance(module, nn.BatchNorm2d) for module in original.modules()):
-        made["SphereNorm"] = sphereify(original, operator="cosine", norm="replace")
-    return made
 
 
 def training(bench: Bench) -> Iterator[list[str]]:
@@ -219,16 +94,15 @@ def training(bench: Bench) -> Iterator[list[str]]:
         if bench.options.compile:
             made.pop("naive (cosine)")
         seconds = bench.race({key: bench.step(network) for key, network in made.items()}, bench.options.rounds)
-        found = ratios(seconds, "original")
+        found = ratio_texts(seconds, "original")
         yield [name, f"{statistics.median(seconds['original']) * 1e3:.0f}",
                *(found.get(key, "") for key in (*bench.options.operators, "naive (cosine)", "SphereNorm")),
-               ratios(seconds, "cosine").get("cosine, radius", "")]  # fmt: skip
+               ratio_texts(seconds, "cosine").get("cosine, radius", "")]  # fmt: skip
 
 
 def inference(bench: Bench) -> Iterator[list[str]]:
     for name in bench.options.models:
-        torch.manual_seed(0)
-        original = timm.create_model(name).eval()
+        original = create(name, bench.options.size).eval()
         variants = {"original": original, "original, BatchNorm folded": with_norms_folded(original)}
         for operator in bench.options.operators:
             converted = sphereify(original, operator=operator)
@@ -236,26 +110,8 @@ def inference(bench: Bench) -> Iterator[list[str]]:
         runs = {key: bench.inference(network, bench.options.compile) for key, network in variants.items()}
         seconds = bench.race(runs, bench.options.rounds)
         for key in variants:
-            yield [name, key, f"{statistics.median(seconds[key]) * 1e3:.1f}", ratios(seconds, "original")[key],
-                   ratios(seconds, "original, BatchNorm folded")[key]]  # fmt: skip
-
-
-def saved_bytes(bench: Bench, network: nn.Module) -> int:
-    """Bytes that autograd keeps of a forward for the backward, without parameters."""
-    network = bench.placed(network).train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(network.parameters(), network.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), bench.autocast():
-        output = network(bench.images((3, bench.options.size, bench.options.size)))
-    del output
-    return sum(kept.values())
+            yield [name, key, f"{statistics.median(seconds[key]) * 1e3:.1f}", ratio_texts(seconds, "original")[key],
+                   ratio_texts(seconds, "original, BatchNorm folded")[key]]  # fmt: skip
 
 
 def _peak(options: argparse.Namespace, name: str, variant: str) -> float:
@@ -293,8 +149,7 @@ def roofline(bench: Bench) -> Iterator[list[str]]:
     copies = bench.race({"copy": lambda: other.copy_(block)}, 5)["copy"]  # type: ignore[dict-item]
     bandwidth = 2 * block.nbytes / min(copies)
     for name in bench.options.models:
-        torch.manual_seed(0)
-        original = timm.create_model(name)
+        original = create(name, bench.options.size)
         moved, flops = [], []
 
         def note(
@@ -324,9 +179,10 @@ def onnx(bench: Bench) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", default=["resnet18"],
-                        help="of timm; usual: resnet18 resnet50 convnext_atto vit_tiny_patch16_224")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["table"])
+    parser.add_argument("--columns", nargs="+", choices=list(columns.JOBS), default=list(columns.JOBS),
+                        help="of the table")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"of timm; default: {' '.join(MODELS)}")
     parser.add_argument("--operators", nargs="+", default=["cosine", "linear", "sigmoid"])
     parser.add_argument("--radius", type=float, default=0.0, help="time the cosine with this pooled radius as well")
     parser.add_argument("--device", default="cpu")
@@ -335,17 +191,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--contiguous", action="store_true", help="instead of channels_last")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all networks")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all networks of the other parts")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime; more than 1 needs a quiet machine")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file as well, and take up what it has")
     options = parser.parse_args()
     if "cosine" not in options.operators:
         options.operators.insert(0, "cosine")
     bench = Bench(options)
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    layout = ("contiguous" if options.contiguous else "channels_last") + (", compiled" if options.compile else "")
-    where = f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} px"
+    where = setting(bench)
     print(where)
+    record = Record(options.json, where)
     operators = list(options.operators)
     headers = {
         "layers": ["layer", "plain, ms", *operators, "naive cosine"],
@@ -355,11 +210,25 @@ def main() -> None:
         "roofline": ["roofline", "GFLOP", "GFLOP/s reached", "extra GB", "GB/s of a copy", "original, ms", "allowed"],
         "onnx": ["ONNX Runtime", "variant", "batch", "ms", "to the original"],
     }
-    found: dict[str, object] = {"setting": where}
     for part in options.parts:
-        found[part] = table("ONNX" if part == "onnx" else part.capitalize(), headers[part], globals()[part](bench))
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+        if part == "table":
+            columns.measure(bench, options.columns, record)
+        else:
+            title = "ONNX" if part == "onnx" else part.capitalize()
+            record.put_part(part, table(title, headers[part], globals()[part](bench)))
+
+
+def setting(bench: Bench) -> str:
+    """What the numbers depend on beside the networks."""
+    options = bench.options
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    layout = ("contiguous" if options.contiguous else "channels_last") + (", compiled" if options.compile else "")
+    runtime = f"ONNX Runtime with {options.threads} thread{'s' * (options.threads > 1)}"
+    return (
+        f"torch {torch.__version__}, {device}, {options.dtype}, {layout}, batch {options.batch}, {options.size} px, "
+        f"{', '.join(options.operators)}{f', radius {options.radius:g}' if options.radius else ''}, "
+        f"{options.rounds} rounds, {runtime}"
+    )
 
 
 if __name__ == "__main__":

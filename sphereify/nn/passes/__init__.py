@@ -1,6 +1,6 @@
 """The passes around the products of an angular map, which `protocol` defines and four modules make.
 
-`reference` works everywhere, `cpu` is faster in eager mode on a CPU, `compiled` in training there, and `triton` on CUDA.
+`reference` works everywhere; in eager mode `cpu` is faster on a CPU, `compiled` in training on one, `triton` on CUDA.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sphereify.nn.geometry import Projection
-from sphereify.nn.passes import compiled, cpu, reference, triton
+from sphereify.nn.passes import compiled, cpu, reference, self_check, triton
 from sphereify.nn.passes.protocol import Passes
 from sphereify.nn.precision import runs_eagerly
 
@@ -26,7 +26,8 @@ def with_passes(
 ) -> Result:
     """method(passes, x, weight, projection, *arguments) with the fastest passes for these tensors.
 
-    Where a pass cannot be compiled or launched, a warning says so once, and the other passes serve from then on.
+    Where a pass cannot be compiled or launched, or a kernel disagrees with the reference, a warning says so once, and
+    the other passes serve from then on.
 
     Args:
         training: a gradient is recorded or computed, so that it may pay to compile passes.
@@ -35,7 +36,8 @@ def with_passes(
         return method(reference, x, weight, projection, *arguments)
     if triton.usable(x, weight, projection):
         try:
-            return method(triton, x, weight, projection, *arguments)
+            if self_check.is_trusted(x, weight, projection):
+                return method(triton, x, weight, projection, *arguments)
         except triton.KernelFailure as failure:
             triton.give_up(failure)
     if training and compiled.usable(x, weight, projection):

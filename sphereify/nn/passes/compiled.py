@@ -81,12 +81,20 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     )
 
 
+def state() -> str:
+    """Whether curves are compiled in this process, in words."""
+    if not _Switch.on:
+        return "switched off (SPHEREIFY_COMPILED_PASSES)"
+    return "in use in training on the CPU" if _has_compiler() else "not used without a C++ compiler"
+
+
 def give_up(failure: CompilerFailure) -> None:
     """Warn that a pass could not be compiled, after which none is `usable` in this process."""
     _Switch.failed = True
+    cause = failure.__cause__ or failure
     warnings.warn(
         f"The pass {failure} could not be compiled, so this process trains on the CPU with the slower passes in ATen "
-        f"({first_line(failure.__cause__)}). SPHEREIFY_COMPILED_PASSES=0 in the environment leaves the attempt out.",
+        f"({first_line(cause)}). SPHEREIFY_COMPILED_PASSES=0 in the environment leaves the attempt out.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,6 +1,7 @@
 """The passes as Triton kernels: for CUDA, or anywhere in Triton's interpreter.
 
-When a kernel cannot be compiled or launched, the process warns once and stays with the other passes (`with_passes`).
+When a kernel cannot be compiled or launched, or computes something else than the reference (`self_check`), the process
+warns once and stays with the other passes (`with_passes`).
 SPHEREIFY_KERNELS=0 in the environment, or `enabled(False)`, switches the kernels off.
 
 Triton itself is imported with the first launch.
@@ -9,9 +10,10 @@ Triton itself is imported with the first launch.
 import importlib.util
 import math
 import os
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ LARGEST = 2**29
 
 
 class KernelFailure(RuntimeError):
-    """A kernel could not be compiled or launched; the cause is attached."""
+    """A kernel could not be compiled or launched, or its results are wrong; the cause is attached."""
 
 
 # ---- When they are used
@@ -62,6 +64,11 @@ class enabled:
 
     def __exit__(self, *_: object) -> None:
         _Switch.on = self._before
+
+
+def serves(device: torch.device) -> bool:
+    """True if tensors on this device may be given to the kernels: they are switched on, and Triton can run them."""
+    return _Switch.on and (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _has_triton()
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
@@ -408,9 +415,29 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+class _Launched(threading.local):
+    names: list[str] | None = None
+
+
+_launched = _Launched()
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """The names of the kernels that this thread launches inside `with`."""
+    names: list[str] = []
+    _launched.names = names
+    try:
+        yield names
+    finally:
+        _launched.names = None
+
+
 def _launch(name: str, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first tensor; `KernelFailure` where that cannot be."""
     device = args[0].device
+    if _launched.names is not None:
+        _launched.names.append(name)
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             # Said aloud, because Triton 3.9 warns about its default.

@@ -36,9 +36,9 @@ INTERPRETED = ["1", *["0"] * torch.cuda.is_available()]
 """Values of TRITON_INTERPRET under which the kernels can run here."""
 
 
-def run_kernels(selection, interpreted):
+def run_kernels(selection, interpreted, file="kernels_against_reference.py"):
     """The tests of the kernels whose names fit, in a process of their own."""
-    here = "tests/nn/passes/kernels_against_reference.py"
+    here = f"tests/nn/passes/{file}"
     run("-m", "pytest", "-p", "no:cacheprovider", here, "-k", selection, TRITON_INTERPRET=interpreted)
 
 

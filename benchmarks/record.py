@@ -1,0 +1,45 @@
+"""The numbers of a benchmark in a JSON file, written after each cell: an interrupted run can be read, and resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sphereify.files import write_text
+
+Cell = dict[str, Any]
+
+
+class Record:
+    """The setting of a run, and its cells by network and column; without a path it is not written."""
+
+    def __init__(self, path: Path | None, setting: str):
+        self.path = path
+        self.data: dict[str, Any] = {"setting": setting}
+        if path is not None and path.exists():
+            before = json.loads(path.read_text())
+            if before.get("setting") != setting:
+                raise SystemExit(
+                    f"{path}: was measured with another setting: {before.get('setting')}\nnow: {setting}\n"
+                    f"Name another file with --json, or remove this one."
+                )
+            self.data = before
+
+    def cells(self, network: str) -> dict[str, Cell]:
+        return self.data.setdefault("networks", {}).setdefault(network, {})
+
+    def has(self, network: str, columns: tuple[str, ...]) -> bool:
+        """True if these columns are measured; what failed is not."""
+        cells = self.cells(network)
+        return all(column in cells and "error" not in cells[column] for column in columns)
+
+    def put(self, network: str, column: str, cell: Cell) -> None:
+        self.cells(network)[column] = cell
+        self.write()
+
+    def put_part(self, part: str, rows: Any) -> None:
+        self.data[part] = rows
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            write_text(self.path, json.dumps(self.data, indent=2, ensure_ascii=False) + "\n")

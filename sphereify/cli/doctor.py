@@ -1,0 +1,70 @@
+"""The command doctor."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sphereify.doctor import Examination, PassReport
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
+) -> None:
+    """Examine this machine: which fast paths are usable, whether each computes what the reference does, how fast."""
+    from sphereify.doctor import examine
+    from sphereify.errors import SphereifyError
+
+    found = examine()
+    if json:
+        _print_json(found)
+    else:
+        _print(found)
+    if found.wrong:
+        names = ", ".join(f"{report.maker} {report.name} on {report.device}" for report in found.wrong)
+        raise SphereifyError(
+            f"wrong results: {names}. Layers check the kernels of Triton before they use them, and go on without them "
+            f"where these are wrong; SPHEREIFY_KERNELS=0 in the environment switches them off."
+        )
+
+
+def _print_json(found: "Examination") -> None:
+    import json
+    import math
+    from dataclasses import asdict
+
+    data = asdict(found)
+    for report in data["passes"]:  # JSON has no infinity
+        report["deviation"] = report["deviation"] if math.isfinite(report["deviation"]) else None
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _print(found: "Examination") -> None:
+    from rich.text import Text
+
+    from sphereify.doctor import TIMED_DTYPES
+    from sphereify.terminal import add_row, console, say, text_table
+
+    out = console()
+    table = text_table()
+    for row in found.environment.items():
+        add_row(table, *row)
+    out.print(table)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in TIMED_DTYPES]
+    table = text_table("maker", "device", "pass", "agrees", "deviation", "allowed", "most in",
+                       *(f"{dtype}, µs" for dtype in dtypes))  # fmt: skip
+    for report in found.passes:
+        agrees = Text("yes", "green") if report.agrees else Text("no", "red")
+        times = (f"{report.microseconds[dtype]:,.0f}" if dtype in report.microseconds else "" for dtype in dtypes)
+        add_row(table, report.maker, report.device, report.name, agrees, *_deviation(report), *times)
+    out.print(table)
+    say(out, "deviation: from the reference in float64, as a share of the largest value; allowed: by rounding", "dim")
+    say(out, f"times: {found.timed}; median of single calls", "dim")
+    if not found.wrong:
+        say(out, "all passes agree with the reference", "bold")
+
+
+def _deviation(report: "PassReport") -> tuple[str, str, str]:
+    if report.error:
+        return "", "", report.error
+    return f"{report.deviation:.1e}", f"{report.allowed:.1e}", report.where
