@@ -137,7 +137,7 @@ class FoldedLayer(nn.Module):
             return self.operator(cos)  # type: ignore[no-any-return]
         if self.curve == "cosine":
             return cos
-        angle = cos.asin_()
+        angle = onnx_layers.arcsin(cos) if is_traced_for_onnx() else cos.asin_()
         if self.sharpness is None:
             return angle
         sharpness = cast(self.sharpness, angle.dtype)

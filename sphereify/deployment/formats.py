@@ -114,6 +114,22 @@ def _compute_constants(model: Any) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
     )(model)
+    _halve_gelu_last(model)
+
+
+def _halve_gelu_last(model: Any) -> None:
+    """Write x·(½·(1 + erf)) as ½·(x·(1 + erf)), the form of a GELU that ONNX Runtime fuses; older opsets have none."""
+    for outer in model.graph:
+        inner = outer.inputs[1].producer() if outer.op_type == "Mul" and outer.inputs[1] is not None else None
+        if inner is None or inner.op_type != "Mul" or len(inner.outputs[0].uses()) != 1:
+            continue
+        above = inner.inputs[1].producer()
+        erf = above.inputs[0].producer() if above is not None and above.op_type == "Add" else None
+        half = inner.inputs[0].const_value
+        if erf is not None and erf.op_type == "Erf" and half is not None and half.size == 1:
+            x, half = outer.inputs[0], inner.inputs[0]
+            inner.replace_input_with(0, x)
+            outer.replace_input_with(0, half)
 
 
 class TorchExport:

@@ -19,7 +19,7 @@ from sphereify.deployment.exporting import export
 from sphereify.deployment.formats import FORMATS, TorchExport
 from sphereify.deployment.options import ExportOptions
 from sphereify.errors import ArgumentTypeError, ExportError, UnsupportedModelError, UsageError
-from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
+from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from tests.convert.models import OwnWeight, Power, conv, images, plain
 from tests.deployment.networks import assert_standard, scrambled, without
 
@@ -171,7 +171,28 @@ def test_the_runtime_fuses_activations_and_residuals_as_it_does_in_the_original(
     operators = as_run(tmp_path / "m.onnx")
     if "ReorderInput" not in operators:
         pytest.skip("this processor has no layout of its own in ONNX Runtime")
-    assert operators["Relu"] == operators["Add"] - 1 == 0  # the one addition is that of ε, to one channel
+    assert operators["Relu"] == 0
+    assert operators["Add"] == 3  # those of ε, to one channel of each angular layer
+
+
+def test_arcsin_of_zero_is_zero_and_of_a_rounded_one_a_number(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Sequential(SphereLinear(4, 6, bias=False, operator="linear")).eval()
+    x = torch.cat([torch.zeros(1, 4), 1e4 * layer[0].weight.detach(), -1e4 * layer[0].weight.detach()])
+    export(layer, tmp_path / "m.onnx", x)
+    outputs = run_onnx(tmp_path / "m.onnx", x)
+    assert torch.equal(outputs[0], layer(x[:1]).detach()[0])
+    torch.testing.assert_close(outputs, layer(x).detach(), atol=1e-3, rtol=0)  # near ±1 the slope has no bound
+
+
+def test_a_gelu_is_one_operation_of_the_runtime(tmp_path):
+    torch.manual_seed(0)
+    model = scrambled(sphereify(nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 3)), head="keep"))
+    x = torch.randn(5, 8)
+    export(model, tmp_path / "m.onnx", x)
+    assert_same(run_onnx(tmp_path / "m.onnx", x), model, x)
+    operators = as_run(tmp_path / "m.onnx")
+    assert "Erf" not in operators
 
 
 @pytest.mark.export
