@@ -5,7 +5,8 @@ says what is called, and which weights are passed to functions. Where neither re
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class ModelGraph:
     """The inputs of that pass in words."""
     left_out: tuple[str, ...] = ()
     """Arguments of the forward that default to None, where it is not clear what is called when they are given."""
+    elements: Mapping[str, int] = field(default_factory=dict)
+    """Weight -> elements of the inputs and outputs of its products in that pass."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -79,7 +82,7 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     order = facts.order if seen.error else seen.order
     inputs = "" if seen.error else described(seen.arguments, example_inputs)
     left_out = _left_out(facts, seen)
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, inputs, left_out)
+    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, inputs, left_out, seen.elements)
 
 
 def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:

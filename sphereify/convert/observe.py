@@ -55,6 +55,8 @@ class Observation:
     """Weights whose products are outputs, with nothing in between; in training, if that pass succeeded."""
     causal: dict[str, str] = field(default_factory=dict)
     """Weights of convolutions that are causal -> the sign of it."""
+    elements: dict[str, int] = field(default_factory=dict)
+    """Weight -> elements of the inputs and outputs of its convolutions and linear maps in one pass."""
     foreign: frozenset[str] = frozenset()
     """Weights whose product is scaled by a normalization along other channels than its filters."""
     by_values: bool = False
@@ -164,6 +166,7 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
         outputs=sum(1 for _ in tensors_in(output)),
         direct=provenance.direct(output),
         causal=watch.causality.causal,
+        elements=dict(seen.elements),
         foreign=frozenset(watch.channels.foreign),
     )
 

@@ -1,6 +1,7 @@
 """Watching a forward pass: each product with a parameter is noted, with the module whose forward makes it."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Sightings:
     """Parameter -> the first function that was called with it."""
     finished: set[str] = field(default_factory=set)
     """Modules whose forward came to its end."""
+    elements: Counter[str] = field(default_factory=Counter)
+    """Weight -> elements of the inputs and outputs of its convolutions and linear maps."""
 
 
 class Watch(TorchFunctionMode):
@@ -150,6 +153,7 @@ class Watch(TorchFunctionMode):
         function = FUNCTIONS.get(func) if weight else None
         call = function.read(args, kwargs) if function is not None else None
         if function is not None and call is not None:
+            self.sightings.elements[weight] += call.x.numel() + sum(t.numel() for t in tensors_in(result))
             self.channels.note_product(weight, len(call.weight), result, call.weight.dim() - 2)
             if function.kind.startswith("conv"):
                 self.causality.note_convolution(weight, call, result)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sphereify.deployment import onnx_layers
 from sphereify.deployment.onnx_layers import is_traced_for_onnx
 from sphereify.errors import UnsupportedModelError
+from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, resolve
 from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
 from sphereify.nn.layers import (
@@ -137,7 +138,10 @@ class FoldedLayer(nn.Module):
             return self.operator(cos)  # type: ignore[no-any-return]
         if self.curve == "cosine":
             return cos
-        angle = onnx_layers.arcsin(cos) if is_traced_for_onnx() else cos.asin_()
+        if is_traced_for_onnx():
+            angle = onnx_layers.arcsin(cos)
+        else:
+            angle = arcsin_in_right_angles(cos).mul(math.pi / 2) if is_fused(cos) else cos.asin_()
         if self.sharpness is None:
             return angle
         sharpness = cast(self.sharpness, angle.dtype)
