@@ -256,13 +256,23 @@ class _SphereMap(torch.autograd.Function):
 
 
 class _TransformableSphereMap(torch.autograd.Function):
-    """The same in the form that torch.func and torch.compile can transform."""
+    """The same in the form that torch.func and torch.compile can transform; they read the arguments' names."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return with_passes(_forward, *arguments)
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        projection: Projection | None,
+        k: float | Tensor | None,
+        beta: Tensor | None,
+        shift: Tensor | None,
+        radius: Radius,
+        curve: str,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        return with_passes(_forward, x, weight, projection, k, beta, shift, radius, curve, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
