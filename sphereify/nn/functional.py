@@ -248,11 +248,12 @@ class _SphereMap(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         output = with_passes(_forward, *arguments, training=True)
         _save(ctx, arguments, output)
+        ctx.set_materialize_grads(False)  # torch would fill tensors of zeros for the results that have no gradient
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        return _gradients(ctx, grad)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        return (None,) * len(ctx.needs_input_grad) if grad is None else _gradients(ctx, grad)
 
 
 class _TransformableSphereMap(torch.autograd.Function):

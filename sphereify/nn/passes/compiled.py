@@ -150,8 +150,8 @@ def curve_backward(
     d_dot, radial = torch.empty_like(g), view.empty_patches(g) if needed[0] else None
     filters = values.shape[1:3]
     by_k = torch.empty_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
-    by_beta = None if beta is None else torch.empty(filters, dtype=beta.dtype)
-    by_shift = None if shift_dtype is None else torch.empty(filters, dtype=shift_dtype)
+    by_beta = None if beta is None else g.new_empty(filters, dtype=beta.dtype)
+    by_shift = None if shift_dtype is None else g.new_empty(filters, dtype=shift_dtype)
     _run(
         _curve_backward, view(grad), values, view.patches(norm), filters_k, filters_beta, view(d_dot),
         None if radial is None else view.patches(radial), by_k, by_beta, by_shift,
