@@ -98,7 +98,9 @@ def state() -> str:
         return "switched off (SPHEREIFY_COMPILED_PASSES)"
     if _Switch.failed:
         return "given up, since a curve could not be compiled"
-    return "in use in training on the CPU" if _has_compiler() else "not used without a C++ compiler"
+    if not _has_compiler():
+        return "not used without the C++ compiler that torch.compile takes (CXX, or g++)"
+    return "in use in training on the CPU"
 
 
 def give_up(failure: CompilerFailure) -> None:
