@@ -228,7 +228,8 @@ def _sphere_map(*arguments: Any) -> Tensor:
     """
     if in_forward_mode():
         return reference.composed(*arguments)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_transform():
+    needs_function = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform()
+    if torch._C._get_tracing_state() or not needs_function:  # torch.jit.trace cannot look into a Function
         return with_passes(_forward, *arguments)[0]
     return _function().apply(*arguments)[0]  # type: ignore[no-any-return]
 

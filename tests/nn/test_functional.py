@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.nn.layers import SphereConv2d
 from sphereify.nn.operators import make_operator
 from tests.nn import oracle
 from tests.nn.oracle import normal
@@ -254,6 +255,16 @@ def test_gradients_of_a_batch_of_upstream_gradients_equal_a_loop(groups, name):
     each = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in upstream]
     for one, expected in zip(got, zip(*each, strict=True), strict=True):
         torch.testing.assert_close(one, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_torch_jit_trace_records_operations_that_can_be_saved(grad, tmp_path):
+    layer, x = SphereConv2d(3, 4, 3, operator="linear"), torch.randn(2, 3, 6, 6)
+    with torch.set_grad_enabled(grad):
+        torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(x), layer(x))
 
 
 class NoGradient(torch.autograd.Function):
