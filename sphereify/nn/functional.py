@@ -228,7 +228,8 @@ def _sphere_map(*arguments: Any) -> Tensor:
     """
     if in_forward_mode():
         return reference.composed(*arguments)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_transform():
+    needs_function = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform()
+    if torch._C._get_tracing_state() or not needs_function:  # torch.jit.trace cannot look into a Function
         return with_passes(_forward, *arguments)[0]
     return _function().apply(*arguments)[0]  # type: ignore[no-any-return]
 
@@ -248,11 +249,12 @@ class _SphereMap(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         output = with_passes(_forward, *arguments, training=True)
         _save(ctx, arguments, output)
+        ctx.set_materialize_grads(False)  # torch would fill tensors of zeros for the results that have no gradient
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        return _gradients(ctx, grad)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        return (None,) * len(ctx.needs_input_grad) if grad is None else _gradients(ctx, grad)
 
 
 class _TransformableSphereMap(torch.autograd.Function):

@@ -108,13 +108,18 @@ def project_backward(
     """The gradients of x and of the filters from that of `project`; None for one that is not `needed`."""
     if projection is None:
         grad_x = grad @ filters if needed[0] else None
-        return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if needed[1] else None
+        return grad_x, _rows(grad).t() @ _rows(x) if needed[1] else None
     stride, padding, dilation, groups = projection
     zeros, mask = [0] * len(stride), (needed[0], needed[1], False)
     grads = torch.ops.aten.convolution_backward(
         grad, x, filters, None, stride, padding, dilation, False, zeros, groups, mask
     )
     return grads[0], grads[1]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(*, C) -> (N, C); `flatten` has no rule for gradients in a batch."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 # ---- Sums over windows

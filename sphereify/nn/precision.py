@@ -102,8 +102,15 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """True if a tensor has plain numbers in memory: it is of no subclass and not wrapped by torch.func."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """True if a tensor has plain numbers in memory: it is of no subclass and not wrapped by torch.func or autograd.
+
+    Autograd wraps gradients that it computes for a batch at once: `is_grads_batched`, `jacobian(vectorize=True)`.
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
+from sphereify.nn.layers import SphereConv2d
 from sphereify.nn.operators import make_operator
 from tests.nn import oracle
 from tests.nn.oracle import normal
@@ -234,6 +236,87 @@ def test_gradient_of_what_is_trained_does_not_depend_on_what_is_frozen(dim, want
         assert (got is not None) == on
         if on:
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+def test_gradients_of_a_batch_of_upstream_gradients_equal_a_loop(groups, name):
+    beta = normal(4, seed=2).requires_grad_()
+    if groups:
+        x, weight = normal(2, 4, 5, 5), normal(4, 4 // groups, 3, 3, seed=1)
+        options = {"stride": 2, "padding": 1, "groups": groups}
+    else:
+        x, weight, options = normal(2, 3, 4), normal(4, 4, seed=1), {}
+    leaves = [x.requires_grad_(), weight.requires_grad_(), beta]
+    function = sphere_conv2d if groups else sphere_linear
+    y = function(x, weight, make_operator(name), beta=beta, **options)
+    upstream = normal(3, *y.shape, seed=3)
+    got = torch.autograd.grad(y, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in upstream]
+    for one, expected in zip(got, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_torch_jit_trace_records_operations_that_can_be_saved(grad, tmp_path):
+    layer, x = SphereConv2d(3, 4, 3, operator="linear"), torch.randn(2, 3, 6, 6)
+    with torch.set_grad_enabled(grad):
+        torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(x), layer(x))
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, with a backward that returns no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_comes_of_no_gradient():
+    x = normal(2, 4).requires_grad_()
+    y = sphere_linear(x, normal(3, 4, seed=1), make_operator("linear"), beta=normal(3, seed=2))
+    (NoGradient.apply(y).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_results_without_a_gradient_cost_no_zeros_in_the_backward():
+    x = normal(2, 4, 6, 6).requires_grad_()
+    y = sphere_conv2d(x, normal(7, 4, 3, 3, seed=1), make_operator("linear"), normal(7, seed=2), padding=1)
+    filled = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if "zero" in str(function) and isinstance(result, torch.Tensor):
+                filled.append(result.shape)
+            return result
+
+    with Watch():
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.shape not in filled
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_tensors_are_made_on_the_device_of_the_input_whatever_the_default_device_is(dim):
+    x, weight = normal(2, 4, *[4] * dim).requires_grad_(), normal(6, 4, *[2] * dim, seed=1).requires_grad_()
+    function = sphere_conv2d if dim else sphere_linear
+    operator, beta = make_operator("linear"), normal(6, seed=2)
+
+    def gradients():
+        return torch.autograd.grad(function(x, weight, operator, beta=beta).sum(), [x, weight])
+
+    expected = gradients()
+    with torch.device("meta"):
+        got = gradients()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 VMAPPED = {

@@ -9,7 +9,8 @@ seconds, or some tenths of a second where Inductor finds it in its cache on disk
 large tensors, so inference and small layers are served by `cpu`.
 
 SPHEREIFY_COMPILED_PASSES=0 in the environment, or `enabled(False)`, switches them off; without a C++ compiler they are
-off. When one cannot be compiled, the process warns once and stays with `cpu`.
+off, and where torch.compile is (TORCH_COMPILE_DISABLE=1, `torch.compiler.set_stance`). When one cannot be compiled, the
+process warns once and stays with `cpu`.
 """
 
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from sphereify.errors import first_line
 from sphereify.nn.geometry import Projection
@@ -76,16 +78,29 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         _Switch.on
         and not _Switch.failed
         and cpu.usable(x, weight, projection)
-        and torch._C._len_torch_dispatch_stack() == 0  # a mode that counts or fakes operations sees none of these
+        and not _is_watched()
         and _has_compiler()
     )
+
+
+def _is_watched() -> bool:
+    """True inside a mode that counts, records or fakes operations: it would see none of these, or be compiled itself.
+
+    A default device is a mode, too, which does not matter: no tensor is made in what is compiled.
+    """
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return torch._C._len_torch_dispatch_stack() > 0 or any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def state() -> str:
     """Whether curves are compiled in this process, in words."""
     if not _Switch.on:
         return "switched off (SPHEREIFY_COMPILED_PASSES)"
-    return "in use in training on the CPU" if _has_compiler() else "not used without a C++ compiler"
+    if _Switch.failed:
+        return "given up, since a curve could not be compiled"
+    if not _has_compiler():
+        return "not used without the C++ compiler that torch.compile takes (CXX, or g++)"
+    return "in use in training on the CPU"
 
 
 def give_up(failure: CompilerFailure) -> None:
@@ -103,7 +118,8 @@ def give_up(failure: CompilerFailure) -> None:
 @cache
 def _has_compiler() -> bool:
     """True if Inductor can be expected to find a C++ compiler."""
-    return sys.platform != "win32" and any(map(shutil.which, [os.environ.get("CXX") or "g++", "clang++"]))
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return sys.platform != "win32" and shutil.which(os.environ.get("CXX") or usual) is not None
 
 
 # ---- The passes
@@ -150,8 +166,8 @@ def curve_backward(
     d_dot, radial = torch.empty_like(g), view.empty_patches(g) if needed[0] else None
     filters = values.shape[1:3]
     by_k = torch.empty_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
-    by_beta = None if beta is None else torch.empty(filters, dtype=beta.dtype)
-    by_shift = None if shift_dtype is None else torch.empty(filters, dtype=shift_dtype)
+    by_beta = None if beta is None else g.new_empty(filters, dtype=beta.dtype)
+    by_shift = None if shift_dtype is None else g.new_empty(filters, dtype=shift_dtype)
     _run(
         _curve_backward, view(grad), values, view.patches(norm), filters_k, filters_beta, view(d_dot),
         None if radial is None else view.patches(radial), by_k, by_beta, by_shift,
@@ -167,8 +183,20 @@ def curve_backward(
 
 
 def _pays(outputs: Tensor, curve: str) -> bool:
-    """True if it pays to compile the curve for a layer with these outputs."""
-    return curve != CosineOperator.name and outputs.numel() >= SMALLEST
+    """True if it pays to compile the curve for a layer with these outputs.
+
+    Without its compilation, which a user can forbid, a curve runs as it is written, slower than the blocks of `cpu`.
+    """
+    return curve != CosineOperator.name and outputs.numel() >= SMALLEST and _may_compile()
+
+
+def _may_compile() -> bool:
+    """False under TORCH_COMPILE_DISABLE=1, or inside any stance of `torch.compiler.set_stance` but the default one."""
+    try:
+        from torch._dynamo import config, eval_frame  # takes seconds to import, which only compiling is worth
+    except Exception as error:  # it makes the folder of Inductor's cache, for example
+        raise CompilerFailure("curve") from error
+    return not config.disable and eval_frame._stance.stance == "default"
 
 
 def _detached(values: Any) -> Any:
@@ -240,9 +268,8 @@ def _run(function: Callable[..., None], *arguments: Any, **constants: Any) -> No
         (argument.dtype, *(size == 1 for size in argument.shape)) if isinstance(argument, Tensor) else argument
         for argument in arguments
     )
-    compiled = _compiled(function, form, **constants)
     try:
-        compiled(*arguments)
+        _compiled(function, form, **constants)(*arguments)
     except Exception as error:
         raise CompilerFailure(function.__name__.strip("_")) from error
 

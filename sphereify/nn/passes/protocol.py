@@ -39,7 +39,7 @@ class CurveGradients(NamedTuple):
 
 
 class Passes(Protocol):
-    """The passes around the products of an angular map; the modules beside this one are three makers of it.
+    """The passes around the products of an angular map; four of the modules beside this one are its makers.
 
     Norms and sums are in fp32, or float64 for tensors in float64. Where `projection` is None, a tensor of filters'
     outputs is (*, O) and one of patches (*, 1); for a convolution they are (B, O, H', W') and (B, groups, H', W').

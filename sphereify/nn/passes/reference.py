@@ -36,7 +36,7 @@ def patch_norm(
     if groups == 1:
         squares = squares.sum(1, keepdim=True)
     elif squares.shape[1] > groups:
-        squares = squares.unflatten(1, (groups, -1)).sum(2)
+        squares = _grouped(squares, groups).sum(2)
     squares = box_sum(squares, kernel, projection)
     return (squares + (pool(squares, radius) + eps if is_pooled(radius) else eps)).sqrt()
 
@@ -156,8 +156,7 @@ def _by_patch(operation: Callable, outputs: Tensor, patches: Tensor, projection:
     """An elementwise operation between (B, O, H', W') and (B, groups, H', W')."""
     if projection is None or projection.groups == 1 or outputs.shape[1] == projection.groups:
         return operation(outputs, patches)
-    grouped = outputs.unflatten(1, (projection.groups, -1))
-    return operation(grouped, patches.unsqueeze(2)).flatten(1, 2)
+    return operation(_grouped(outputs, projection.groups), patches.unsqueeze(2)).reshape(outputs.shape)
 
 
 def _sum_filters(outputs: Tensor, projection: Projection | None) -> Tensor:
@@ -166,4 +165,9 @@ def _sum_filters(outputs: Tensor, projection: Projection | None) -> Tensor:
         return outputs.sum(-1, keepdim=True)
     if projection.groups == 1:
         return outputs.sum(1, keepdim=True)
-    return outputs.unflatten(1, (projection.groups, -1)).sum(2)
+    return _grouped(outputs, projection.groups).sum(2)
+
+
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    """(B, C, *space) -> (B, groups, C / groups, *space); `unflatten` has no rule for gradients in a batch."""
+    return tensor.reshape(tensor.shape[0], groups, tensor.shape[1] // groups, *tensor.shape[2:])

@@ -66,7 +66,8 @@ class View(NamedTuple):
     def empty_patches(self, like: Tensor) -> Tensor:
         """(B, groups, *space) for a tensor (B, C, *space), or (*, 1), in fp32 at least."""
         shape = (*like.shape[:-1], 1) if self.linear else (len(like), self.groups, *like.shape[2:])
-        return torch.empty(shape, dtype=accumulate_dtype(like.dtype), memory_format=self.memory_format(like.dim()))
+        layout = self.memory_format(like.dim())
+        return torch.empty(shape, dtype=accumulate_dtype(like.dtype), device=like.device, memory_format=layout)
 
     def of_filters(self, values: Any, dim: int) -> Any:
         """One value for each filter in the shape that broadcasts over a view of a tensor of `dim` dimensions.

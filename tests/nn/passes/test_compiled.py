@@ -1,9 +1,14 @@
 """The passes that Inductor compiles: what they compute, compiled and as they are written, and when they serve."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphereify.nn import arcsine
@@ -99,7 +104,37 @@ def test_training_on_large_tensors_alone_is_served(served, monkeypatch):
     assert len(served) == 2
 
 
-def test_a_pass_that_cannot_be_compiled_warns_once_and_the_blocks_serve(served, monkeypatch):
+class Counter(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.calls += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_modes_see_the_operations_of_the_passes(served):
+    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
+    with Counter() as counter:
+        step(x, weight)
+    assert counter.calls > 0
+    assert "curve" not in served  # the backward is one operation to a mode of this kind
+    served.clear()
+    with torch.device("cpu"):
+        step(x, weight)
+    assert served == ["curve", "curve_backward"]
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "fail_on_recompile", None])
+def test_nothing_is_compiled_where_the_user_forbids_it(served, stance):
+    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
+    disabled = torch._dynamo.config.patch(disable=True)  # as TORCH_COMPILE_DISABLE=1
+    with disabled if stance is None else torch.compiler.set_stance(stance):
+        step(x, weight)
+    assert not served
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_pass_that_cannot_be_compiled_warns_once_and_the_blocks_serve(served, early, monkeypatch):
     x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
     with compiled.enabled(False):
         expected = step(x, weight)
@@ -108,7 +143,7 @@ def test_a_pass_that_cannot_be_compiled_warns_once_and_the_blocks_serve(served, 
         def run(*arguments):
             raise RuntimeError("no compiler\nand more")
 
-        return run
+        return run() if early else run
 
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.warns(RuntimeWarning, match=r"pass curve .*RuntimeError: no compiler\).*SPHEREIFY_COMPILED_PASSES"):
@@ -117,6 +152,29 @@ def test_a_pass_that_cannot_be_compiled_warns_once_and_the_blocks_serve(served, 
     for got in (first, second):
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other)
+    assert "could not be compiled" in compiled.state()
+
+
+@pytest.mark.processes
+def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_training(tmp_path):
+    """torch makes the folder when it imports its compiler, so this needs a process of its own."""
+    file = tmp_path / "file"
+    file.touch()
+    code = """if True:
+        import torch
+        from sphereify.nn.functional import sphere_linear
+        from sphereify.nn.operators import LinearOperator
+        from sphereify.nn.passes import compiled
+
+        compiled.SMALLEST, compiled._has_compiler = 0, lambda: True
+        weight = torch.ones(2, 3).requires_grad_()
+        sphere_linear(torch.eye(3), weight, LinearOperator()).sum().backward()
+        print(compiled.state())
+    """
+    environment = os.environ | {"SPHEREIFY_COMPILED_PASSES": "1", "TORCHINDUCTOR_CACHE_DIR": str(file / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "given up, since a curve could not be compiled\n"
+    assert "Not a directory" in done.stderr
 
 
 # ---- Compiled
