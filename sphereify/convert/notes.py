@@ -64,7 +64,7 @@ def _depthwise_notes(graph: ModelGraph, decisions: list[Decision]) -> list[str]:
     if not depthwise:
         return []
     share = _elements(graph, depthwise) / (_elements(graph, converted) or 1)
-    time = f"about {share:.0%} of the time that all angles take" if share else "time"
+    time = f"about {share:.0%} of the time that all angles take" if share >= 0.005 else "time"
     return [
         f"{count(len(depthwise), 'depthwise convolution')}: angles to single channels cost a trained network accuracy, "
         f"and {time}; skip_depthwise keeps them"
