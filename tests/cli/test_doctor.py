@@ -14,7 +14,7 @@ from tests.cli.words import one_line
 def _quick(monkeypatch):
     """On the CPU alone, one dtype, one call each."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(triton._Switch, "on", True)
+    monkeypatch.setattr(triton._switch, "on", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
     monkeypatch.setattr(doctor, "TIMED", self_check.CASES[1])
@@ -83,7 +83,7 @@ def test_a_kernel_that_does_not_run_is_shown_with_the_reason(run, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda patch: patch.setattr(triton._Switch, "on", False), "kernels switched off"),
+        (lambda patch: patch.setattr(triton._switch, "on", False), "kernels switched off"),
         (lambda patch: patch.setenv("CC", "/nowhere/cc"), "C compiler none was found"),
         (lambda patch: patch.setenv("PATH", ""), "C++ compiler none was found"),
     ],

@@ -13,6 +13,7 @@ off, and where torch.compile is (TORCH_COMPILE_DISABLE=1, `torch.compiler.set_st
 process warns once and stays with `cpu`.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -36,6 +37,7 @@ from sphereify.nn.passes.cpu import patch_norm as patch_norm
 from sphereify.nn.passes.cpu import subtract_radial as subtract_radial
 from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.reference import rescaled
+from sphereify.nn.passes.switch import Switch
 from sphereify.nn.passes.views import View
 
 SMALLEST = 2**16
@@ -49,34 +51,15 @@ class CompilerFailure(RuntimeError):
 # ---- When they are used
 
 
-class _Switch:
-    on = os.environ.get("SPHEREIFY_COMPILED_PASSES", "1").lower() not in ("0", "off", "false", "no")
-    failed = False
-
-
-class enabled:
-    """Switch the compiled passes on or off for the process: from now on, or inside `with`.
-
-    >>> with enabled(False):
-    ...     pass  # blocks in ATen
-    """
-
-    def __init__(self, on: bool = True):
-        self._before = _Switch.on
-        _Switch.on = on
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        _Switch.on = self._before
+_switch = Switch("SPHEREIFY_COMPILED_PASSES")
+enabled = _switch.enabled
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     """True if these passes can serve an angular map of x and weight in training, where operations run eagerly."""
     return (
-        _Switch.on
-        and not _Switch.failed
+        _switch.on
+        and not _switch.failed
         and cpu.usable(x, weight, projection)
         and not _is_watched()
         and _has_compiler()
@@ -94,9 +77,9 @@ def _is_watched() -> bool:
 
 def state() -> str:
     """Whether curves are compiled in this process, in words."""
-    if not _Switch.on:
+    if not _switch.on:
         return "switched off (SPHEREIFY_COMPILED_PASSES)"
-    if _Switch.failed:
+    if _switch.failed:
         return "given up, since a curve could not be compiled"
     if not _has_compiler():
         return "not used without the C++ compiler that torch.compile takes (CXX, or g++)"
@@ -105,7 +88,7 @@ def state() -> str:
 
 def give_up(failure: CompilerFailure) -> None:
     """Warn that a pass could not be compiled, after which none is `usable` in this process."""
-    _Switch.failed = True
+    _switch.failed = True
     cause = failure.__cause__ or failure
     warnings.warn(
         f"The pass {failure} could not be compiled, so this process trains on the CPU with the slower passes in ATen "
@@ -284,4 +267,4 @@ def _compiled(function: Any, form: tuple, **constants: Any) -> Callable[..., Non
     return torch.compile(twin, dynamic=True, fullgraph=True)  # type: ignore[no-any-return]
 
 
-_numbers = iter(range(sys.maxsize))
+_numbers = itertools.count()

@@ -24,6 +24,7 @@ from torch import Tensor
 from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
 from sphereify.nn.passes.protocol import CurveGradients
+from sphereify.nn.passes.switch import Switch
 from sphereify.nn.precision import is_channels_last, runs_eagerly
 from sphereify.nn.radius import Radius, is_pooled, pool
 
@@ -43,32 +44,13 @@ class KernelFailure(RuntimeError):
 # ---- When they are used
 
 
-class _Switch:
-    on = os.environ.get("SPHEREIFY_KERNELS", "1").lower() not in ("0", "off", "false", "no")
-    failed = False
-
-
-class enabled:
-    """Switch the kernels on or off for the process: from now on, or inside `with`.
-
-    >>> with enabled(False):
-    ...     pass  # the reference in ATen
-    """
-
-    def __init__(self, on: bool = True):
-        self._before = _Switch.on
-        _Switch.on = on
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        _Switch.on = self._before
+_switch = Switch("SPHEREIFY_KERNELS")
+enabled = _switch.enabled
 
 
 def serves(device: torch.device) -> bool:
     """True if tensors on this device may be given to the kernels: they are switched on, and Triton can run them."""
-    return _Switch.on and (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _has_triton()
+    return _switch.on and (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _has_triton()
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
@@ -77,7 +59,7 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     They write to memory directly, so operations must run eagerly and tensors be dense: channels_last or contiguous for
     a convolution of up to two dimensions, contiguous for a linear map.
     """
-    if torch.compiler.is_compiling() or not _Switch.on or _Switch.failed:
+    if torch.compiler.is_compiling() or not _switch.on or _switch.failed:
         return False
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         return False
@@ -94,7 +76,7 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
 
 def give_up(failure: KernelFailure) -> None:
     """Warn that a kernel failed, after which none is `usable` in this process."""
-    _Switch.failed = True
+    _switch.failed = True
     warnings.warn(
         f"The Triton kernel {failure} failed, so this process goes on without kernels, slower: "
         f"{type(failure.__cause__).__name__}: {failure.__cause__}",

@@ -62,7 +62,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(kernels, "_launch", spy)
     yield names
-    assert not kernels._Switch.failed
+    assert not kernels._switch.failed
 
 
 def with_tiles(tile):
@@ -373,10 +373,10 @@ def test_kernel_that_fails_in_the_backward_leaves_the_reference_and_one_warning(
     expected = outcome(False, sphere_conv2d, x, weight, operator, upstream)
     monkeypatch.setattr(kernels._kernels(), "correct", None)
     with monkeypatch.context() as patch:
-        patch.setattr(kernels._Switch, "failed", False)
+        patch.setattr(kernels._switch, "failed", False)
         with pytest.warns(RuntimeWarning, match="kernel correct failed") as caught:
             got = outcome(True, sphere_conv2d, x, weight, operator, upstream)
-        assert kernels._Switch.failed
+        assert kernels._switch.failed
         again = outcome(True, sphere_conv2d, x, weight, operator, upstream)
     assert len(caught) == 1
     assert_all_close(got, expected, torch.float32)

@@ -41,7 +41,7 @@ OUTPUTS = {"normalize_rows": "unit", "square_sum": "out", "window_map": "out", "
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch):
     monkeypatch.setattr(self_check, "_trusted", set())
-    monkeypatch.setattr(kernels._Switch, "failed", False)
+    monkeypatch.setattr(kernels._switch, "failed", False)
 
 
 def outcome(x, weight, operator=None, function=sphere_conv2d, **how):

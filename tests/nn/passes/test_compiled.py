@@ -40,8 +40,8 @@ def as_written(patch):
     patch.setattr(compiled, "_compiled", compiled._compiled.__wrapped__)
     patch.setattr(compiled, "SMALLEST", 0)
     patch.setattr(compiled, "_has_compiler", lambda: True)
-    patch.setattr(compiled._Switch, "on", True)
-    patch.setattr(compiled._Switch, "failed", False)
+    patch.setattr(compiled._switch, "on", True)
+    patch.setattr(compiled._switch, "failed", False)
     return names
 
 
@@ -50,7 +50,7 @@ def compare(function, x, weight, operator, **options):
         names = as_written(patch)
         got = everything(function, x, weight, operator, **options)
         assert names == ([] if isinstance(operator, CosineOperator) else ["curve", "curve_backward"])
-        patch.setattr(compiled._Switch, "on", False)
+        patch.setattr(compiled._switch, "on", False)
         patch.setattr(cpu, "usable", lambda *_: False)
         expected = everything(function, x, weight, operator, **options)
     for one, other in zip(got, expected, strict=True):
@@ -202,7 +202,7 @@ def test_compiled_passes_equal_the_reference_in_float64_for_any_size(which, layo
         assert len(calls) == 2
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-5)
-    assert not compiled._Switch.failed
+    assert not compiled._switch.failed
 
 
 @pytest.mark.exhaustive

@@ -65,7 +65,7 @@ before = set(sys.modules)
 import sphereify.nn
 from sphereify.nn.passes import triton as kernels
 assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']
-print(kernels._Switch.on)
+print(kernels._switch.on)
 """
     assert run("-c", code, SPHEREIFY_KERNELS="0").strip() == "False"
 
@@ -75,8 +75,8 @@ def on_cpu(monkeypatch):
     """As if Triton were there and interpreted."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    monkeypatch.setattr(kernels._Switch, "failed", False)
-    monkeypatch.setattr(kernels._Switch, "on", True)
+    monkeypatch.setattr(kernels._switch, "failed", False)
+    monkeypatch.setattr(kernels._switch, "on", True)
 
 
 def usable(x=(1, 2, 4, 4), weight=(3, 2, 3, 3), dtype=torch.float32, projection=PLAIN, change=lambda x: x):
@@ -137,7 +137,7 @@ def test_switch_holds_until_the_end_of_a_with_or_from_now_on(on_cpu):
 @pytest.mark.triton
 @pytest.mark.parametrize(("value", "on"), [("off", "False"), ("1", "True")])
 def test_switch_in_the_environment(value, on):
-    code = "from sphereify.nn.passes import triton as kernels; print(kernels._Switch.on)"
+    code = "from sphereify.nn.passes import triton as kernels; print(kernels._switch.on)"
     assert run("-c", code, SPHEREIFY_KERNELS=value).strip() == on
 
 

@@ -1,0 +1,31 @@
+"""Whether a maker of passes serves in this process: switched by the environment or a caller, or given up."""
+
+import os
+from contextlib import AbstractContextManager, ExitStack
+
+
+class Switch:
+    """The switch of one maker.
+
+    Attributes:
+        on: False where the environment or a caller has switched the maker off.
+        failed: True once a pass could not be compiled or launched, or was wrong.
+    """
+
+    def __init__(self, variable: str):
+        """A switch that is on unless an environment variable of that name says 0, off, false or no."""
+        self.on = os.environ.get(variable, "1").lower() not in ("0", "off", "false", "no")
+        self.failed = False
+
+    def enabled(self, on: bool = True) -> AbstractContextManager:
+        """Switch the maker on or off for the process: from now on, or inside `with`.
+
+        >>> switch = Switch("SPHEREIFY_KERNELS")
+        >>> with switch.enabled(False):
+        ...     switch.on
+        False
+        """
+        until_then = ExitStack()
+        until_then.callback(setattr, self, "on", self.on)
+        self.on = on
+        return until_then
