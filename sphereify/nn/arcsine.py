@@ -65,13 +65,13 @@ def arcsin_in_right_angles(cos: Tensor) -> Tensor:
     """2/π·arcsin cos, to 1e-7, by the second form above; cos in [-1, 1], fp32."""
     size = cos.abs()
     root = (1 - size).sqrt()
-    q = _polynomial(_Q, size)
+    q = _polynomial(ARCSINE_IN_RIGHT_ANGLES, size)
     return torch.copysign(size + root * ((root - 1) - size * q), cos)
 
 
 def sine_of_right_angles(share: Tensor) -> Tensor:
     """sin(π/2·share), to 2e-7; share in [-1, 1], fp32."""
-    return share * _polynomial(_SINE, share * share)
+    return share * _polynomial(SINE_OF_RIGHT_ANGLES, share * share)
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
@@ -83,6 +83,7 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     return total + others[0]
 
 
-_Q = tuple(2 / math.pi * coefficient for coefficient in COEFFICIENTS[1:])
-_SINE = tuple((-1) ** i * (math.pi / 2) ** (2 * i + 1) / math.factorial(2 * i + 1) for i in range(7))
-"""Taylor's series; the first term left out is below 1e-9."""
+ARCSINE_IN_RIGHT_ANGLES = tuple(2 / math.pi * coefficient for coefficient in COEFFICIENTS[1:])
+"""Those of Q."""
+SINE_OF_RIGHT_ANGLES = tuple((-1) ** i * (math.pi / 2) ** (2 * i + 1) / math.factorial(2 * i + 1) for i in range(7))
+"""Taylor's series of sin(π/2·x)/x in x²; the first term left out is below 1e-9."""

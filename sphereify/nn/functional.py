@@ -247,7 +247,7 @@ class _SphereMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output = with_passes(_forward, *arguments, training=True)
+        output = with_passes(_forward, *arguments)
         _save(ctx, arguments, output)
         ctx.set_materialize_grads(False)  # torch would fill tensors of zeros for the results that have no gradient
         return output
@@ -313,7 +313,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
                 g, *_ = _function().apply(x, weight, ctx.projection, k, None, None, radius, ctx.curve, ctx.eps)
         return with_passes(
             _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
-            grad, g, norm, filter_norm, ctx.needs_input_grad, training=True,
+            grad, g, norm, filter_norm, ctx.needs_input_grad,
         )  # fmt: skip
 
 

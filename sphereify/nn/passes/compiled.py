@@ -1,52 +1,32 @@
-"""The passes of operators with angles in training on a CPU, with their curve compiled by Inductor.
+"""The passes as compiled loops, one for each pass (`kernels.cpp`): for fp32 on a CPU, in eager mode.
 
-Angles cost more than all other passes together in ATen, where each function (arcsin, sine, cosine, logistic) is a pass
-of its own and a slow one. Compiled, the curve and its backward are one loop each, over polynomials. The other passes
-are those of `cpu`, and so are all of the cosine, which has no angle and gains nothing.
+In ATen a pass is many operations, each of which goes through memory and through torch's dispatch, and an angle is more of
+them. Here an element is read and written once, angles are polynomials, and a pass is one call.
 
-A curve is compiled at its first use, once a process for each operator, layout and dtype and for any size: 2 to 5
-seconds, or some tenths of a second where Inductor finds it in its cache on disk. That pays in training only, and for
-large tensors, so inference and small layers are served by `cpu`.
-
-SPHEREIFY_COMPILED_PASSES=0 in the environment, or `enabled(False)`, switches them off; without a C++ compiler they are
-off, and where torch.compile is (TORCH_COMPILE_DISABLE=1, `torch.compiler.set_stance`). When one cannot be compiled, the
-process warns once and stays with `cpu`.
+The loops are compiled at the first use on a machine (`library`). SPHEREIFY_COMPILED_PASSES=0 in the environment, or
+`enabled(False)`, switches them off; without a C++ compiler they are off. When they cannot be compiled, or compute
+something else than the reference (`self_check`), the process warns once and stays with `cpu`.
 """
 
-import itertools
-import os
-import shutil
-import sys
-import types
+import ctypes
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from sphereify.errors import first_line
-from sphereify.nn.geometry import Projection
-from sphereify.nn.operators import CURVES, SIN_FLOOR, CosineOperator
-from sphereify.nn.passes import cpu
-from sphereify.nn.passes.cpu import filter_gradient as filter_gradient
-from sphereify.nn.passes.cpu import normalize_filters as normalize_filters
-from sphereify.nn.passes.cpu import patch_norm as patch_norm
-from sphereify.nn.passes.cpu import subtract_radial as subtract_radial
+from sphereify.nn.geometry import Ints, Projection, is_identity, output_size
+from sphereify.nn.operators import SIN_FLOOR
+from sphereify.nn.passes import cpu, library
 from sphereify.nn.passes.protocol import CurveGradients
-from sphereify.nn.passes.reference import rescaled
-from sphereify.nn.passes.switch import Switch
-from sphereify.nn.passes.views import View
-
-SMALLEST = 2**16
-"""Fewest elements of an output for which a compiled curve gains more than its call costs."""
-
-
-class CompilerFailure(RuntimeError):
-    """A pass could not be compiled; the cause is attached."""
-
+from sphereify.nn.passes.switch import KernelFailure, Switch
+from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
+from sphereify.nn.radius import Radius, is_pooled, pool
 
 # ---- When they are used
 
@@ -56,56 +36,152 @@ enabled = _switch.enabled
 
 
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """True if these passes can serve an angular map of x and weight in training, where operations run eagerly."""
+    """True if these passes can serve an angular map of x and weight, where operations run eagerly."""
     return (
         _switch.on
         and not _switch.failed
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
         and cpu.usable(x, weight, projection)
+        and (x.is_contiguous() if projection is None else _is_dense(weight))
         and not _is_watched()
-        and _has_compiler()
+        and library.compiler() is not None
     )
 
 
-def _is_watched() -> bool:
-    """True inside a mode that counts, records or fakes operations: it would see none of these, or be compiled itself.
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or is_channels_last(tensor)
 
-    A default device is a mode, too, which does not matter: no tensor is made in what is compiled.
+
+def _is_watched() -> bool:
+    """True inside a mode that counts, records or fakes operations, which would see none of these.
+
+    A default device is a mode, too, which does not matter: every tensor is made on the device of another.
     """
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
     return torch._C._len_torch_dispatch_stack() > 0 or any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def state() -> str:
-    """Whether curves are compiled in this process, in words."""
+    """Whether passes are compiled in this process, in words."""
     if not _switch.on:
         return "switched off (SPHEREIFY_COMPILED_PASSES)"
     if _switch.failed:
-        return "given up, since a curve could not be compiled"
-    if not _has_compiler():
-        return "not used without the C++ compiler that torch.compile takes (CXX, or g++)"
-    return "in use in training on the CPU"
+        return "given up, since they could not be compiled or were wrong"
+    if library.compiler() is None:
+        return "not used without a C++ compiler (CXX, or g++ on Linux)"
+    return "in use for fp32 on the CPU"
 
 
-def give_up(failure: CompilerFailure) -> None:
-    """Warn that a pass could not be compiled, after which none is `usable` in this process."""
+def give_up(failure: KernelFailure) -> None:
+    """Warn that the passes could not be compiled or are wrong, after which none is `usable` in this process."""
     _switch.failed = True
-    cause = failure.__cause__ or failure
     warnings.warn(
-        f"The pass {failure} could not be compiled, so this process trains on the CPU with the slower passes in ATen "
-        f"({first_line(cause)}). SPHEREIFY_COMPILED_PASSES=0 in the environment leaves the attempt out.",
+        f"The compiled passes failed ({failure}), so this process stays with slower ones on the CPU: "
+        f"{first_line(failure.__cause__ or failure)}. SPHEREIFY_COMPILED_PASSES=0 in the environment leaves the attempt "
+        f"out.",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-@cache
-def _has_compiler() -> bool:
-    """True if Inductor can be expected to find a C++ compiler."""
-    usual = "clang++" if sys.platform == "darwin" else "g++"
-    return sys.platform != "win32" and shutil.which(os.environ.get("CXX") or usual) is not None
+def _call(name: str, *arguments: Any) -> None:
+    """A function of the library, with tensors given as their addresses.
+
+    Raises:
+        KernelFailure: the library cannot be compiled or loaded.
+    """
+    try:
+        function = getattr(library.load(), name)
+    except (OSError, RuntimeError) as error:
+        raise KernelFailure("compilation") from error
+    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
 
 
-# ---- The passes
+# ---- How tensors lie in memory, as `kernels.cpp` says
+
+ROWS, CELLS, PLANES = range(3)
+
+
+class Shape(NamedTuple):
+    """The outputs of a layer in memory."""
+
+    form: int
+    rows: int
+    groups: int
+    filters: int
+    """Of a row or a plane."""
+    places: int
+    layout: torch.memory_format
+
+    @classmethod
+    def of(cls, outputs: Tensor, projection: Projection | None) -> "Shape":
+        if projection is None:
+            filters = outputs.shape[-1]
+            return cls(ROWS, outputs.numel() // filters, 1, filters, 1, torch.contiguous_format)
+        batch, filters = outputs.shape[:2]
+        places, groups = outputs.numel() // (batch * filters), projection.groups
+        if not is_channels_last(outputs):
+            return cls(PLANES, batch * groups, groups, filters // groups, places, torch.contiguous_format)
+        layout = CHANNELS_LAST[outputs.dim()]
+        if groups == filters:
+            return cls(CELLS, batch * places, 1, filters, 1, layout)
+        return cls(ROWS, batch * places * groups, groups, filters // groups, 1, layout)
+
+
+@lru_cache(maxsize=4096)
+def _window(size: Ints, outputs: Ints, inner: int, kernel: Ints, projection: Projection) -> Any:
+    """The geometry of a window over images of one or two dimensions, as the library takes it."""
+    axes = [(1, 1, 1, 1, 0, 1)] * (2 - len(size))
+    stride, padding, dilation, _ = projection
+    axes += list(zip(size, outputs, kernel, stride, padding, dilation, strict=True))
+    sizes, places, *geometry = zip(*axes, strict=True)
+    numbers = [*sizes, *places, inner, *(number for pair in geometry for number in pair)]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+# ---- Forward
+
+
+def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
+    if not _is_dense(weight):
+        return cpu.normalize_filters(weight, eps, dtype)
+    unit, norm = torch.empty_like(weight), weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
+    _call("normalize_filters", weight, len(weight), weight.numel() // len(weight), eps, unit, norm)
+    return unit, norm
+
+
+def patch_norm(
+    x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
+) -> Tensor:
+    """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    if projection is None:
+        norm = x.new_empty(*x.shape[:-1], 1)
+        _call("sum_squares", x, False, norm.numel(), x.shape[-1], 1, True, eps, norm)
+        return norm
+    identity, rooted = is_identity(kernel, projection), not is_pooled(radius)
+    if len(kernel) > 2 and not identity:
+        return cpu.patch_norm(x, kernel, eps, projection, radius)
+    batch, channels, *size = x.shape
+    groups, last = projection.groups, is_channels_last(x)
+    layout = CHANNELS_LAST[x.dim()] if last else torch.contiguous_format
+    squares = x
+    if identity or channels > groups:
+        squares = torch.empty((batch, groups, *size), memory_format=layout, dtype=x.dtype, device=x.device)
+        rows, places = (squares.numel(), 1) if last else (batch * groups, math.prod(size))
+        _call("sum_squares", x, not last, rows, channels // groups, places, identity and rooted, eps, squares)
+    if not identity:
+        places = output_size(size, kernel, projection)
+        inner, images = (groups, batch) if last else (1, batch * groups)
+        window = _window(tuple(size), tuple(places), inner, tuple(kernel), projection)
+        sums = torch.empty((batch, groups, *places), memory_format=layout, dtype=x.dtype, device=x.device)
+        _call("box_sum", squares, images, window, squares is x, rooted, eps, sums)
+        squares = sums
+    return squares if rooted else squares.add_(pool(squares, radius).add_(eps)).sqrt_()
+
+
+CURVES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable-sigmoid": 2}
 
 
 def curve(
@@ -118,14 +194,33 @@ def curve(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """g of dot / norm, which takes the place of `dot`, and β·g + shift, None where there is neither of them."""
-    if not _pays(dot, curve):
+    if not _are_floats(dot, norm):
         return cpu.curve(dot, norm, curve, k, projection, beta, shift)
-    view = View.of(dot, projection)
-    dot = view.arranged(dot)
+    *shape, layout = Shape.of(dot, projection)
+    dot, norm = dot.contiguous(memory_format=layout), norm.contiguous(memory_format=layout)
     y = None if beta is None and shift is None else torch.empty_like(dot)
-    of_filters = [view.of_filters(_detached(values), dot.dim()) for values in (k, beta, shift)]
-    _run(_curve, view(dot), view.patches(norm), *of_filters, None if y is None else view(y), curve=curve)
+    beta, shift, (k, count) = _floats(beta), _floats(shift), _k(k)
+    _call("curve", shape[0], CURVES[curve], *shape[1:], dot, norm, k, count, beta, shift, y)
     return dot, y
+
+
+def _are_floats(*tensors: Tensor) -> bool:
+    return all(tensor.dtype is torch.float32 for tensor in tensors)
+
+
+def _floats(values: Any) -> Any:
+    """A tensor as contiguous fp32; None stays."""
+    return None if values is None else values.detach().to(torch.float32).contiguous()
+
+
+def _k(k: float | Tensor | None) -> tuple[Any, int]:
+    """The values of k in memory, and how many there are."""
+    if isinstance(k, Tensor):
+        return _floats(k), k.numel()
+    return (None, 0) if k is None else (ctypes.byref(ctypes.c_float(k)), 1)
+
+
+# ---- Backward
 
 
 def curve_backward(
@@ -140,131 +235,58 @@ def curve_backward(
     needed: Sequence[bool],
 ) -> CurveGradients:
     """What becomes of the gradient of β·g + shift, all recovered from g."""
-    if not _pays(g, curve):
+    if not _are_floats(grad, g, norm):
         return cpu.curve_backward(grad, g, norm, curve, k, projection, beta, shift_dtype, needed)
-    view = View.of(g, projection)
-    g, grad = view.arranged(g.detach()), view.arranged(grad.detach())
-    filters_k, filters_beta = (view.of_filters(_detached(values), g.dim()) for values in (k, beta))
-    values = view(g)
-    d_dot, radial = torch.empty_like(g), view.empty_patches(g) if needed[0] else None
-    filters = values.shape[1:3]
-    by_k = torch.empty_like(filters_k) if isinstance(k, Tensor) and needed[2] else None
-    by_beta = None if beta is None else g.new_empty(filters, dtype=beta.dtype)
-    by_shift = None if shift_dtype is None else g.new_empty(filters, dtype=shift_dtype)
-    _run(
-        _curve_backward, view(grad), values, view.patches(norm), filters_k, filters_beta, view(d_dot),
-        None if radial is None else view.patches(radial), by_k, by_beta, by_shift,
-        curve=curve, channels=view.channels,
+    *shape, layout = Shape.of(g, projection)
+    grad, g, norm = (tensor.contiguous(memory_format=layout) for tensor in (grad, g, norm))
+    d_dot, radial = torch.empty_like(g), torch.empty_like(norm)
+    filters = g.shape[-1 if projection is None else 1]
+    values, count = _k(k)
+    by_k = g.new_empty(count) if isinstance(k, Tensor) and needed[2] else None
+    by_beta = None if beta is None else g.new_empty(filters)
+    by_shift = None if shift_dtype is None else g.new_empty(filters)
+    _call(
+        "curve_backward", shape[0], CURVES[curve], *shape[1:], grad, g, norm, SIN_FLOOR[g.dtype], values, count,
+        _floats(beta), d_dot, radial, by_k, by_beta, by_shift,
     )  # fmt: skip
     return CurveGradients(
         d_dot,
         radial,
-        None if by_k is None else by_k.view(k.shape),  # type: ignore[union-attr]
-        None if by_beta is None else by_beta.flatten(),
-        None if by_shift is None else by_shift.flatten(),
+        by_k.view(k.shape) if by_k is not None and isinstance(k, Tensor) else None,
+        by_beta.to(beta.dtype) if by_beta is not None and beta is not None else None,
+        None if by_shift is None else by_shift.to(shift_dtype),
     )
 
 
-def _pays(outputs: Tensor, curve: str) -> bool:
-    """True if it pays to compile the curve for a layer with these outputs.
-
-    Without its compilation, which a user can forbid, a curve runs as it is written, slower than the blocks of `cpu`.
-    """
-    return curve != CosineOperator.name and outputs.numel() >= SMALLEST and _may_compile()
-
-
-def _may_compile() -> bool:
-    """False under TORCH_COMPILE_DISABLE=1, or inside any stance of `torch.compiler.set_stance` but the default one."""
-    try:
-        from torch._dynamo import config, eval_frame  # takes seconds to import, which only compiling is worth
-    except Exception as error:  # it makes the folder of Inductor's cache, for example
-        raise CompilerFailure("curve") from error
-    return not config.disable and eval_frame._stance.stance == "default"
-
-
-def _detached(values: Any) -> Any:
-    """A tensor without a graph, which torch.compile would warn about; numbers and None stay."""
-    return values.detach() if isinstance(values, Tensor) else values
-
-
-# ---- What is compiled: functions of views that write to tensors which exist
-
-
-def _curve(
-    dot: Tensor,
-    norm: Tensor,
-    k: float | Tensor | None,
-    beta: Tensor | None,
-    shift: Tensor | None,
-    y: Tensor | None,
-    *,
-    curve: str = "",
-) -> None:
-    g = CURVES[curve].value((dot.to(norm.dtype) / norm).clamp(-1, 1), k)
-    dot.copy_(g)
-    if y is not None:
-        beta, shift = (None if values is None else values.to(norm.dtype) for values in (beta, shift))
-        y.copy_(rescaled(g, beta, shift))
+def subtract_radial(
+    grad_x: Tensor, x: Tensor, radial: Tensor, kernel: Sequence[int], projection: Projection | None
+) -> Tensor:
+    """grad_x - x · (the sum of `radial` over the patches of each element), in place."""
+    identity = projection is None or is_identity(kernel, projection)
+    if not _are_floats(grad_x, x, radial) or (len(kernel) > 2 and not identity):
+        return cpu.subtract_radial(grad_x, x, radial, kernel, projection)
+    form, rows, groups, channels, places, layout = Shape.of(x, projection)
+    grad_x, radial = grad_x.contiguous(memory_format=layout), radial.contiguous(memory_format=layout)
+    if projection is None or (identity and form == ROWS):
+        _call("subtract_rows", grad_x, x, radial, rows, channels)
+        return grad_x
+    size, windows = (1, places), (1, radial.shape[2:].numel())
+    if identity:
+        kernel, projection = (1, 1), Projection((1, 1), (0, 0), (1, 1), groups)
+    else:
+        size, windows = tuple(x.shape[2:]), tuple(radial.shape[2:])
+    planes = form == PLANES
+    images, inner = (rows, 1) if planes else (len(x), radial.shape[1])
+    channels = channels if form != CELLS else 1
+    window = _window(size, windows, inner, tuple(kernel), projection)
+    _call("subtract_radial", grad_x, x, radial, planes, images, channels, window)
+    return grad_x
 
 
-def _curve_backward(
-    grad: Tensor,
-    g: Tensor,
-    norm: Tensor,
-    k: float | Tensor | None,
-    beta: Tensor | None,
-    d_dot: Tensor,
-    radial: Tensor | None,
-    by_k: Tensor | None,
-    by_beta: Tensor | None,
-    by_shift: Tensor | None,
-    *,
-    curve: str = "",
-    channels: int = -1,
-) -> None:
-    upstream, value = grad.to(norm.dtype), g.to(norm.dtype)
-    places = [0] if channels == -1 else [0, 3]
-    if by_shift is not None:
-        by_shift.copy_(upstream.sum(places))
-    if beta is not None and by_beta is not None:
-        by_beta.copy_((upstream * value).sum(places))
-        upstream = upstream * beta.to(norm.dtype)
-    slope = CURVES[curve].slope(value, k, SIN_FLOOR[g.dtype])
-    if by_k is not None and slope.by_k is not None:
-        by_k.copy_((upstream * slope.by_k).sum_to_size(by_k.shape))
-    d = upstream if slope.by_cos is None else upstream * slope.by_cos
-    if radial is not None:
-        radial.copy_((d * slope.cos).sum(channels, keepdim=True) / (norm * norm))
-    d_dot.copy_(d / norm)
-
-
-# ---- Compiling
-
-
-def _run(function: Callable[..., None], *arguments: Any, **constants: Any) -> None:
-    """function(*arguments, **constants), compiled; numbers among the arguments are constants, too.
-
-    A form is compiled for each pattern of tensors and their dtypes and each layout, so that torch's limit of forms of
-    one function is not met, and then for any size.
-    """
-    form = tuple(
-        (argument.dtype, *(size == 1 for size in argument.shape)) if isinstance(argument, Tensor) else argument
-        for argument in arguments
-    )
-    try:
-        _compiled(function, form, **constants)(*arguments)
-    except Exception as error:
-        raise CompilerFailure(function.__name__.strip("_")) from error
-
-
-@cache
-def _compiled(function: Any, form: tuple, **constants: Any) -> Callable[..., None]:
-    """The function with these constants, which torch compiles for any size when it is called with a form."""
-    del form  # makes another entry of the cache
-    name = f"{function.__name__}_{next(_numbers)}"
-    twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    twin.__kwdefaults__ = {**function.__kwdefaults__, **constants}
-    return torch.compile(twin, dynamic=True, fullgraph=True)  # type: ignore[no-any-return]
-
-
-_numbers = itertools.count()
+def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
+    if not _are_floats(v, weight, norm) or not _is_dense(weight):
+        return cpu.filter_gradient(v, weight, norm)
+    v = v if v.stride() == weight.stride() else torch.empty_like(weight).copy_(v)
+    _call("filter_gradient", v, weight, norm, len(weight), weight.numel() // len(weight))
+    return v

@@ -3,8 +3,8 @@
 The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
 part in them. What a result may differ by follows from its dtype (`allowed`).
 
-The Triton kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes some
-milliseconds once the thirty variants of kernels that it needs are compiled, which Triton keeps on disk.
+Kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes some milliseconds
+once they are compiled.
 """
 
 import math
@@ -19,6 +19,7 @@ from sphereify.choices import DEFAULT_EPS
 from sphereify.nn.geometry import Ints, Projection, output_size
 from sphereify.nn.passes import reference, triton
 from sphereify.nn.passes.protocol import Passes
+from sphereify.nn.passes.switch import KernelFailure
 from sphereify.nn.precision import accumulate_dtype, is_channels_last
 
 LAYOUTS = ("channels_last", "contiguous", "linear")
@@ -262,11 +263,11 @@ class Disagreement(ArithmeticError):
     """A pass computes something else than the reference."""
 
 
-_trusted: set[Kind] = set()
+_trusted: set[tuple[Passes, Kind]] = set()
 
 
-def is_trusted(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """True if the Triton kernels agree with the reference for such tensors, which is found out before their first use.
+def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+    """True if a maker agrees with the reference for such tensors, which is found out before the first use.
 
     False while a CUDA graph is captured before that, since a check reads results: the check is left to a later call.
 
@@ -274,24 +275,24 @@ def is_trusted(x: Tensor, weight: Tensor, projection: Projection | None) -> bool
         KernelFailure: a kernel disagrees, or could not be compiled or launched.
     """
     kind = Kind.of(x, weight, projection)
-    if kind in _trusted:
+    if (maker, kind) in _trusted:
         return True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     # In a thread of its own no mode of the caller holds: autocast, inference mode, a default device, a mode that counts
     # or records operations.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(check_kernels, kind).result()
-    _trusted.add(kind)
+        thread.submit(check, maker, kind).result()
+    _trusted.add((maker, kind))
     return True
 
 
-def check_kernels(kind: Kind) -> None:
-    """Compare the Triton kernels with the reference, up to the first that disagrees.
+def check(maker: Passes, kind: Kind) -> None:
+    """Compare a maker with the reference, up to the first pass that disagrees.
 
     Raises:
         KernelFailure: one disagrees, or could not be compiled or launched.
     """
-    for found in deviations(triton, kind):
+    for found in deviations(maker, kind):
         if not found.agrees:
-            raise triton.KernelFailure(", ".join(found.kernels) or found.name) from Disagreement(f"{found}, in {kind}")
+            raise KernelFailure(", ".join(found.kernels) or found.name) from Disagreement(f"{found}, in {kind}")

@@ -4,12 +4,16 @@ import os
 from contextlib import AbstractContextManager, ExitStack
 
 
+class KernelFailure(RuntimeError):
+    """A kernel could not be compiled or launched, or its results are wrong; the cause is attached."""
+
+
 class Switch:
     """The switch of one maker.
 
     Attributes:
         on: False where the environment or a caller has switched the maker off.
-        failed: True once a pass could not be compiled or launched, or was wrong.
+        failed: True once a kernel could not be compiled or launched, or was wrong.
     """
 
     def __init__(self, variable: str):

@@ -24,7 +24,7 @@ from torch import Tensor
 from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
 from sphereify.nn.passes.protocol import CurveGradients
-from sphereify.nn.passes.switch import Switch
+from sphereify.nn.passes.switch import KernelFailure, Switch
 from sphereify.nn.precision import is_channels_last, runs_eagerly
 from sphereify.nn.radius import Radius, is_pooled, pool
 
@@ -35,10 +35,6 @@ WINDOW_TILE = 256
 """Elements of a tile for sums over windows of one channel; four times as many where there are more channels."""
 LARGEST = 2**29
 """Most pixels of a batch, and most elements of a sample: places in a tile are counted in 32 bits."""
-
-
-class KernelFailure(RuntimeError):
-    """A kernel could not be compiled or launched, or its results are wrong; the cause is attached."""
 
 
 # ---- When they are used
