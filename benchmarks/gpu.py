@@ -68,14 +68,14 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
 SELF_CHECK = """
 import json, sys, time
 import torch
-from sphereify.nn.passes import self_check
+from sphereify.nn.passes import self_check, triton
 seconds = {}
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for layout in self_check.LAYOUTS:
         kind = self_check.Kind(torch.device(sys.argv[1]), dtype, torch.float32, layout)
         for when in ("first", "again"):
             began = time.perf_counter()
-            self_check.check_kernels(kind)
+            self_check.check(triton, kind)
             seconds[f"{kind}, {when}"] = round(time.perf_counter() - began, 3)
 print(json.dumps(seconds))
 """

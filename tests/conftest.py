@@ -12,7 +12,6 @@ settings.register_profile("default", max_examples=20, deadline=None, derandomize
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=200)
 # New examples in each run, for those who look for a counterexample.
 settings.register_profile("search", settings.get_profile("thorough"), derandomize=False, max_examples=1000)
-os.environ.setdefault("SPHEREIFY_COMPILED_PASSES", "0")  # they compile for seconds; the tests that want them say so
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from sphereify.deployment import onnx_layers
 from sphereify.deployment.onnx_layers import is_traced_for_onnx
 from sphereify.errors import UnsupportedModelError
+from sphereify.nn import passes
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
-from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, resolve
+from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, project, resolve
 from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
 from sphereify.nn.layers import (
     AngularLayer,
@@ -34,6 +35,7 @@ from sphereify.nn.layers import (
     adopted,
 )
 from sphereify.nn.operators import is_built_in
+from sphereify.nn.passes import compiled
 from sphereify.nn.passes.reference import normalize_filters
 from sphereify.nn.precision import (
     CHANNELS_LAST,
@@ -45,6 +47,7 @@ from sphereify.nn.precision import (
     is_channels_last,
     is_plain,
     no_autocast,
+    runs_eagerly,
 )
 from sphereify.nn.radius import HasRadius, pool
 from sphereify.nn.tracing import one_node
@@ -149,6 +152,25 @@ class FoldedLayer(nn.Module):
         logistic = angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).sigmoid_()
         return logistic - 0.5 if logistic.requires_grad else logistic.sub_(0.5)
 
+    def _is_served_by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+        """True if compiled loops (`nn.passes.compiled`) can do all that surrounds the products."""
+        if self.curve == "own" or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        with torch.no_grad():
+            return runs_eagerly(x, weight) and passes.serves(compiled, x, weight, projection)
+
+    @torch.no_grad()
+    def _by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> Tensor:
+        """a·f(ŵ·x / N) + b with one pass over x and one over the outputs."""
+        kernel, radius = weight.shape[2:], getattr(self, "radius", 0.0)
+        norm = compiled.patch_norm(x, kernel, self.eps, projection, radius)
+        narrow = projection is None or (projection.groups == 1 and is_identity(kernel, projection))
+        if self.curve == "cosine" and narrow and weight.shape[1] < weight.shape[0]:
+            x = x / norm
+            return convolve(x, weight, self.bias, projection) if projection else F.linear(x, weight, self.bias)
+        dot = project(x, weight, projection)
+        return compiled.folded(dot, norm, self.curve, self.sharpness, projection, self.scale, self.bias)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
 
@@ -199,6 +221,8 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
         if is_traced_for_onnx():
             return onnx_layers.convolution(self, x, weight, projection)
+        if self._is_served_by_kernels(x, weight, projection):
+            return self._by_kernels(x, weight, projection)
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(cast(x, precise), groups, weight.shape[1])
@@ -285,6 +309,8 @@ class FoldedLinear(FoldedLayer, nn.Linear):
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
         if is_traced_for_onnx():
             return onnx_layers.rows(self, x, weight)
+        if self._is_served_by_kernels(x, weight, None):
+            return self._by_kernels(x, weight, None)
         precise = accumulate_dtype(x.dtype)
         inverse = _inverse_length(cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:

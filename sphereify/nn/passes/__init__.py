@@ -33,11 +33,21 @@ def with_passes(
     if not runs_eagerly(x, weight, *(value for value in arguments if isinstance(value, Tensor))):
         return method(reference, x, weight, projection, *arguments)
     for maker in (triton, compiled):
-        if maker.usable(x, weight, projection):
+        if serves(maker, x, weight, projection):
             try:
-                if self_check.is_trusted(maker, x, weight, projection):
-                    return method(maker, x, weight, projection, *arguments)
+                return method(maker, x, weight, projection, *arguments)
             except KernelFailure as failure:
                 maker.give_up(failure)
     passes: Passes = cpu if cpu.usable(x, weight, projection) else reference
     return method(passes, x, weight, projection, *arguments)
+
+
+def serves(maker: Any, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+    """True if kernels can serve an angular map of x and weight, where operations run eagerly, and are right."""
+    if not maker.usable(x, weight, projection):
+        return False
+    try:
+        return self_check.is_trusted(maker, x, weight, projection)
+    except KernelFailure as failure:
+        maker.give_up(failure)
+        return False

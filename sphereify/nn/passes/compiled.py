@@ -1,9 +1,9 @@
 """The passes as compiled loops, one for each pass (`kernels.cpp`): for fp32 on a CPU, in eager mode.
 
-In ATen a pass is many operations, each of which goes through memory and through torch's dispatch, and an angle is more of
-them. Here an element is read and written once, angles are polynomials, and a pass is one call.
+In ATen a pass is many operations, each of which goes through memory and through torch's dispatch, and an angle is many
+more. Here an element is read and written once, angles are polynomials, and a pass is one call.
 
-The loops are compiled at the first use on a machine (`library`). SPHEREIFY_COMPILED_PASSES=0 in the environment, or
+Tensors of other dtypes are served by `cpu`, and so are windows of three dimensions. The loops are compiled at the first use on a machine (`library`). SPHEREIFY_COMPILED_PASSES=0 in the environment, or
 `enabled(False)`, switches them off; without a C++ compiler they are off. When they cannot be compiled, or compute
 something else than the reference (`self_check`), the process warns once and stays with `cpu`.
 """
@@ -78,8 +78,7 @@ def give_up(failure: KernelFailure) -> None:
     _switch.failed = True
     warnings.warn(
         f"The compiled passes failed ({failure}), so this process stays with slower ones on the CPU: "
-        f"{first_line(failure.__cause__ or failure)}. SPHEREIFY_COMPILED_PASSES=0 in the environment leaves the attempt "
-        f"out.",
+        f"{first_line(failure.__cause__ or failure)}. SPHEREIFY_COMPILED_PASSES=0 leaves the attempt out.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -92,10 +91,14 @@ def _call(name: str, *arguments: Any) -> None:
         KernelFailure: the library cannot be compiled or loaded.
     """
     try:
-        function = getattr(library.load(), name)
+        function = library.load()[name]
     except (OSError, RuntimeError) as error:
         raise KernelFailure("compilation") from error
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
+    function(*[a.data_ptr() if type(a) in TENSORS else a for a in arguments], torch.get_num_threads())
+
+
+TENSORS = frozenset((Tensor, torch.nn.Parameter))
+"""The classes of tensors that these passes are given (`is_plain`)."""
 
 
 # ---- How tensors lie in memory, as `kernels.cpp` says
@@ -145,7 +148,7 @@ def _window(size: Ints, outputs: Ints, inner: int, kernel: Ints, projection: Pro
 
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
-    if not _is_dense(weight):
+    if weight.dtype is not torch.float32 or dtype is not torch.float32 or not _is_dense(weight):
         return cpu.normalize_filters(weight, eps, dtype)
     unit, norm = torch.empty_like(weight), weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
     _call("normalize_filters", weight, len(weight), weight.numel() // len(weight), eps, unit, norm)
@@ -156,6 +159,8 @@ def patch_norm(
     x: Tensor, kernel: Sequence[int], eps: float, projection: Projection | None, radius: Radius = 0.0
 ) -> Tensor:
     """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
+    if x.dtype is not torch.float32:
+        return cpu.patch_norm(x, kernel, eps, projection, radius)
     if projection is None:
         norm = x.new_empty(*x.shape[:-1], 1)
         _call("sum_squares", x, False, norm.numel(), x.shape[-1], 1, True, eps, norm)
@@ -169,8 +174,8 @@ def patch_norm(
     squares = x
     if identity or channels > groups:
         squares = torch.empty((batch, groups, *size), memory_format=layout, dtype=x.dtype, device=x.device)
-        rows, places = (squares.numel(), 1) if last else (batch * groups, math.prod(size))
-        _call("sum_squares", x, not last, rows, channels // groups, places, identity and rooted, eps, squares)
+        rows, pixels = (squares.numel(), 1) if last else (batch * groups, math.prod(size))
+        _call("sum_squares", x, not last, rows, channels // groups, pixels, identity and rooted, eps, squares)
     if not identity:
         places = output_size(size, kernel, projection)
         inner, images = (groups, batch) if last else (1, batch * groups)
@@ -202,6 +207,29 @@ def curve(
     beta, shift, (k, count) = _floats(beta), _floats(shift), _k(k)
     _call("curve", shape[0], CURVES[curve], *shape[1:], dot, norm, k, count, beta, shift, y)
     return dot, y
+
+
+def folded(
+    dot: Tensor,
+    norm: Tensor,
+    curve: str,
+    sharpness: Tensor | None,
+    projection: Projection | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """The outputs of a folded layer from its products and patch norms, in place of `dot`.
+
+    Args:
+        curve: which of the three forms in `sphereify.deployment.folded_layers`.
+        sharpness, scale, shift: c, a and b there, of (filters,), or (1,) for c; None where there is none.
+    """
+    *shape, layout = Shape.of(dot, projection)
+    dot, norm = dot.contiguous(memory_format=layout), norm.contiguous(memory_format=layout)
+    count = 0 if sharpness is None else sharpness.numel()
+    sharpness, scale, shift = _floats(sharpness), _floats(scale), _floats(shift)
+    _call("folded", shape[0], CURVES[curve], *shape[1:], dot, norm, sharpness, count, scale, shift)
+    return dot
 
 
 def _are_floats(*tensors: Tensor) -> bool:
@@ -265,16 +293,15 @@ def subtract_radial(
     identity = projection is None or is_identity(kernel, projection)
     if not _are_floats(grad_x, x, radial) or (len(kernel) > 2 and not identity):
         return cpu.subtract_radial(grad_x, x, radial, kernel, projection)
-    form, rows, groups, channels, places, layout = Shape.of(x, projection)
+    form, rows, groups, channels, _, layout = Shape.of(x, projection)
     grad_x, radial = grad_x.contiguous(memory_format=layout), radial.contiguous(memory_format=layout)
     if projection is None or (identity and form == ROWS):
         _call("subtract_rows", grad_x, x, radial, rows, channels)
         return grad_x
-    size, windows = (1, places), (1, radial.shape[2:].numel())
-    if identity:
+    size, windows = tuple(x.shape[2:]), tuple(radial.shape[2:])
+    if identity:  # of any number of dimensions
         kernel, projection = (1, 1), Projection((1, 1), (0, 0), (1, 1), groups)
-    else:
-        size, windows = tuple(x.shape[2:]), tuple(radial.shape[2:])
+        size = windows = (1, math.prod(size))
     planes = form == PLANES
     images, inner = (rows, 1) if planes else (len(x), radial.shape[1])
     channels = channels if form != CELLS else 1

@@ -22,7 +22,7 @@ namespace {
 using Size = std::int64_t;
 
 enum Form { ROWS, CELLS, PLANES };
-enum Curve { COSINE, LINEAR, SIGMOID };
+enum Curve { COSINE, LINEAR, SIGMOID, QUOTIENT, ANGLE, LOGISTIC };
 
 constexpr float HALF_PI = 1.57079632679489662f;
 constexpr Size STRIP = 1024;      // places of a plane that are done for all filters before the next
@@ -51,10 +51,10 @@ inline float arcsin_in_right_angles(float c) {
 // sin(π/2·share), for a share in [-1, 1].
 inline float sine_of_right_angles(float share) { return share * polynomial(SINE, share * share); }
 
-// e^x to 1e-7, for x in [-87, 88], beyond which x is held.
+// e^x to 1e-7, for x in [-87, 80], beyond which x is held.
 inline float exponential(float x) {
     constexpr float TERMS[] = {1.f, 1.f, 1 / 2.f, 1 / 6.f, 1 / 24.f, 1 / 120.f, 1 / 720.f, 1 / 5040.f};
-    x = clipped(x, -87, 88);
+    x = clipped(x, -87, 80);
     const float shifted = x * 1.44269504088896341f + 12582912.f;  // whose last bits are the nearest whole number
     const float n = shifted - 12582912.f;
     const float rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
@@ -91,13 +91,18 @@ struct Filter {
     float by_k;                // π / (4·k²·top)
 };
 
+// The last three are what is left of the first three where all that is constant is part of the filters or of the scale
+// (folded_layers.py).
 template <Curve C>
 inline float value(float cos, const float inverse_k, const float stretch) {
+    if (C == QUOTIENT) return cos;
     cos = clipped(cos, -1, 1);
     if (C == COSINE) return cos;
     const float share = arcsin_in_right_angles(cos);
     if (C == LINEAR) return share;
+    if (C == ANGLE) return share * HALF_PI;
     const float logistic = 1 / (1 + exponential(-(share * HALF_PI) * inverse_k));
+    if (C == LOGISTIC) return logistic - .5f;
     return clipped(2 * stretch * logistic - stretch, -1, 1);
 }
 
@@ -113,7 +118,7 @@ inline Slope slope(float g, float floor, float top, float by_flat, float share_o
     if (C == SIGMOID) {
         const float t = g * top, size = std::fabs(t);
         flat = 1 - t * t;
-        const float artanh = .5f * logarithm((1 + size) / (1 - size));
+        const float artanh = .5f * logarithm((1 + size) / (1 - size));  // no number where size is 1
         const float angle = clipped(artanh * share_of_artanh, 0, 1);
         share = std::copysign(size < 1 ? angle : 1.f, t);  // for small k rounding takes t to 1: the pole
         found.by_k = (g * (1 - top * top) - flat * share) * by_k;
@@ -544,6 +549,19 @@ void curve(int form, int which, Size rows, Size groups, Size count, Size places,
     if (which == COSINE) run(curve_all<COSINE, false>, curve_all<COSINE, true>);
     if (which == LINEAR) run(curve_all<LINEAR, false>, curve_all<LINEAR, true>);
     if (which == SIGMOID) run(curve_all<SIGMOID, false>, curve_all<SIGMOID, true>);
+}
+
+// scale·f(dot / norm) + shift in place of dot, where f is the quotient, its arcsin, or logistic(sharpness·arcsin) - ½.
+void folded(int form, int which, Size rows, Size groups, Size count, Size places, float* dot, const float* norm,
+            const float* sharpness, Size count_sharpness, const float* scale, const float* shift, int threads) {
+    const Size total = form == CELLS ? count : groups * count;
+    Filters filters(total, scale, shift, nullptr, 0);
+    for (Size f = 0; sharpness && f < total; ++f) filters.inverse_k[f] = sharpness[count_sharpness == 1 ? 0 : f];
+    const Form f = static_cast<Form>(form);
+    const auto run = [&](auto all) { all(f, rows, groups, count, places, dot, norm, filters, dot, threads); };
+    if (which == COSINE) run(curve_all<QUOTIENT, true>);
+    if (which == LINEAR) run(curve_all<ANGLE, true>);
+    if (which == SIGMOID) run(curve_all<LOGISTIC, true>);
 }
 
 // What becomes of the gradient of β·g + shift. by_k has count_k elements, by_beta and by_shift one for each filter.

@@ -1,4 +1,4 @@
-"""The shared library of `kernels.cpp`: compiled once on a machine for its processor, and kept in a folder of the user's.
+"""The shared library of `kernels.cpp`: compiled once on a machine for its processor, and kept in the user's cache.
 
 It takes about three seconds and the C++ compiler that CXX names, or g++. The folder is SPHEREIFY_CACHE, or `sphereify`
 in XDG_CACHE_HOME or ~/.cache; where it cannot be written, each process compiles for itself.
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,7 @@ FUNCTIONS = {
     "sum_squares": (_POINTER, _INT, _WORD, _WORD, _WORD, _INT, _FLOAT, _POINTER, _INT),
     "box_sum": (_POINTER, _WORD, _POINTER, _INT, _INT, _FLOAT, _POINTER, _INT),
     "curve": (_INT, _INT, *_SHAPE, _POINTER, _POINTER, _POINTER, _WORD, _POINTER, _POINTER, _POINTER, _INT),
+    "folded": (_INT, _INT, *_SHAPE, _POINTER, _POINTER, _POINTER, _WORD, _POINTER, _POINTER, _INT),
     "curve_backward": (
         _INT, _INT, *_SHAPE, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _WORD, _POINTER,
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
@@ -53,8 +55,8 @@ def compiler() -> str | None:
 
 
 @cache
-def load() -> ctypes.CDLL:
-    """The library, compiled if it is not in the folder.
+def load() -> dict[str, Callable[..., None]]:
+    """The functions of the library, which is compiled if it is not in the folder.
 
     Raises:
         OSError: there is no compiler, or the library cannot be loaded.
@@ -101,9 +103,9 @@ def _compile(source: str, flags: tuple[str, ...], path: Path) -> None:
         raise RuntimeError(f"{found} ended with {done.returncode}: {done.stderr.strip()}")
 
 
-def _opened(path: Path) -> ctypes.CDLL:
+def _opened(path: Path) -> dict[str, Callable[..., None]]:
     library = ctypes.CDLL(str(path))
-    for name, arguments in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
+    functions = {name: getattr(library, name) for name in FUNCTIONS}
+    for name, function in functions.items():
+        function.argtypes, function.restype = FUNCTIONS[name], None
+    return functions

@@ -3,8 +3,8 @@
 The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
 part in them. What a result may differ by follows from its dtype (`allowed`).
 
-Kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes some milliseconds
-once they are compiled.
+Kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes
+some milliseconds once they are compiled.
 """
 
 import math

@@ -56,17 +56,17 @@ def operands(dtype=torch.float32):
 
 @pytest.mark.parametrize("layout", self_check.LAYOUTS)
 def test_the_kernels_agree_with_the_reference(layout):
-    self_check.check_kernels(self_check.Kind(CPU, torch.float32, torch.float32, layout))
+    self_check.check(kernels, self_check.Kind(CPU, torch.float32, torch.float32, layout))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_too_with_weights_in_fp32(dtype):
-    self_check.check_kernels(self_check.Kind(CPU, dtype, torch.float32, "channels_last"))
+    self_check.check(kernels, self_check.Kind(CPU, dtype, torch.float32, "channels_last"))
 
 
 def test_a_check_happens_once_for_each_dtype_and_layout_and_changes_nothing(monkeypatch):
-    checked, check = [], self_check.check_kernels
-    monkeypatch.setattr(self_check, "check_kernels", lambda kind: checked.append(kind) or check(kind))
+    checked, check = [], self_check.check
+    monkeypatch.setattr(self_check, "check", lambda maker, kind: checked.append(kind) or check(maker, kind))
     monkeypatch.setattr(self_check, "CASES", self_check.CASES[:1])
     x, weight = operands()
     state = torch.get_rng_state()
@@ -113,12 +113,12 @@ def test_a_kernel_whose_results_are_no_numbers_is_found(monkeypatch):
     monkeypatch.setattr(module, "project_rows", broken)
     monkeypatch.setattr(torch.Tensor, "mul_", lambda t, _: t.fill_(float("nan")))
     with pytest.raises(kernels.KernelFailure, match="project_rows") as raised:
-        self_check.check_kernels(self_check.Kind(CPU, torch.float32, torch.float32, "linear"))
+        self_check.check(kernels, self_check.Kind(CPU, torch.float32, torch.float32, "linear"))
     assert "filter_gradient (cosine) is inf of the largest value away" in str(raised.value.__cause__)
 
 
 def test_no_check_where_the_kernels_are_off_or_operations_are_recorded(monkeypatch):
-    monkeypatch.setattr(self_check, "check_kernels", None)
+    monkeypatch.setattr(self_check, "check", None)
     x, weight = operands()
     with kernels.enabled(False):
         outcome(x, weight)

@@ -1,4 +1,4 @@
-"""One protocol, three makers of it, and which of them serves."""
+"""One protocol, four makers of it, and which of them serves."""
 
 import inspect
 
@@ -8,7 +8,7 @@ import torch
 from sphereify.nn import passes
 from sphereify.nn.functional import sphere_conv2d
 from sphereify.nn.operators import LinearOperator
-from sphereify.nn.passes import cpu, reference, triton
+from sphereify.nn.passes import compiled, cpu, reference, triton
 from sphereify.nn.passes.protocol import Passes
 from tests.nn.oracle import normal
 
@@ -16,7 +16,9 @@ METHODS = {name: method for name, method in vars(Passes).items() if name[0] != "
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("maker", [reference, cpu, triton], ids=lambda maker: maker.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "maker", [reference, cpu, compiled, triton], ids=lambda maker: maker.__name__.rpartition(".")[2]
+)
 def test_every_maker_has_the_passes_of_the_protocol(maker, name):
     _, *parameters = inspect.signature(METHODS[name]).parameters
     assert list(inspect.signature(getattr(maker, name)).parameters) == parameters
@@ -25,13 +27,22 @@ def test_every_maker_has_the_passes_of_the_protocol(maker, name):
 @pytest.fixture
 def served(monkeypatch):
     """The makers that served, in order."""
+    monkeypatch.setattr("sphereify.nn.passes.self_check.is_trusted", lambda *_: True)
     names = []
-    for maker in (reference, cpu):
+    for maker in (reference, cpu, compiled):
         for pass_ in (maker.curve, maker.curve_backward):
             name = maker.__name__.rpartition(".")[2]
             spy = lambda *a, _p=pass_, _n=name: names.append(_n) or _p(*a)  # noqa: E731
             monkeypatch.setattr(maker, pass_.__name__, spy)
     return names
+
+
+def test_compiled_passes_serve_fp32_on_a_cpu_and_blocks_the_other_dtypes(served):
+    weight = normal(3, 2, 3, 3)
+    sphere_conv2d(normal(2, 2, 4, 4).float(), weight.float().requires_grad_(), LinearOperator()).sum().backward()
+    assert served == ["compiled", "compiled"]
+    sphere_conv2d(normal(2, 2, 4, 4).bfloat16(), weight.bfloat16().requires_grad_(), LinearOperator()).sum().backward()
+    assert served[2:] == ["cpu", "cpu"]
 
 
 def test_blocks_serve_a_cpu_and_the_reference_what_is_differentiated_again_or_mapped(served):

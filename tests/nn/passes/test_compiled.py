@@ -1,5 +1,6 @@
-"""The passes that Inductor compiles: what they compute, compiled and as they are written, and when they serve."""
+"""The compiled passes: what they compute, where they serve, and how they are compiled."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,95 +14,114 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sphereify.nn import arcsine
 from sphereify.nn.functional import sphere_conv2d, sphere_linear
-from sphereify.nn.operators import CURVES, CosineOperator, LinearOperator
-from sphereify.nn.passes import compiled, cpu
+from sphereify.nn.operators import CURVES, LinearOperator, SigmoidOperator
+from sphereify.nn.passes import compiled, cpu, library, self_check
+from sphereify.nn.precision import CHANNELS_LAST
 from tests.nn.oracle import normal
-from tests.nn.passes.test_cpu import CONVOLUTIONS, TOLERANCE, everything, operators, pools, rescaling
+from tests.nn.passes.test_cpu import CONVOLUTIONS, everything, operators, pools, rescaling
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TOLERANCE = 2e-5
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="needs a C++ compiler on Linux")
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """The passes that were compiled, by the names of their functions; they run as they are written."""
-    return as_written(monkeypatch)
+def called(monkeypatch):
+    """The functions of the library that were called, in order."""
+    return record_calls(monkeypatch)
 
 
-def as_written(patch):
-    """Let the passes serve tensors of every size, uncompiled."""
-    names = []
-
-    def compile_nothing(function, **options):
-        assert options == {"dynamic": True, "fullgraph": True}
-        names.append(function.__name__.rstrip("0123456789").strip("_"))
-        return function
-
-    patch.setattr(torch, "compile", compile_nothing)
-    patch.setattr(compiled, "_compiled", compiled._compiled.__wrapped__)
-    patch.setattr(compiled, "SMALLEST", 0)
-    patch.setattr(compiled, "_has_compiler", lambda: True)
+def record_calls(patch):
+    names, call = [], compiled._call
+    patch.setattr(compiled, "_call", lambda name, *arguments: names.append(name) or call(name, *arguments))
     patch.setattr(compiled._switch, "on", True)
-    patch.setattr(compiled._switch, "failed", False)
     return names
 
 
 def compare(function, x, weight, operator, **options):
+    """The passes in fp32 against the reference in float64."""
+    double = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     with pytest.MonkeyPatch.context() as patch:
-        names = as_written(patch)
-        got = everything(function, x, weight, operator, **options)
-        assert names == ([] if isinstance(operator, CosineOperator) else ["curve", "curve_backward"])
-        patch.setattr(compiled._switch, "on", False)
-        patch.setattr(cpu, "usable", lambda *_: False)
-        expected = everything(function, x, weight, operator, **options)
+        names = record_calls(patch)
+        got = everything(function, x.float(), weight.float(), operator, **options)
+        assert {"curve", "curve_backward", "filter_gradient"} <= set(names)
+    expected = everything(function, x, weight, operator, **double)
     for one, other in zip(got, expected, strict=True):
-        assert one.dtype is other.dtype
-        torch.testing.assert_close(one, other, rtol=TOLERANCE[x.dtype], atol=TOLERANCE[x.dtype])
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @given(st.data())
-def test_convolutions_equal_the_reference(data):
+def test_convolutions_equal_the_reference_in_float64(data):
     draw = data.draw
-    dim, groups = draw(st.sampled_from([1, 2, 2])), draw(st.sampled_from([1, 1, 2, 3]))
-    channels, filters = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
-    kernel, size, dtype = draw(st.integers(1, 3)), draw(st.integers(4, 7)), draw(st.sampled_from(list(TOLERANCE)))
-    x = normal(draw(st.integers(1, 3)), channels, *[size] * dim, seed=kernel).to(dtype)
-    weight = normal(filters, channels // groups, *[kernel] * dim, seed=size).to(dtype)
+    dim, groups = draw(st.sampled_from([1, 2, 2, 2, 3])), draw(st.sampled_from([1, 1, 2, 3]))
+    channels, filters = groups * draw(st.sampled_from([1, 2, 5])), groups * draw(st.sampled_from([1, 3, 8]))
+    kernel, size = draw(st.integers(1, 3)), draw(st.integers(5, 9))
+    x = normal(draw(st.integers(1, 3)), channels, *range(size, size + dim), seed=kernel)
+    weight = normal(filters, channels // groups, *[kernel] * dim, seed=size)
     if dim > 1 and draw(st.booleans()):
-        x = x.contiguous(memory_format=torch.channels_last)
-    operator = draw(st.sampled_from(operators(filters)))
-    options = {**rescaling(draw, filters, dtype), **pools(draw, dtype)}
-    compare(CONVOLUTIONS[dim], x, weight, operator, **options, groups=groups, padding=1, stride=draw(st.integers(1, 2)))
+        x = x.contiguous(memory_format=CHANNELS_LAST[dim + 2])
+    if dim > 1 and draw(st.booleans()):
+        weight = weight.contiguous(memory_format=CHANNELS_LAST[dim + 2])
+    compare(
+        CONVOLUTIONS[dim], x, weight, draw(st.sampled_from(operators(filters))),
+        **rescaling(draw, filters, torch.float32), **pools(draw, torch.float32), groups=groups,
+        padding=draw(st.integers(0, 2)), stride=draw(st.integers(1, 3)), dilation=draw(st.integers(1, 2)),
+    )  # fmt: skip
 
 
-@given(st.sampled_from([(5,), (7, 5), (2, 1, 4, 5)]), st.integers(0, 4), st.sampled_from(list(TOLERANCE)), st.data())
-def test_linear_maps_equal_the_reference(shape, which, dtype, data):
-    x, weight = normal(*shape).to(dtype), normal(4, 5, seed=1).to(dtype)
-    compare(sphere_linear, x, weight, operators(4)[which], **rescaling(data.draw, 4, dtype))
+@given(st.sampled_from([(5,), (7, 5), (2, 1, 4, 5)]), st.integers(0, 4), st.data())
+def test_linear_maps_equal_the_reference_in_float64(shape, which, data):
+    x, weight = normal(*shape), normal(4, 5, seed=1)
+    compare(sphere_linear, x, weight, operators(4)[which], **rescaling(data.draw, 4, torch.float32))
 
 
-# ---- When they serve
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2, 24])
+def test_large_tensors_shared_by_several_threads_equal_the_reference_in_float64(layout, groups):
+    x = normal(2, 24, 45, 33).contiguous(memory_format=layout)
+    rescaled = {"bias": torch.linspace(-1, 1, 48), "beta": torch.linspace(0.5, -2, 48)}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        compare(sphere_conv2d, x, normal(48, 24 // groups, 3, 3, seed=1), operators(48)[3], groups=groups, padding=1,
+                **rescaled)  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
 
 
-def step(x, weight, operator=LinearOperator):
-    return torch.autograd.grad(sphere_conv2d(x, weight, operator()).square().sum(), [x, weight])
+@pytest.mark.parametrize("k", [0.003, 0.05, 0.3, 2.0])
+def test_the_curves_of_the_sigmoid_hold_at_the_poles_for_every_k(k):
+    weight = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [4.0, -3.0], [3.0, 4.001]])
+    x = torch.tensor([[6.0, 8.0], [0.6, 0.8], [0.0, 0.0], [1.0, -1.0]])
+    compare(sphere_linear, x.double(), weight.double(), SigmoidOperator(k))
 
 
-def test_training_on_large_tensors_alone_is_served(served, monkeypatch):
-    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
-    with torch.no_grad():
-        sphere_conv2d(x, weight, LinearOperator())
-    with FlopCounterMode(display=False) as counter:
-        step(x, weight)
-    assert not served
-    assert counter.get_total_flops() > 0
-    step(x, weight)
-    assert served == ["curve", "curve_backward"]
-    with compiled.enabled(False):
-        step(x, weight)
-    monkeypatch.setattr(compiled, "SMALLEST", 2 * 3 * 2 * 2 + 1)
-    step(x, weight)
-    step(x, weight, CosineOperator)
-    assert len(served) == 2
+def test_infinities_and_no_numbers_stay_what_they_are():
+    x = torch.tensor([[1.0, math.nan], [math.inf, 1.0], [1.0, 2.0]])
+    g = sphere_linear(x, torch.eye(2), LinearOperator())
+    assert g.isnan().any(1).tolist() == [True, True, False]
+
+
+def test_nothing_that_the_caller_holds_is_written_to():
+    x, weight = normal(2, 4, 6, 6).float().requires_grad_(), normal(6, 4, 3, 3, seed=1).float().requires_grad_()
+    upstream = normal(2, 6, 4, 4, seed=2).float()
+    before = [tensor.detach().clone() for tensor in (x, weight, upstream)]
+    y = sphere_conv2d(x, weight, SigmoidOperator())
+    shown = y.detach().clone()
+    y.backward(upstream)
+    for tensor, old in zip((x, weight, upstream, y), (*before, shown), strict=True):
+        assert torch.equal(tensor, old)
+
+
+# ---- Where they serve
+
+
+def step(x, weight):
+    return torch.autograd.grad(sphere_conv2d(x, weight, LinearOperator()).square().sum(), [x, weight])
+
+
+def operands(dtype=torch.float32):
+    return normal(2, 2, 4, 4).to(dtype).requires_grad_(), normal(3, 2, 3, 3, seed=1).to(dtype).requires_grad_()
 
 
 class Counter(TorchFunctionMode):
@@ -112,112 +132,114 @@ class Counter(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def test_modes_see_the_operations_of_the_passes(served):
-    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
-    with Counter() as counter:
+def test_modes_that_count_or_record_operations_see_all_of_them(called):
+    x, weight = operands()
+    with FlopCounterMode(display=False) as flops:
         step(x, weight)
-    assert counter.calls > 0
-    assert "curve" not in served  # the backward is one operation to a mode of this kind
-    served.clear()
-    with torch.device("cpu"):
+    with Counter() as counter, torch.no_grad():
+        sphere_conv2d(x, weight, LinearOperator())
+    assert not called
+    assert flops.get_total_flops() > 0
+    assert counter.calls > 3
+    with torch.device("meta"):
         step(x, weight)
-    assert served == ["curve", "curve_backward"]
+    assert "curve_backward" in called
 
 
-@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "fail_on_recompile", None])
-def test_nothing_is_compiled_where_the_user_forbids_it(served, stance):
-    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
-    disabled = torch._dynamo.config.patch(disable=True)  # as TORCH_COMPILE_DISABLE=1
-    with disabled if stance is None else torch.compiler.set_stance(stance):
-        step(x, weight)
-    assert not served
+def test_other_dtypes_and_layouts_are_served_by_the_other_passes(called):
+    for dtype in (torch.float64, torch.bfloat16):
+        step(*operands(dtype))
+    x, weight = operands()
+    step(x.transpose(2, 3), weight)
+    with torch.no_grad():
+        sphere_conv2d(x, weight.transpose(2, 3), LinearOperator())
+    assert not called
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_pass_that_cannot_be_compiled_warns_once_and_the_blocks_serve(served, early, monkeypatch):
-    x, weight = normal(2, 2, 4, 4).requires_grad_(), normal(3, 2, 3, 3, seed=1).requires_grad_()
+def test_switched_off_they_serve_nothing(called):
+    with compiled.enabled(False):
+        step(*operands())
+        assert "switched off" in compiled.state()
+    assert not called
+
+
+def outcome_without(monkeypatch, match):
+    """A step in blocks, after one warning, and once more without."""
+    monkeypatch.setattr(compiled._switch, "failed", False)
+    monkeypatch.setattr(self_check, "_trusted", set())
+    x, weight = operands()
     with compiled.enabled(False):
         expected = step(x, weight)
-
-    def fail(function, **options):
-        def run(*arguments):
-            raise RuntimeError("no compiler\nand more")
-
-        return run() if early else run
-
-    monkeypatch.setattr(torch, "compile", fail)
-    with pytest.warns(RuntimeWarning, match=r"pass curve .*RuntimeError: no compiler\).*SPHEREIFY_COMPILED_PASSES"):
+    with pytest.warns(RuntimeWarning, match=match) as caught:
         first = step(x, weight)
+    assert len(caught) == 1
     second = step(x, weight)  # a warning would be an error here
     for got in (first, second):
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other)
-    assert "could not be compiled" in compiled.state()
+    assert "given up" in compiled.state()
+
+
+def test_a_loop_that_is_wrong_is_found_before_its_first_use(monkeypatch):
+    call = compiled._call
+
+    def wrong(name, *arguments):
+        call(name, *arguments)
+        if name == "box_sum":
+            arguments[-1].mul_(1.001)
+
+    monkeypatch.setattr(compiled, "_call", wrong)
+    outcome_without(monkeypatch, r"\(patch_norm\).*away from the reference.*SPHEREIFY_COMPILED_PASSES")
+
+
+# ---- How they are compiled
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache folder without a library, for a process that has not loaded one."""
+    monkeypatch.setenv("SPHEREIFY_CACHE", str(tmp_path / "cache"))
+    library.load.cache_clear()
+    yield tmp_path / "cache"
+    library.load.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_warning(monkeypatch, fresh):
+    monkeypatch.setattr(library, "compiler", lambda: sys.executable)
+    outcome_without(monkeypatch, r"\(compilation\).*python.* ended with [12]: ")
+    assert not list(fresh.iterdir())
+
+
+def test_the_library_is_compiled_once_and_kept(monkeypatch, fresh):
+    library.load()
+    (kept,) = fresh.iterdir()
+    monkeypatch.setattr(library, "_compile", None)
+    library.load.cache_clear()
+    assert set(library.load()) == set(library.FUNCTIONS)
+    assert list(fresh.iterdir()) == [kept]
+
+
+def test_where_no_cache_can_be_kept_each_process_compiles(monkeypatch, tmp_path, fresh):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPHEREIFY_CACHE", str(tmp_path / "file" / "cache"))
+    assert set(library.load()) == set(library.FUNCTIONS)
 
 
 @pytest.mark.processes
-def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_training(tmp_path):
-    """torch makes the folder when it imports its compiler, so this needs a process of its own."""
-    file = tmp_path / "file"
-    file.touch()
-    code = """if True:
-        import torch
-        from sphereify.nn.functional import sphere_linear
-        from sphereify.nn.operators import LinearOperator
-        from sphereify.nn.passes import compiled
-
-        compiled.SMALLEST, compiled._has_compiler = 0, lambda: True
-        weight = torch.ones(2, 3).requires_grad_()
-        sphere_linear(torch.eye(3), weight, LinearOperator()).sum().backward()
-        print(compiled.state())
-    """
-    environment = os.environ | {"SPHEREIFY_COMPILED_PASSES": "1", "TORCHINDUCTOR_CACHE_DIR": str(file / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "given up, since a curve could not be compiled\n"
-    assert "Not a directory" in done.stderr
+def test_processes_that_start_at_once_share_one_library(tmp_path):
+    code = "from sphereify.nn.passes import library; print(len(library.load()))"
+    environment = os.environ | {"SPHEREIFY_CACHE": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]  # fmt: skip
+    assert [process.communicate()[0] for process in started] == [f"{len(library.FUNCTIONS)}\n"] * 3
+    assert len(list(tmp_path.iterdir())) == 1
 
 
-# ---- Compiled
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("which", "layout"), [(1, "channels_last"), (2, "contiguous"), (3, "channels_last"), (4, "contiguous")]
-)
-def test_compiled_passes_equal_the_reference_in_float64_for_any_size(which, layout, monkeypatch):
-    monkeypatch.setattr(compiled, "SMALLEST", 0)
-    calls = []
-    run = compiled._run
-    monkeypatch.setattr(compiled, "_run", lambda *a, **k: calls.append(a[0]) or run(*a, **k))
-    for size, groups, rescaled in ((9, 1, True), (12, 1, False), (7, 1, True), (8, 2, True)):
-        x = normal(3, 6, size, size, seed=size).contiguous(memory_format=LAYOUTS[layout])
-        weight = normal(6, 6 // groups, 3, 3, seed=1)
-        own = {"bias": torch.linspace(-1, 1, 6), "beta": torch.linspace(0.5, -2, 6)} if rescaled else {}
-        how = {"groups": groups, "padding": 1, "stride": 2, "radius": 2.0}
-        double = {name: value.double() for name, value in own.items()}
-        expected = everything(sphere_conv2d, x, weight, operators(6)[which], **double, **how)
-        calls.clear()
-        with compiled.enabled():
-            got = everything(sphere_conv2d, x.float(), weight.float(), operators(6)[which], **own, **how)
-        assert len(calls) == 2
-        for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-5)
-    assert not compiled._switch.failed
-
-
-@pytest.mark.exhaustive
-def test_one_compilation_serves_all_sizes(monkeypatch):
-    monkeypatch.setattr(compiled, "SMALLEST", 0)
-    graphs = torch._dynamo.utils.counters["stats"]
-    compiled._compiled.cache_clear()
-    counts = []
-    for rows, width in ((10, 6), (12, 6), (33, 20), (500, 64), (2000, 192)):
-        x, weight = torch.randn(rows, width).requires_grad_(), torch.randn(width + 1, width).requires_grad_()
-        with compiled.enabled():
-            sphere_linear(x, weight, LinearOperator()).sum().backward()
-        counts.append(graphs["unique_graphs"])
-    assert counts[0] == counts[1] == counts[2]
-    assert counts[-1] - counts[0] <= 1  # another way to sum many rows
+def test_without_a_compiler_the_blocks_serve_and_nothing_is_said(monkeypatch, called):
+    monkeypatch.setattr(library, "compiler", lambda: None)
+    step(*operands())
+    assert not called
+    assert "C++ compiler" in compiled.state()
 
 
 # ---- Polynomials
@@ -230,6 +252,20 @@ def test_arcsine_and_sine_err_by_rounding():
     assert (arcsine.sine_of_right_angles(cos).double() - (cos.double() * torch.pi / 2).sin()).abs().max() < 2e-7
     ends = torch.tensor([-1.0, 0.0, 1.0])
     assert torch.equal(arcsine.arcsin_in_right_angles(ends), ends)
+
+
+@pytest.mark.parametrize("name", ["linear", "sigmoid"])
+def test_compiled_curves_err_by_rounding(name):
+    """Over numbers in [-1, 1], densest at the poles and at 0."""
+    source = torch.Generator().manual_seed(0)
+    small = torch.logspace(-20, -1, 50_000)
+    cos = torch.cat([torch.rand(100_000, generator=source), small, 1 - small, torch.tensor([0.0, 1.0])])
+    cos = torch.cat([cos, -cos]).view(-1, 4)
+    g, _ = compiled.curve(cos.clone(), torch.ones(len(cos), 1), name, 0.3, None, None, None)
+    exact = CURVES[name].value(cos.double(), 0.3)
+    assert (g.double() - exact).abs().max() < {"linear": 0.7e-7, "sigmoid": 2.5e-7}[name]
+    folded = compiled.folded(cos.clone(), torch.ones(len(cos), 1), "linear", None, None, None, None)
+    assert (folded.double() - cos.double().asin()).abs().max() < 1.7e-7
 
 
 @pytest.mark.parametrize("name", ["linear", "sigmoid"])
@@ -247,3 +283,11 @@ def test_polynomials_take_the_place_of_functions_where_fp32_is_compiled_for_a_cp
         operations.clear()
         torch.compile(value_and_slope, backend=record, fullgraph=True)(torch.linspace(-1, 1, 5, dtype=dtype))
         assert {"asin", "sin", "cos"} & set(operations) == functions
+
+
+def test_a_pass_in_blocks_serves_what_the_library_does_not(called):
+    """Windows of three dimensions."""
+    x, weight = normal(1, 2, 4, 4, 4).float(), normal(3, 2, 2, 2, 2, seed=1).float()
+    got = cpu.patch_norm(x, (2, 2, 2), 1e-4, projection := compiled.Projection((1,) * 3, (0,) * 3, (1,) * 3, 1))
+    assert torch.equal(compiled.patch_norm(x, weight.shape[2:], 1e-4, projection), got)
+    assert not called

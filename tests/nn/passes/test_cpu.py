@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 from sphereify.nn.operators import CosineOperator, LearnableSigmoidOperator, LinearOperator, SigmoidOperator
-from sphereify.nn.passes import cpu
+from sphereify.nn.passes import compiled, cpu
 from sphereify.nn.precision import CHANNELS_LAST
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -17,6 +17,12 @@ CONVOLUTIONS = {1: sphere_conv1d, 2: sphere_conv2d, 3: sphere_conv3d}
 def operators(filters):
     return [CosineOperator(), LinearOperator(), SigmoidOperator(0.3), LearnableSigmoidOperator(filters),
             LearnableSigmoidOperator(1)]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _blocks_serve():
+    with compiled.enabled(False):
+        yield
 
 
 def everything(function, x, weight, operator, **options):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from sphereify.nn.passes import cpu, reference, self_check, with_passes
+from sphereify.nn.passes import compiled, cpu, reference, self_check, with_passes
 from sphereify.nn.passes import triton as kernels
 from sphereify.nn.passes.self_check import Kind
 from tests.nn.oracle import normal
@@ -33,7 +33,7 @@ def test_each_kernel_is_checked_once_and_what_the_caller_has_switched_on_stays_o
 
 @pytest.mark.parametrize("layout", self_check.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("maker", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("maker", [reference, cpu, compiled], ids=["reference", "cpu", "compiled"])
 def test_the_passes_of_a_cpu_agree_with_room_to_spare(maker, dtype, layout):
     found = list(self_check.deviations(maker, Kind(CPU, dtype, dtype, layout)))
     assert {deviation.name for deviation in found} == set(self_check.PASSES)
@@ -88,9 +88,9 @@ def test_the_reference_serves_while_a_graph_is_captured_before_the_check(monkeyp
             return 2
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(self_check, "check_kernels", None)
+    monkeypatch.setattr(self_check, "check", None)
     monkeypatch.setattr(self_check, "_trusted", set())
-    assert not self_check.is_trusted(OnGpu(), OnGpu(), None)
+    assert not self_check.is_trusted(kernels, OnGpu(), OnGpu(), None)
     assert not self_check._trusted
     monkeypatch.setattr(kernels, "usable", lambda *_: True)
     monkeypatch.setattr(self_check, "is_trusted", lambda *_: False)
