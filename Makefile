@@ -28,11 +28,11 @@ check: test marked
 
 # One architecture of each structure converted, and the smallest of each model file run with real weights.
 zoo: $(VENV)/.installed
-	OMP_NUM_THREADS=1 SPHEREIFY_COMPILED_PASSES=0 $(BIN)/python -m tests.zoo --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --jobs $(JOBS)
 
 # The same, with every architecture converted.
 zoo-full: $(VENV)/.installed
-	OMP_NUM_THREADS=1 SPHEREIFY_COMPILED_PASSES=0 $(BIN)/python -m tests.zoo --all --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --all --jobs $(JOBS)
 
 # Networks of a dozen other libraries, from small configurations; it installs these libraries.
 strangers: $(VENV)/.installed

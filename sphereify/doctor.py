@@ -20,6 +20,7 @@ from sphereify.errors import first_line
 from sphereify.nn.passes import compiled, cpu, reference, self_check, triton
 from sphereify.nn.passes.protocol import Passes
 from sphereify.nn.passes.self_check import Case, Deviation, Kind
+from sphereify.nn.passes.switch import KernelFailure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMED_DTYPES = (torch.float32, torch.bfloat16)
@@ -34,7 +35,7 @@ class PassReport:
     """One pass of one maker on one device."""
 
     maker: str
-    """"reference", "blocks" (the CPU's own) or "Triton"."""
+    """"reference", "blocks" (ATen on the CPU), "compiled" (loops on the CPU) or "Triton"."""
     device: str
     name: str
     deviation: float = 0.0
@@ -68,7 +69,7 @@ class Examination:
 def examine() -> Examination:
     """Compare the passes of each maker that is usable here with the reference, and time them; takes some seconds.
 
-    The first time on a GPU, the kernels are compiled.
+    The first time on a machine, kernels are compiled.
     """
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     passes = [report for device in devices for name, maker in makers(device).items()
@@ -81,6 +82,8 @@ def makers(device: torch.device) -> dict[str, Passes]:
     found: dict[str, Passes] = {"reference": reference}
     if device.type == "cpu":
         found["blocks"] = cpu
+        if compiled.serves():
+            found["compiled"] = compiled
     if triton.serves(device):
         found["Triton"] = triton
     return found
@@ -104,9 +107,9 @@ def environment() -> dict[str, str]:
         "CPU": f"{torch.get_num_threads()} threads",
         "GPU": ", ".join(gpus) or "none: torch sees no CUDA device, so the CPU alone is examined",
         "kernels": kernels,
-        "compiled curves": compiled.state(),
+        "compiled passes": compiled.state(),
         "C compiler": _compiler("CC", "gcc", "clang", "cc") or "none was found; Triton needs one",
-        "C++ compiler": _compiler("CXX", "g++", "clang++", "c++") or "none was found; torch.compile needs one on a CPU",
+        "C++ compiler": _compiler("CXX", "g++", "clang++", "c++") or "none was found; the compiled passes need one",
     }
 
 
@@ -129,16 +132,17 @@ def _compiler(variable: str, *names: str) -> str | None:
 def _examine(name: str, maker: Passes, device: torch.device) -> Iterator[PassReport]:
     reports = {each: PassReport(name, str(device), each) for each in self_check.PASSES}
     try:
-        for dtype, layout in product(DTYPES, self_check.LAYOUTS):
+        dtypes = [dtype for dtype in DTYPES if maker is not compiled or dtype is torch.float32]
+        for dtype, layout in product(dtypes, self_check.LAYOUTS):
             kind = Kind(device, dtype, torch.float32, layout)
             with _exact_convolutions(device):
                 for found in self_check.deviations(maker, kind):
                     _note(reports[found.name], found, kind)
         is_interpreted = maker is triton and device.type == "cpu"  # whose times say nothing
-        for dtype in () if is_interpreted else TIMED_DTYPES:
+        for dtype in () if is_interpreted else [dtype for dtype in TIMED_DTYPES if dtype in dtypes]:
             for each, seconds in _times(maker, Kind(device, dtype, torch.float32, "channels_last")):
                 reports[each].microseconds[str(dtype).removeprefix("torch.")] = round(seconds * 1e6, 1)
-    except triton.KernelFailure as failure:
+    except KernelFailure as failure:
         reason = first_line(failure.__cause__ or failure)
         yield PassReport(name, str(device), f"kernel {failure}", agrees=False, error=reason)
     yield from (report for report in reports.values() if report.where)

@@ -23,8 +23,9 @@ def doctor(
     if found.wrong:
         names = ", ".join(f"{report.maker} {report.name} on {report.device}" for report in found.wrong)
         raise SphereifyError(
-            f"wrong results: {names}. Layers check the kernels of Triton before they use them, and go on without them "
-            f"where these are wrong; SPHEREIFY_KERNELS=0 in the environment switches them off."
+            f"wrong results: {names}. Layers check kernels before they use them, and go on without those that are "
+            f"wrong. In the environment SPHEREIFY_KERNELS=0 switches Triton's off, SPHEREIFY_COMPILED_PASSES=0 the "
+            f"compiled ones."
         )
 
 

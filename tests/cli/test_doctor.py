@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sphereify import doctor
-from sphereify.nn.passes import cpu, self_check, triton
+from sphereify.nn.passes import compiled, cpu, self_check, triton
 from tests.cli.words import one_line
+
+MAKERS = ["reference", "blocks", *["compiled"] * compiled.serves()]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def test_each_pass_of_each_maker_has_a_row(run):
     text = one_line(out)
     assert f"torch {torch.__version__}" in text.replace("│", "")
     assert "none: torch sees no CUDA device, so the CPU alone is examined" in text
-    for maker in ("reference", "blocks"):
+    for maker in MAKERS:
         for name in self_check.PASSES:
             assert f"{maker} cpu {name} yes" in text
     assert "all passes agree with the reference" in text
@@ -41,13 +43,14 @@ def test_as_json(run):
     assert found["environment"]["torch"] == torch.__version__
     passes = found["passes"]
     assert {(p["maker"], p["name"]) for p in passes} == {
-        (maker, name) for maker in ("reference", "blocks") for name in self_check.PASSES
+        (maker, name) for maker in MAKERS for name in self_check.PASSES
     }
     for report in passes:
         assert report["agrees"]
         assert 0 <= report["deviation"] < report["allowed"] < 1e-4
         assert report["where"].startswith("float32, ")
-        assert set(report["microseconds"]) == {"float32", "bfloat16"}
+        timed = {"float32"} if report["maker"] == "compiled" else {"float32", "bfloat16"}
+        assert set(report["microseconds"]) == timed
         assert all(time > 0 for time in report["microseconds"].values())
 
 

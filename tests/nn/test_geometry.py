@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.nn.geometry import (
     Projection,
@@ -91,3 +92,25 @@ def test_padding_becomes_numbers(padding, kernel, size, expected):
         assert projection == Projection((1, 1), expected, (1, 1), 3)
         assert tuple(batch.shape) == (2 if x.dim() == 4 else 1, 3, *size)
     assert per_axis(2, 3) == per_axis([2], 3) == per_axis((2, 2, 2), 3) == (2, 2, 2)
+
+
+class Names(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.add(function.overloadpacket._qualified_op_name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_convolution_rounds_the_sums_on_another_device_than_a_cpu(stride):
+    """cuDNN would round squares to TF32; the meta device stands for a GPU here."""
+    projection, squares = Projection((stride,) * 2, (1, 1), (1, 1), 1), torch.empty(2, 1, 9, 9, device="meta")
+    with Names() as names:
+        sums = box_sum(squares, (3, 3), projection)
+        assert box_spread(sums, (9, 9), (3, 3), projection).shape == squares.shape
+    assert not {name for name in names.seen if "conv" in name}

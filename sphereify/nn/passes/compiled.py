@@ -3,9 +3,10 @@
 In ATen a pass is many operations, each of which goes through memory and through torch's dispatch, and an angle is many
 more. Here an element is read and written once, angles are polynomials, and a pass is one call.
 
-Tensors of other dtypes are served by `cpu`, and so are windows of three dimensions. The loops are compiled at the first use on a machine (`library`). SPHEREIFY_COMPILED_PASSES=0 in the environment, or
-`enabled(False)`, switches them off; without a C++ compiler they are off. When they cannot be compiled, or compute
-something else than the reference (`self_check`), the process warns once and stays with `cpu`.
+Tensors of other dtypes are served by `cpu`, and so are windows of three dimensions. The loops are compiled at the first
+use on a machine (`library`). SPHEREIFY_COMPILED_PASSES=0 in the environment, or `enabled(False)`, switches them off;
+without a C++ compiler they are off. When they cannot be compiled, or compute something else than the reference
+(`self_check`), the process warns once and stays with `cpu`.
 """
 
 import ctypes
@@ -35,17 +36,20 @@ _switch = Switch("SPHEREIFY_COMPILED_PASSES")
 enabled = _switch.enabled
 
 
+def serves() -> bool:
+    """True if tensors on the CPU may be given to the passes: they are switched on, and there is a compiler."""
+    return _switch.on and not _switch.failed and library.compiler() is not None
+
+
 def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     """True if these passes can serve an angular map of x and weight, where operations run eagerly."""
     return (
-        _switch.on
-        and not _switch.failed
+        serves()
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and cpu.usable(x, weight, projection)
         and (x.is_contiguous() if projection is None else _is_dense(weight))
         and not _is_watched()
-        and library.compiler() is not None
     )
 
 

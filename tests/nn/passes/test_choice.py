@@ -37,6 +37,7 @@ def served(monkeypatch):
     return names
 
 
+@pytest.mark.skipif(not compiled.serves(), reason="needs a C++ compiler on Linux")
 def test_compiled_passes_serve_fp32_on_a_cpu_and_blocks_the_other_dtypes(served):
     weight = normal(3, 2, 3, 3)
     sphere_conv2d(normal(2, 2, 4, 4).float(), weight.float().requires_grad_(), LinearOperator()).sum().backward()
