@@ -53,6 +53,8 @@ from sphereify.nn.radius import HasRadius, pool
 from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
+ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "hardswish": F.hardswish}
+"""Activations that can be part of a folded layer, by name; each takes `inplace`."""
 
 
 class Affine(NamedTuple):
@@ -71,6 +73,7 @@ class FoldedLayer(nn.Module):
         scale: a of shape (filters,), or None where it is 1 or part of the weight.
         sharpness: c of the sigmoid, of shape (filters,) or (1,), else None.
         curve: the operator's name, or "own" for an operator object of the user's, which stays as it is.
+        activation: a name of `ACTIVATIONS` that comes behind it all, or None.
 
     Gradients flow to the input. `train()` is refused with an `UnsupportedModelError`.
     """
@@ -83,11 +86,12 @@ class FoldedLayer(nn.Module):
     operator: Any
     eps: float
     curve: str
+    activation: str | None
 
     def _fold(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
         """Become scale·g(θ) + shift, both of shape (filters,) or None for 1 and 0, from the layer that this copies."""
         unit, _ = normalize_filters(self.weight.detach().double(), self.eps, torch.float64)
-        sharpness = None
+        sharpness = self.activation = None
         self.curve = operator.name if is_built_in(operator) else "own"
         if self.curve == "cosine" and scale is not None:
             unit, scale = unit * scale.view(-1, *[1] * (unit.dim() - 1)), None
@@ -154,25 +158,34 @@ class FoldedLayer(nn.Module):
 
     def _is_served_by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         """True if compiled loops (`nn.passes.compiled`) can do all that surrounds the products."""
-        if self.curve == "own" or (torch.is_grad_enabled() and x.requires_grad):
+        if self.curve == "own" or is_traced_for_onnx() or (torch.is_grad_enabled() and x.requires_grad):
             return False
         with torch.no_grad():
             return runs_eagerly(x, weight) and passes.serves(compiled, x, weight, projection)
 
     @torch.no_grad()
     def _by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> Tensor:
-        """a·f(ŵ·x / N) + b with one pass over x and one over the outputs."""
+        """The outputs with one pass over x and one over the products."""
         kernel, radius = weight.shape[2:], getattr(self, "radius", 0.0)
         norm = compiled.patch_norm(x, kernel, self.eps, projection, radius)
         narrow = projection is None or (projection.groups == 1 and is_identity(kernel, projection))
         if self.curve == "cosine" and narrow and weight.shape[1] < weight.shape[0]:
             x = x / norm
-            return convolve(x, weight, self.bias, projection) if projection else F.linear(x, weight, self.bias)
+            y = convolve(x, weight, self.bias, projection) if projection else F.linear(x, weight, self.bias)
+            return self._activated(y)
         dot = project(x, weight, projection)
-        return compiled.folded(dot, norm, self.curve, self.sharpness, projection, self.scale, self.bias)
+        constants = (self.sharpness, projection, self.scale, self.bias)
+        return compiled.folded(dot, norm, self.curve, *constants, self.activation)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """The output behind the activation, in place where nothing needs it."""
+        if self.activation is None:
+            return y
+        return ACTIVATIONS[self.activation](y, inplace=not y.requires_grad)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}"
+        behind = f", activation={self.activation}" if self.activation else ""
+        return f"{super().extra_repr()}, folded, operator={self.curve}, eps={self.eps:g}{behind}"
 
 
 def _only_traced() -> bool:
@@ -215,14 +228,16 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
         dtype = compute_dtype(x, self.weight)
         x = self._fit_into(dtype, x)
         with no_autocast(x.device.type):
-            y = cast(self._map(x, cast(self.weight, dtype), projection), dtype)
+            weight = cast(self.weight, dtype)
+            if self._is_served_by_kernels(x, weight, projection):
+                y = self._by_kernels(x, weight, projection)
+            else:
+                y = self._activated(cast(self._map(x, weight, projection), dtype))
         return y if input.dim() == len(kernel) + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
         if is_traced_for_onnx():
             return onnx_layers.convolution(self, x, weight, projection)
-        if self._is_served_by_kernels(x, weight, projection):
-            return self._by_kernels(x, weight, projection)
         precise = accumulate_dtype(x.dtype)
         groups, ones = projection.groups, [1] * (weight.dim() - 2)
         squares = _squares(cast(x, precise), groups, weight.shape[1])
@@ -303,14 +318,16 @@ class FoldedLinear(FoldedLayer, nn.Linear):
         rows = input if input.dim() > 1 else input.unsqueeze(0)
         rows = self._fit_into(dtype, rows)
         with no_autocast(rows.device.type):
-            y = cast(self._map(rows, cast(self.weight, dtype)), dtype)
+            weight = cast(self.weight, dtype)
+            if self._is_served_by_kernels(rows, weight, None):
+                y = self._by_kernels(rows, weight, None)
+            else:
+                y = self._activated(cast(self._map(rows, weight), dtype))
         return y if input.dim() > 1 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
         if is_traced_for_onnx():
             return onnx_layers.rows(self, x, weight)
-        if self._is_served_by_kernels(x, weight, None):
-            return self._by_kernels(x, weight, None)
         precise = accumulate_dtype(x.dtype)
         inverse = _inverse_length(cast(x, precise), self.eps)
         if len(weight) > weight.shape[1]:

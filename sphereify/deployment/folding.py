@@ -42,6 +42,10 @@ BATCH_NORMS = {
 """Classes, by qualified name, that in evaluation apply one affine map to each channel, then perhaps an activation."""
 
 
+ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+"""The activations of `folded_layers.ACTIVATIONS` as modules, which timm's classes of a norm with an activation hold."""
+
+
 @dataclass(frozen=True)
 class Folding:
     """The layers of a model that were folded, by name, and those that were not. Plain data.
@@ -134,12 +138,22 @@ def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
             name: folded(layer, _affine_of(norms.get(folding.layers[name] or ""))) for name, layer in layers.items()
         }
     for name, twin in twins.items():
+        norm = norms.get(folding.layers[name] or "")
+        behind = None if norm is None else without_norm(norm)
+        if behind is not None and (activation := _activation(behind)):
+            twin.activation, behind = activation, nn.Identity()
         become(layers[name], twin)
-    for norm in norms.values():
-        become(norm, without_norm(norm))
+        if norm is not None and behind is not None:
+            become(norm, behind)
     model.eval().requires_grad_(False)
     setattr(model, FOLDING_ATTRIBUTE, folding)
     return model
+
+
+def _activation(behind: nn.Module) -> str | None:
+    """The name of the activation that is all that is left of a normalization, if a folded layer can have it."""
+    parts = list(behind.children())
+    return ACTIVATIONS.get(type(parts[0])) if len(parts) == 1 and not parts[0]._forward_hooks else None
 
 
 def _module(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:

@@ -169,6 +169,32 @@ def net(wiring, **modules):
     return scrambled(sphereify(Net(wiring, **modules), head="keep"))
 
 
+@pytest.mark.parametrize(
+    ("activation", "expected"), [(nn.ReLU, "relu"), (nn.Hardswish, "hardswish"), (nn.SiLU, None), (None, None)]
+)
+def test_the_activation_in_a_norm_of_timms_is_part_of_the_layer(activation, expected):
+    norm = timm.layers.BatchNormAct2d(6, apply_act=activation is not None, act_layer=activation or nn.ReLU)
+    model = scrambled(sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval())
+    folded = fold(model)
+    assert folded[0].activation == expected
+    assert isinstance(folded[1], nn.Identity if expected or activation is None else nn.Sequential)
+    x = 3 * torch.randn(2, 3, 6, 6)
+    assert_same(folded, model, x)
+    got, wanted = (torch.autograd.grad(network(x.requires_grad_()).sum(), x)[0] for network in (folded, model))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_the_activation_keeps_it_apart():
+    norm = timm.layers.BatchNormAct2d(6)
+    model = sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval()
+    calls = []
+    model[1].act.register_forward_hook(lambda *_: calls.append(1))
+    folded = fold(model)
+    assert folded[0].activation is None
+    folded(torch.randn(2, 3, 6, 6))
+    assert calls
+
+
 def test_a_norm_that_reads_two_layers_stays():
     model = net(lambda n, x: n.norm(n.a(x)) + n.norm(n.b(x)), a=conv(3, 4), b=conv(3, 4), norm=nn.BatchNorm2d(4))
     folded = fold(model)

@@ -191,6 +191,7 @@ def patch_norm(
 
 
 CURVES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable-sigmoid": 2}
+ACTIVATIONS = {None: 0, "relu": 1, "hardswish": 2}
 
 
 def curve(
@@ -221,18 +222,32 @@ def folded(
     projection: Projection | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    activation: str | None = None,
 ) -> Tensor:
     """The outputs of a folded layer from its products and patch norms, in place of `dot`.
 
     Args:
         curve: which of the three forms in `sphereify.deployment.folded_layers`.
         sharpness, scale, shift: c, a and b there, of (filters,), or (1,) for c; None where there is none.
+        activation: of `ACTIVATIONS`, or None.
     """
     *shape, layout = Shape.of(dot, projection)
     dot, norm = dot.contiguous(memory_format=layout), norm.contiguous(memory_format=layout)
     count = 0 if sharpness is None else sharpness.numel()
     sharpness, scale, shift = _floats(sharpness), _floats(scale), _floats(shift)
-    _call("folded", shape[0], CURVES[curve], *shape[1:], dot, norm, sharpness, count, scale, shift)
+    _call(
+        "folded",
+        shape[0],
+        CURVES[curve],
+        *shape[1:],
+        dot,
+        norm,
+        sharpness,
+        count,
+        scale,
+        shift,
+        ACTIVATIONS[activation],
+    )
     return dot
 
 

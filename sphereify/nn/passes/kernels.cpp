@@ -22,6 +22,7 @@ namespace {
 using Size = std::int64_t;
 
 enum Form { ROWS, CELLS, PLANES };
+enum Activation { NONE, RELU, HARDSWISH };
 enum Curve { COSINE, LINEAR, SIGMOID, QUOTIENT, ANGLE, LOGISTIC };
 
 constexpr float HALF_PI = 1.57079632679489662f;
@@ -167,9 +168,16 @@ inline void curve_strip(float* dot, const float* norm, const Filters& filters, S
     }
 }
 
+inline void activate(Activation activation, float* y, Size m) {
+    if (activation == NONE) return;
+    const bool hard = activation == HARDSWISH;
+#pragma omp simd
+    for (Size i = 0; i < m; ++i) y[i] = hard ? y[i] * clipped(y[i] + 3, 0, 6) * (1 / 6.f) : y[i] < 0 ? 0 : y[i];
+}
+
 template <Curve C, bool rescaled>
 void curve_all(Form form, Size rows, Size groups, Size count, Size places, float* dot, const float* norm,
-               const Filters& filters, float* y, int threads) {
+               const Filters& filters, float* y, Activation activation, int threads) {
     const bool few = rows * count * places < FEW;
     if (form == PLANES) {
         const Size strips = (places + STRIP - 1) / STRIP;
@@ -181,6 +189,7 @@ void curve_all(Form form, Size rows, Size groups, Size count, Size places, float
                     const Size i = (p * count + c) * places + at;
                     curve_strip<C, true, false, rescaled>(dot + i, norm + p * places + at, filters,
                                                           p % groups * count + c, y + (rescaled ? i : 0), m);
+                    activate(activation, y + i, m);
                 }
             }
         return;
@@ -192,6 +201,7 @@ void curve_all(Form form, Size rows, Size groups, Size count, Size places, float
             curve_strip<C, true, true, rescaled>(dot + r * count, norm + r * count, filters, 0, out, count);
         else
             curve_strip<C, false, true, rescaled>(dot + r * count, norm + r, filters, r % groups * count, out, count);
+        activate(activation, out, count);
     }
 }
 
@@ -544,21 +554,25 @@ void curve(int form, int which, Size rows, Size groups, Size count, Size places,
     const Filters filters(form == CELLS ? count : groups * count, beta, shift, k, count_k);
     const Form f = static_cast<Form>(form);
     const auto run = [&](auto plain, auto rescaled) {
-        (y ? rescaled : plain)(f, rows, groups, count, places, dot, norm, filters, y, threads);
+        (y ? rescaled : plain)(f, rows, groups, count, places, dot, norm, filters, y, NONE, threads);
     };
     if (which == COSINE) run(curve_all<COSINE, false>, curve_all<COSINE, true>);
     if (which == LINEAR) run(curve_all<LINEAR, false>, curve_all<LINEAR, true>);
     if (which == SIGMOID) run(curve_all<SIGMOID, false>, curve_all<SIGMOID, true>);
 }
 
-// scale·f(dot / norm) + shift in place of dot, where f is the quotient, its arcsin, or logistic(sharpness·arcsin) - ½.
+// scale·f(dot / norm) + shift in place of dot, where f is the quotient, its arcsin, or logistic(sharpness·arcsin) - ½; then
+// the activation.
 void folded(int form, int which, Size rows, Size groups, Size count, Size places, float* dot, const float* norm,
-            const float* sharpness, Size count_sharpness, const float* scale, const float* shift, int threads) {
+            const float* sharpness, Size count_sharpness, const float* scale, const float* shift, int activation,
+            int threads) {
     const Size total = form == CELLS ? count : groups * count;
     Filters filters(total, scale, shift, nullptr, 0);
     for (Size f = 0; sharpness && f < total; ++f) filters.inverse_k[f] = sharpness[count_sharpness == 1 ? 0 : f];
     const Form f = static_cast<Form>(form);
-    const auto run = [&](auto all) { all(f, rows, groups, count, places, dot, norm, filters, dot, threads); };
+    const auto run = [&](auto all) {
+        all(f, rows, groups, count, places, dot, norm, filters, dot, static_cast<Activation>(activation), threads);
+    };
     if (which == COSINE) run(curve_all<QUOTIENT, true>);
     if (which == LINEAR) run(curve_all<ANGLE, true>);
     if (which == SIGMOID) run(curve_all<LOGISTIC, true>);

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -111,6 +112,24 @@ def test_nothing_that_the_caller_holds_is_written_to():
     y.backward(upstream)
     for tensor, old in zip((x, weight, upstream, y), (*before, shown), strict=True):
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.hardswish])
+@pytest.mark.parametrize(
+    ("layout", "groups"), [("rows", 1), ("channels_last", 6), ("channels_last", 2), ("contiguous", 2)]
+)
+def test_an_activation_behind_a_folded_layer_is_torchs(activation, layout, groups):
+    dot = 4 * normal(3, 6, *[5] * 2 * (layout != "rows")).float()
+    norm = 0.5 + normal(3, groups, *[5] * 2 * (layout != "rows"), seed=1).float().abs()
+    projection = None if layout == "rows" else compiled.Projection((1, 1), (0, 0), (1, 1), groups)
+    if layout == "channels_last":
+        dot, norm = (t.contiguous(memory_format=torch.channels_last) for t in (dot, norm))
+    scale, shift = torch.linspace(-1, 2, 6), torch.linspace(-1, 1, 6)
+    plain, activated = (
+        compiled.folded(dot.clone(), norm, "cosine", None, projection, scale, shift, name)
+        for name in (None, activation.__name__)
+    )
+    torch.testing.assert_close(activated, activation(plain))
 
 
 # ---- Where they serve
