@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -132,20 +132,24 @@ def _compiler(variable: str, *names: str) -> str | None:
 def _examine(name: str, maker: Passes, device: torch.device) -> Iterator[PassReport]:
     reports = {each: PassReport(name, str(device), each) for each in self_check.PASSES}
     try:
-        dtypes = [dtype for dtype in DTYPES if maker is not compiled or dtype is torch.float32]
-        for dtype, layout in product(dtypes, self_check.LAYOUTS):
+        for dtype, layout in product(_served(maker, DTYPES), self_check.LAYOUTS):
             kind = Kind(device, dtype, torch.float32, layout)
             with _exact_convolutions(device):
                 for found in self_check.deviations(maker, kind):
                     _note(reports[found.name], found, kind)
         is_interpreted = maker is triton and device.type == "cpu"  # whose times say nothing
-        for dtype in () if is_interpreted else [dtype for dtype in TIMED_DTYPES if dtype in dtypes]:
+        for dtype in () if is_interpreted else _served(maker, TIMED_DTYPES):
             for each, seconds in _times(maker, Kind(device, dtype, torch.float32, "channels_last")):
                 reports[each].microseconds[str(dtype).removeprefix("torch.")] = round(seconds * 1e6, 1)
     except KernelFailure as failure:
         reason = first_line(failure.__cause__ or failure)
         yield PassReport(name, str(device), f"kernel {failure}", agrees=False, error=reason)
     yield from (report for report in reports.values() if report.where)
+
+
+def _served(maker: Passes, dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
+    """The dtypes that a maker serves itself."""
+    return [dtype for dtype in dtypes if maker is not compiled or dtype is torch.float32]
 
 
 def _exact_convolutions(device: torch.device) -> AbstractContextManager:

@@ -182,6 +182,8 @@ class AngularCall(HasRadius):
 class _Answer(TorchFunctionMode):
     """A mode that answers those calls of a module for which it has an `AngularCall`; all others pass."""
 
+    ignores_passes = True  # it looks for calls of the model's own
+
     def __init__(self, owner: nn.Module):
         super().__init__()
         self.owner = owner

@@ -60,10 +60,13 @@ def _is_dense(tensor: Tensor) -> bool:
 def _is_watched() -> bool:
     """True inside a mode that counts, records or fakes operations, which would see none of these.
 
-    A default device is a mode, too, which does not matter: every tensor is made on the device of another.
+    Modes that look for other operations do not matter: a default device, since every tensor is made on the device of
+    another, and those that say so by an attribute `ignores_passes`.
     """
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return torch._C._len_torch_dispatch_stack() > 0 or any(not isinstance(mode, DeviceContext) for mode in modes)
+    return torch._C._len_torch_dispatch_stack() > 0 or not all(
+        isinstance(mode, DeviceContext) or getattr(mode, "ignores_passes", False) for mode in modes
+    )
 
 
 def state() -> str:
