@@ -11,8 +11,19 @@ ATTENTION = ("keep", "convert")
 HEADS = ("auto", "keep", "w-softmax", "ga-softmax", "a-softmax", "s-softmax")
 """Values of `head`. "auto" and "keep" are policies, the others kinds of `AngularHead`."""
 
+ENERGIES = ("mhe", "compressive", "separation", "determinant")
+"""Kinds of hyperspherical energy."""
 FILTER_DISTANCES = ("euclidean", "angular")
 """Measures of the distance between two filters in the hyperspherical energy."""
+ENERGY_OPTIONS = {
+    "s": ("mhe", "compressive"),
+    "distance": ("mhe", "compressive", "separation"),
+    "self_pairs": ("mhe", "compressive"),
+    "dimensions": ("compressive",),
+    "projections": ("compressive",),
+    "gamma": ("determinant",),
+}
+"""Options that some kinds of energy take, with the kinds that do."""
 
 EXPORT_FORMATS = ("onnx", "torch-export")
 

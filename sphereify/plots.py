@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sphereify.errors import UsageError
-from sphereify.nn.regularizers import EnergyReport
+from sphereify.nn.energy_report import EnergyReport
 
 
 def plot_energy(report: EnergyReport, path: str | Path) -> Path:

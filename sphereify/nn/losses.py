@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sphereify.errors import UsageError, choose, wrong_type
 from sphereify.nn.annealing import MarginAnnealing
+from sphereify.nn.energies.pairs import pair_energy
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.outputs import AngularOutput, scores_of
 from sphereify.nn.precision import accumulated, has_values, in_forward_mode, in_transform, no_autocast
-from sphereify.nn.regularizers import pair_energy
 
 REDUCTIONS = ("mean", "sum", "none")
 OTHER_WEIGHTS = 0.03

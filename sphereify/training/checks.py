@@ -16,7 +16,7 @@ from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
-from sphereify.training.objective import logits_of
+from sphereify.training.objective import energy_of, logits_of
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
 from sphereify.training.same_data import identity_of, is_same
@@ -30,7 +30,7 @@ def check_run(
 
     Raises:
         DataError: images that the model or the teacher does not take, other classes, or too little data.
-        UsageError: settings that do not go with the model or with the number of processes.
+        UsageError: settings that do not go with the model, its filters, or the number of processes.
     """
     check_classes(model, data)
     if teacher is not None and not isinstance(teacher, nn.Module):
@@ -38,6 +38,8 @@ def check_run(
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
     check_mixup(model, settings)
+    if settings.terms.mhe:
+        energy_of(settings.terms).check(model, "mhe_dimensions")
     _check_amount(data, processes)
     if settings.fsdp and processes.world == 1:
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")

@@ -38,7 +38,7 @@ class Objective(nn.Module):
         margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
         annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
         self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
-        self.energy = _energy(terms) if terms.mhe else None
+        self.energy = energy_of(terms) if terms.mhe else None
         self.penalty = OrthogonalityPenalty() if terms.orthogonality else None
         self.terms = terms
 
@@ -55,9 +55,18 @@ class Objective(nn.Module):
         return total
 
 
-def _energy(terms: Terms) -> HypersphericalEnergy:
+def energy_of(terms: Terms) -> HypersphericalEnergy:
+    """The energy of the filters that the terms describe."""
     return HypersphericalEnergy(
-        terms.mhe_s, terms.mhe_distance, terms.mhe_half_space, terms.mhe_hidden, terms.mhe_output
+        terms.mhe_s,
+        terms.mhe_distance,
+        terms.mhe_half_space,
+        terms.mhe_hidden,
+        terms.mhe_output,
+        energy=terms.mhe_energy,
+        dimensions=terms.mhe_dimensions,
+        projections=terms.mhe_projections,
+        gamma=terms.mhe_gamma,
     )
 
 
