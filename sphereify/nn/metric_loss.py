@@ -24,9 +24,8 @@ class MetricLoss(nn.Module):
     def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
         """(B, in_features), targets as for `AngularLoss` -> the loss."""
         self._check(embeddings)
-        chunked = self.loss.chunk_size is not None
-        if chunked or self.head.has_margin:
-            logits = None if chunked else self.head.logits(embeddings)
+        if self.loss.needs_features or self.head.has_margin:
+            logits = None if self.loss.needs_features else self.head.logits(embeddings)
             return self.loss(made_by(self.head, logits, embeddings), labels)  # type: ignore[no-any-return]
         return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
 

@@ -31,6 +31,15 @@ class Terms:
         "Introduce the margin of ga-softmax and a-softmax as SphereFace did, with λ = max(5, 1000/(1+0.12·step)).",
         panel=LOSS,
     )
+    sampled_classes: float | None = option_field(
+        None,
+        "Share of the classes, in (0, 1), whose scores a step computes, for very many classes: those of its images and "
+        "others drawn at random. With a margin head.",
+        panel=LOSS,
+        above=0,
+        below=1,
+        usual="0.1 to 0.3",
+    )
     mhe: float = option_field(
         0.0,
         "Weight of the hyperspherical energy, which spreads filters over the sphere.",
