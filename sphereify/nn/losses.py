@@ -17,11 +17,11 @@ from sphereify.nn.heads import AngularHead
 from sphereify.nn.outputs import AngularOutput, scores_of
 from sphereify.nn.precision import accumulate_dtype, accumulated, has_values, in_transform, no_autocast
 from sphereify.nn.softmax_loss import cross_entropy, cross_entropy_in_blocks
+from sphereify.nn.targets import Targets, as_targets, check_range, check_shape, share_of_first
 
 REDUCTIONS = ("mean", "sum", "none")
 OTHER_WEIGHTS = 0.03
 """Smallest difference of scores, relative to the largest one, that no rounding explains."""
-Targets = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
 
 class _Scores(NamedTuple):
@@ -151,7 +151,7 @@ class AngularLoss(nn.Module):
 
     def forward(self, output: Any, targets: Targets) -> Tensor:
         scores = self._unpacked(scores_of(output))
-        targets = _checked(targets)
+        targets = as_targets(targets)
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
             if isinstance(targets, tuple):
                 loss = self._mixed(scores, targets)
@@ -227,15 +227,8 @@ class AngularLoss(nn.Module):
         return self._reduced(loss, weight)
 
     def _mixed(self, scores: _Scores, targets: tuple) -> Tensor:
-        if len(targets) != 3:
-            raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
         first, second, share = targets
-        share = torch.as_tensor(share, device=first.device, dtype=None if isinstance(share, Tensor) else torch.float64)
-        if share.shape not in ((), (scores.size,)):
-            expected = f"a number or ({scores.size},)"
-            raise UsageError(f"targets: got a share of shape {tuple(share.shape)}, expected {expected}")
-        if has_values(share) and not bool(((share >= 0) & (share <= 1)).all()):
-            raise UsageError("targets: the share of (y_a, y_b, share) must lie in [0, 1]")
+        share = share_of_first(share, scores.size, first.device)
         losses = [self._per_sample(scores, y) for y in (first, second)]
         shares = [s.to(losses[0][0].dtype) for s in (share, 1 - share)]
         parts = [self._reduced(loss * s, weight) for (loss, weight), s in zip(losses, shares, strict=True)]
@@ -344,16 +337,11 @@ class AngularLoss(nn.Module):
 
     def _check(self, targets: Tensor, size: int, classes: int) -> bool:
         """Check dtype, shape and, where that is cheap, values of the targets; True if the values were checked."""
-        if targets.dtype == torch.bool or targets.is_floating_point():
-            raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
-        if targets.shape != (size,):
-            raise UsageError(f"targets: got shape {tuple(targets.shape)}, expected ({size},), one class a sample")
+        check_shape(targets, size)
         if not has_values(targets) or (self._checked and targets.device.type != "cpu") or not size:
             return False  # looking at values holds a GPU up; the first batch tells
         self._checked = True
-        wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
-        if len(wrong):
-            raise UsageError(f"targets: got class {int(wrong[0])}, expected 0 to {classes - 1}")
+        check_range(targets, classes, self.ignore_index)
         return True
 
     def _check_weight(self, classes: int) -> None:
@@ -385,18 +373,6 @@ class AngularLoss(nn.Module):
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 < value < 1
-
-
-def _checked(targets: Any) -> Any:
-    """Targets as the loss takes them: int64 for any integers, a tuple for mixup."""
-    if isinstance(targets, (tuple, list)) and len(targets) == 3 and isinstance(targets[0], Tensor):
-        return _checked(targets[0]), _checked(targets[1]), targets[2]
-    if isinstance(targets, tuple):
-        raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
-    if not isinstance(targets, Tensor):
-        raise wrong_type("targets", targets, "a tensor, or (y_a, y_b, share) for mixup")
-    is_index = targets.dtype != torch.bool and not targets.is_floating_point() and not targets.is_complex()
-    return targets.long() if is_index else targets
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:

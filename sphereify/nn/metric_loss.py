@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from sphereify.errors import UsageError, wrong_type
 from sphereify.nn.heads import AngularHead
-from sphereify.nn.losses import AngularLoss, Targets
+from sphereify.nn.losses import AngularLoss
 from sphereify.nn.outputs import made_by
+from sphereify.nn.targets import Targets
 
 
 class MetricLoss(nn.Module):

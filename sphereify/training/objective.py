@@ -16,8 +16,8 @@ from sphereify.nn import (
     MarginAnnealing,
     OrthogonalityPenalty,
 )
-from sphereify.nn.losses import Targets
 from sphereify.nn.outputs import scores_of
+from sphereify.nn.targets import Targets
 from sphereify.training.terms import Terms
 
 AUXILIARY = 0.3
