@@ -18,14 +18,15 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sphereify.choices import canonical
-from sphereify.errors import choose, invalid, option
+from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.wording import enumerated
 
 _KEY = "option"
 
@@ -114,6 +115,27 @@ def check_options(values: Any) -> None:
             raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
         elif about.is_number and isinstance(value, float) and float not in alternatives(hints[name]):
             raise invalid(name, value, about.expected.replace("a number", "a whole number", 1))
+
+
+def check_belongs(name: str, words: Iterable[str], chooser: str, word: str) -> None:
+    """Make sure that an option has an effect.
+
+    Args:
+        name: the option that was given.
+        words: the choices with which it has one.
+        chooser: the option that chooses among such words.
+        word: its choice.
+
+    Raises:
+        UsageError: it has none.
+
+    >>> check_belongs("scale", ("s-softmax",), "head", "a-softmax")
+    Traceback (most recent call last):
+        ...
+    sphereify.errors.UsageError: scale: has no effect on head='a-softmax'; it belongs to s-softmax
+    """
+    if word not in words:
+        raise UsageError(f"{option(name)}: has no effect on {option(chooser, word)}; it belongs to {enumerated(words)}")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

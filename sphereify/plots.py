@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sphereify.errors import UsageError
-from sphereify.nn.regularizers import EnergyReport
+from sphereify.nn.energy_report import EnergyReport
 
 
 def plot_energy(report: EnergyReport, path: str | Path) -> Path:
@@ -32,7 +32,7 @@ def plot_energy(report: EnergyReport, path: str | Path) -> Path:
     axes.grid(axis="y", linewidth=0.4)
     axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"mean pair energy ({report.measure}); output layer in orange")
+    axes.set_xlabel(f"hyperspherical energy ({report.measure}); output layer in orange")
     return save_figure(figure, path)
 
 

@@ -24,3 +24,13 @@ def shortened(text: str, most: int = 100) -> str:
 def listed(words: Iterable[str]) -> str:
     """Words with commas between them."""
     return ", ".join(words)
+
+
+def enumerated(words: Iterable[str]) -> str:
+    """Words with commas between them, and "and" before the last.
+
+    >>> enumerated(["mhe"]), enumerated(["mhe", "compressive", "separation"])
+    ('mhe', 'mhe, compressive and separation')
+    """
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose, invalid, option
-from sphereify.options import check_options, option_field, options_of
+from sphereify.head_numbers import HEAD_NUMBERS, number_of
+from sphereify.options import check_belongs, check_options, option_field, options_of
 from sphereify.patterns import PatternList, Patterns
 from sphereify.wording import listed
 
@@ -24,6 +25,8 @@ Overrides = Mapping[str, Mapping[str, Any] | str] | None
 """Settings for single layers: a pattern over names -> a dict of operator, k and rescale, or "keep"."""
 
 ANGLES, WHERE = "Angular layers", "Which layers"
+BEFORE = {"margin": 4.0, "scale": 30.0}
+"""Values that options written by earlier versions name where none was given, whatever the head."""
 SETTINGS = ("operator", "k", "rescale", "radius")
 """Options that an override may set for single layers."""
 
@@ -82,13 +85,37 @@ class ConversionOptions:
     head_operator: OperatorLike | None = option_field(
         None, "Function g(θ) of the head; default: the operator.", panel=ANGLES
     )
-    margin: float = option_field(
-        4.0,
-        "Angular margin m ≥ 1 of ga-softmax and a-softmax; usual: 2 to 4.",
+    margin: float | None = option_field(
+        None,
+        "Margin m of the target class: of ga-softmax and a-softmax times its angle (usual: 2 to 4; default 4), of "
+        "arcface in radians (0.1 to 0.5; 0.5), of cosface and sphereface2 of its score (0.2 to 0.4; 0.35 and 0.4).",
         panel=ANGLES,
-        at_least=1,
     )
-    scale: float = option_field(30.0, "Scale s > 0 of s-softmax; usual: 10 to 64.", panel=ANGLES, above=0)
+    scale: float | None = option_field(
+        None,
+        "Scale s > 0 of s-softmax (default 30), arcface and cosface (64) and sphereface2 (40); usual: 10 to 64.",
+        panel=ANGLES,
+        above=0,
+    )
+    margin_gradient: str = option_field(
+        "true",
+        f"Gradient of a margin: {listed(choices.MARGIN_GRADIENTS)}. detached: that of the score without a margin, "
+        "which is steadier for large margins.",
+        panel=ANGLES,
+        choices=choices.MARGIN_GRADIENTS,
+    )
+    similarity_power: float | None = option_field(
+        None,
+        "Power t ≥ 1 of sphereface2, which spreads out its scores; default 3.",
+        panel=ANGLES,
+        usual="2 to 4",
+    )
+    positive_weight: float | None = option_field(
+        None,
+        "Weight λ of the target's binary task in sphereface2, in (0, 1); default 0.7.",
+        panel=ANGLES,
+        usual="0.5 to 0.9",
+    )
     rescale: str = option_field(
         "auto",
         f"SphereNorm rescaling β·g(θ)+γ: {listed(choices.RESCALE)}. auto: where no affine normalization follows.",
@@ -146,12 +173,15 @@ class ConversionOptions:
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
     def _check_head(self) -> None:
-        for name, heads in {"margin": choices.MARGIN_HEADS, "scale": ("s-softmax",)}.items():
-            is_changed = getattr(self, name) != getattr(ConversionOptions, name)
-            if is_changed and self.head not in heads:
-                raise UsageError(
-                    f"{option(name)}: has no effect on {option('head', self.head)}; it belongs to {' and '.join(heads)}"
-                )
+        for name, kinds in HEAD_NUMBERS.items():
+            value = getattr(self, name)
+            about = number_of(name, self.head).range
+            if value is not None and not about.allows(value):
+                raise invalid(name, value, about.expected)
+            if value not in (None, BEFORE.get(name)):
+                check_belongs(name, kinds, "head", self.head)
+        if self.margin_gradient != "true":
+            check_belongs("margin_gradient", choices.MARGIN_HEADS, "head", self.head)
         if self.head == "a-softmax" and choices.canonical(str(self.head_operator or "cosine")) != "cosine":
             raise invalid(
                 "head_operator",
@@ -276,8 +306,11 @@ class ConversionKeywords(TypedDict, total=False):
     skip_depthwise: bool
     head: str
     head_operator: OperatorLike | None
-    margin: float
-    scale: float
+    margin: float | None
+    scale: float | None
+    margin_gradient: str
+    similarity_power: float | None
+    positive_weight: float | None
     rescale: str
     norm: str
     attention: str

@@ -50,9 +50,15 @@ class Decision:
     head: str | None = None
     """Kind of the `AngularHead` that a classifier becomes."""
     scale: float | None = None
-    """Scale of an s-softmax head."""
+    """Scale of a head that has one."""
     margin: float | None = None
-    """Margin of a ga-softmax or a-softmax head."""
+    """Margin of a head that has one."""
+    margin_gradient: str | None = None
+    """Gradient of that margin, where it is not its own."""
+    similarity_power: float | None = None
+    """Power t of a sphereface2 head."""
+    positive_weight: float | None = None
+    """Weight λ of the target's task in a sphereface2 head."""
     norm: str | None = None
     """Name of the normalization with an affine part that directly follows."""
     output_read_only: bool = False

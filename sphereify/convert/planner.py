@@ -22,6 +22,7 @@ from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import NoEffectError, UnsupportedModelError, UsageError, option
+from sphereify.head_numbers import HEAD_NUMBERS, head_number
 from sphereify.nn import AngularHead, LearnableSigmoidOperator
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
@@ -49,6 +50,9 @@ HEAD_REASONS = {
     "ga-softmax": "classifier: logits ‖x‖·g(θ), of the target ‖x‖·ψ(θ) in training",
     "a-softmax": "classifier: logits ‖x‖·cos θ, of the target ‖x‖·ψ(θ) in training",
     "s-softmax": "classifier: logits s·g(θ)",
+    "arcface": "classifier: logits s·g(θ), of the target s·ψ(θ + m) in training",
+    "cosface": "classifier: logits s·g(θ), of the target s·(g(θ) - m) in training",
+    "sphereface2": "classifier: logits s·G(g(θ)) + b, a binary task for each class in training",
 }
 
 OTHER_KINDS = {
@@ -209,9 +213,10 @@ class _Planner:
         decision = replace(decision, action="convert", operator=operator, k=k, share_k=share_k)
         if site.role == "classifier":
             kind = "w-softmax" if self.options.head == "auto" else self.options.head
-            scale = self.options.scale if kind == "s-softmax" else None
-            margin = self.options.margin if kind in choices.MARGIN_HEADS else None
-            return replace(decision, reason=HEAD_REASONS[kind], head=kind, scale=scale, margin=margin)
+            given = {name: getattr(self.options, name) for name, kinds in HEAD_NUMBERS.items() if kind in kinds}
+            numbers: dict[str, Any] = {name: head_number(name, kind, value) for name, value in given.items()}
+            gradient = None if self.options.margin_gradient == "true" else self.options.margin_gradient
+            return replace(decision, reason=HEAD_REASONS[kind], head=kind, margin_gradient=gradient, **numbers)
         rescale, drops_norm, reason = self._rescale(site, setting)
         radius, without = self._radius(site, setting)
         lost = "" if radius else FEW_INPUTS.get(site.fan_in, "")

@@ -21,6 +21,7 @@ from sphereify.convert.pretrained_models import guard_methods
 from sphereify.convert.sites import Call, is_site, kind_of, weight_of
 from sphereify.convert.start import Filters, Statistics, start_beta, start_classes, statistics_behind, take_over_norm
 from sphereify.errors import PlanMismatchError, UnsupportedModelError, UsageError, first_line, option, wrong_type
+from sphereify.head_numbers import HEAD_NUMBERS
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
@@ -162,8 +163,8 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
     if isinstance(operator, nn.Module):
         operator.to(device=weight.device, dtype=weight.dtype)
     if decision.head:
-        values = {"scale": decision.scale, "margin": decision.margin}
-        values = {name: value for name, value in values.items() if value is not None}
+        names = (*HEAD_NUMBERS, "margin_gradient")
+        values = {name: getattr(decision, name) for name in names if getattr(decision, name) is not None}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **values)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"operator": operator, "rescale": decision.rescale, "eps": decision.eps}
     if decision.kind != "linear":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sphereify.deployment import onnx_layers
 from sphereify.deployment.onnx_layers import is_traced_for_onnx
 from sphereify.errors import UnsupportedModelError
+from sphereify.head_numbers import HEAD_NUMBERS
 from sphereify.nn import passes
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, project, resolve
@@ -50,6 +51,7 @@ from sphereify.nn.precision import (
     runs_eagerly,
 )
 from sphereify.nn.radius import HasRadius, pool
+from sphereify.nn.sphereface2 import similarity
 from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
@@ -344,10 +346,13 @@ def _inverse_length(x: Tensor, eps: float) -> Tensor:
 class FoldedHead(FoldedLayer, nn.Linear):
     """The folded `AngularHead`: (*, in_features) -> (*, num_classes), logits without a margin.
 
-    With the cosine operator ‖x‖·cos θ_j is ŵ_j·x: a linear map.
+    With the cosine operator ‖x‖·cos θ_j is ŵ_j·x: a linear map. For sphereface2, `spread` is (r, t), and `shift` of
+    shape (num_classes,) is what is added to r·G(g(θ_j)).
     """
 
     kind: str
+    shift: Any
+    spread: tuple[float, float]
 
     @property
     def num_classes(self) -> int:
@@ -358,7 +363,7 @@ class FoldedHead(FoldedLayer, nn.Linear):
         precise = accumulate_dtype(input.dtype)
         with no_autocast(input.device.type):
             x, weight = cast(input, precise), cast(self.weight, precise)
-            if self.curve == "cosine" and self.kind != "s-softmax":
+            if self.curve == "cosine" and self.kind not in HEAD_NUMBERS["scale"]:
                 logits = F.linear(x, weight, None if self.bias is None else cast(self.bias, precise))
             else:
                 rows = x if x.dim() > 1 else x.unsqueeze(0)
@@ -368,7 +373,10 @@ class FoldedHead(FoldedLayer, nn.Linear):
 
     def _angular(self, x: Tensor, weight: Tensor, length: Tensor) -> Tensor:
         dot = F.linear(x, weight)
-        if self.kind == "s-softmax":
+        if self.kind == "sphereface2":
+            scale, power = self.spread
+            return scale * similarity(self._finish(dot, 1 / length, (-1,)), power) + cast(self.shift, length.dtype)
+        if self.kind in HEAD_NUMBERS["scale"]:
             return self._finish(dot, 1 / length, (-1,))
         factor = length if self.scale is None else length * cast(self.scale, length.dtype)
         shift = None if self.bias is None else cast(self.bias, length.dtype)
@@ -400,8 +408,16 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
     twin.training = False
     if isinstance(layer, AngularHead):
         vars(twin).update(eps=HEAD_EPS, in_features=layer.in_features, out_features=layer.num_classes)
-        scale = layer.weight.new_full((layer.num_classes,), layer.scale) if layer.kind == "s-softmax" else None
-        twin._fold(layer.operator, None if scale is None else scale.double(), _double(layer.bias))
+        shift = _double(layer.bias)
+        if layer.kind == "sphereface2":
+            common = _double(layer.common_bias).expand(layer.num_classes)  # type: ignore[union-attr]
+            del twin._parameters["common_bias"]
+            twin._fold(layer.operator, None, None)
+            twin._parameters["shift"] = _constant(common if shift is None else common + shift, layer.weight)
+            vars(twin)["spread"] = (layer.scale, layer.similarity_power)
+            return twin
+        scale = layer.weight.new_full((layer.num_classes,), layer.scale).double() if layer.has_scale else None
+        twin._fold(layer.operator, scale, shift)
         return twin
     if isinstance(twin, FoldedLinear):
         twin.rows_only = affine is not None

@@ -12,8 +12,9 @@ from sphereify.nn.operators import (
     LinearOperator,
     SigmoidOperator,
 )
+from sphereify.nn.orthogonality import OrthogonalityPenalty
 from sphereify.nn.outputs import AngularOutput
-from sphereify.nn.regularizers import HypersphericalEnergy, OrthogonalityPenalty
+from sphereify.nn.regularizers import HypersphericalEnergy
 
 __all__ = [
     "AngularHead",

@@ -1,6 +1,6 @@
 """The filters and the output layer of a model, angular or plain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from sphereify.errors import UsageError, option, wrong_type
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name, weight_of_call
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.precision import gathered
+from sphereify.patterns import Patterns
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """torch's layers with filters."""
@@ -73,6 +74,30 @@ def _filters_of_calls(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter, Ten
             matrix = gathered(weight)
             rows = matrix.t() if call.columns else matrix.flatten(1)
             yield parameter_name(key), weight, rows.unflatten(0, (call.groups, -1))
+
+
+def without(exclude: Patterns, banks: Iterable[Bank]) -> list[Bank]:
+    """The banks whose layers match no pattern.
+
+    Raises:
+        UsageError: a pattern that matches none.
+    """
+    banks = list(banks)
+    exclude.check([bank.layer for bank in banks], "layer")
+    return [bank for bank in banks if not exclude.match([bank.layer])]
+
+
+def as_filters(filters: Tensor) -> Tensor:
+    """A tensor of filters (N, ...), flattened to (N, fan_in).
+
+    Raises:
+        UsageError: a tensor of another shape or dtype.
+    """
+    if filters.dim() < 2 or not filters.is_floating_point():
+        raise UsageError(
+            f"got a tensor of shape {tuple(filters.shape)} and {filters.dtype}, expected filters (N, fan_in) of floats"
+        )
+    return filters.flatten(1)
 
 
 # ---- The output

@@ -1,4 +1,4 @@
-"""Cross entropy for angular heads: the margin at the target class, and the separation of classes."""
+"""The loss of angular heads: the margin at the target class, and the separation of classes."""
 
 import copy
 import math
@@ -7,19 +7,21 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sphereify.errors import UsageError, choose, wrong_type
+from sphereify.errors import UsageError, choose, invalid, option, wrong_type
 from sphereify.nn.annealing import MarginAnnealing
+from sphereify.nn.binary_loss import BinaryTasks, binary_loss
+from sphereify.nn.class_blocks import ClassBlock, chunks, sample
+from sphereify.nn.energies.pairs import pair_energy
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.outputs import AngularOutput, scores_of
-from sphereify.nn.precision import accumulated, has_values, in_forward_mode, in_transform, no_autocast
-from sphereify.nn.regularizers import pair_energy
+from sphereify.nn.precision import accumulate_dtype, accumulated, has_values, in_transform, no_autocast
+from sphereify.nn.softmax_loss import cross_entropy, cross_entropy_in_blocks
+from sphereify.nn.targets import Targets, as_targets, check_range, check_shape, share_of_first
 
 REDUCTIONS = ("mean", "sum", "none")
 OTHER_WEIGHTS = 0.03
 """Smallest difference of scores, relative to the largest one, that no rounding explains."""
-Targets = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
 
 class _Scores(NamedTuple):
@@ -41,7 +43,9 @@ class _Scores(NamedTuple):
 
 
 class AngularLoss(nn.Module):
-    """Cross entropy of a model with an angular head, with the head's margin at the target class (NIPS 2017, 3.4).
+    """Loss of a model with an angular head, with the head's margin at the target class (NIPS 2017, 3.4).
+
+    It is the cross entropy of the scores; of a sphereface2 head, the sum of its binary tasks (see `AngularHead`).
 
     Args:
         model_or_head: an `AngularHead`, or a model (wrapped or compiled, too) that holds one. A model without one
@@ -57,12 +61,18 @@ class AngularLoss(nn.Module):
             the rest of the loss. Beside plain logits the class weights are those of `model_or_head`.
         chunk_size: classes at a time. The loss is then computed from the features, and again in the backward pass, so
             that no tensor of batch × classes is needed: for very many classes. See `AngularHead.training_logits`.
+        sampled_classes: share of the classes in (0, 1) whose scores are computed from the features in a step of
+            training: those of the targets, and others drawn at random. Each of these counts 1/π times, π being the
+            probability with which it was drawn, so that in expectation sums over the other classes are those over all:
+            Σ exp of a softmax, and the loss of sphereface2 itself. Usual: 0.1 to 0.3, for very many classes. In eval
+            mode all classes count.
 
     Shape:
         output: what the model returns: an `AngularOutput`, or logits (B, num_classes), or an object or dict that holds
             either as `logits`.
         targets: (B,) int64; or (y_a, y_b, share) for mixup, which is share·loss(y_a) + (1 - share)·loss(y_b), the share
-            in [0, 1] a float or (B,); or probabilities (B, num_classes), for plain logits: a margin has one target.
+            in [0, 1] a float or (B,); or probabilities (B, num_classes), for plain logits and for sphereface2: the
+            margin of a softmax has one target.
         -> a scalar, or (B,) for "none"; at least in fp32, under autocast too.
 
     Raises:
@@ -84,6 +94,7 @@ class AngularLoss(nn.Module):
         separation: float = 0.0,
         separation_s: float = 1.0,
         chunk_size: int | None = None,
+        sampled_classes: float | None = None,
     ):
         super().__init__()
         if not 0 <= label_smoothing <= 1:
@@ -99,12 +110,16 @@ class AngularLoss(nn.Module):
             raise UsageError(f"ignore_index: got {ignore_index!r}, expected a class index; -100 ignores none")
         if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
             raise UsageError(f"chunk_size: got {chunk_size!r}, expected at least 1 class, or None")
+        if sampled_classes is not None and not _is_share(sampled_classes):
+            raise invalid("sampled_classes", sampled_classes, "a number above 0 and below 1, or None", "Usual: 0.1")
+        if sampled_classes is not None and chunk_size is not None:
+            raise UsageError(f"{option('sampled_classes')}: does not go with {option('chunk_size')}; take one of them")
         # Kept out of the submodules: its parameters and state belong to the model.
         self._head = (_head_of(model_or_head),)
-        if self.head is None and (separation or chunk_size or annealing is not None):
+        if self.head is None and (separation or chunk_size or sampled_classes or annealing is not None):
             raise UsageError(
                 f"AngularLoss: {type(model_or_head).__name__} has no AngularHead, which annealing, separation and "
-                f"chunk_size need; convert it with head='w-softmax' or another kind"
+                f"chunk_size need, and sampled_classes too; convert it with head='w-softmax' or another kind"
             )
         if annealing is not None and not self.head.has_margin:  # type: ignore[union-attr]
             raise UsageError(f"annealing: the head is a {self.head.kind}, which has no margin")  # type: ignore[union-attr]
@@ -116,7 +131,7 @@ class AngularLoss(nn.Module):
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
         self.annealing = annealing
         self.separation, self.separation_s = separation, separation_s
-        self.chunk_size = chunk_size
+        self.chunk_size, self.sampled_classes = chunk_size, sampled_classes
         self._checked = self._checked_head = False
 
     @property
@@ -124,9 +139,19 @@ class AngularLoss(nn.Module):
         """The head of the model that this loss was made for; an `AngularOutput` brings the one that made it."""
         return self._head[0]
 
+    @property
+    def samples(self) -> bool:
+        """True if this loss computes the scores of a random share of the classes."""
+        return self.training and self.sampled_classes is not None
+
+    @property
+    def needs_features(self) -> bool:
+        """True if this loss computes scores from the features, and needs no logits."""
+        return self.chunk_size is not None or self.sampled_classes is not None
+
     def forward(self, output: Any, targets: Targets) -> Tensor:
         scores = self._unpacked(scores_of(output))
-        targets = _checked(targets)
+        targets = as_targets(targets)
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
             if isinstance(targets, tuple):
                 loss = self._mixed(scores, targets)
@@ -143,8 +168,10 @@ class AngularLoss(nn.Module):
         if isinstance(output, AngularOutput):
             if self.head is None:
                 raise UsageError("AngularLoss: got an AngularOutput, but was made from a model without an AngularHead")
-            if output.logits is None and self.chunk_size is None:
-                raise UsageError("AngularLoss: the head has training_logits off, so chunk_size is needed")
+            if output.logits is None and not self.needs_features:
+                raise UsageError(
+                    "AngularLoss: the head has training_logits off, so chunk_size is needed, or sampled_classes"
+                )
             if output.features.dim() != 2:
                 shape = tuple(output.features.shape)
                 raise UsageError(f"AngularLoss: got features of shape {shape}, expected (batch, features)")
@@ -155,6 +182,11 @@ class AngularLoss(nn.Module):
             raise UsageError(f"AngularLoss: got logits of shape {tuple(output.shape)}, expected (batch, classes)")
         if self.chunk_size is not None:
             raise UsageError("AngularLoss: chunk_size needs the features: take a margin head, or as_metric_loss(head)")
+        if self.samples and not self.head.has_margin:  # type: ignore[union-attr]
+            raise UsageError(
+                f"AngularLoss: {option('sampled_classes')} needs the features: take a margin head, or "
+                f"as_metric_loss(head)"
+            )
         if self.separation and in_transform():
             raise UsageError(
                 "AngularLoss: separation reads the class weights of the model, and plain logits in a transformation of "
@@ -195,38 +227,46 @@ class AngularLoss(nn.Module):
         return self._reduced(loss, weight)
 
     def _mixed(self, scores: _Scores, targets: tuple) -> Tensor:
-        if len(targets) != 3:
-            raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
         first, second, share = targets
-        share = torch.as_tensor(share, device=first.device, dtype=None if isinstance(share, Tensor) else torch.float64)
-        if share.shape not in ((), (scores.size,)):
-            expected = f"a number or ({scores.size},)"
-            raise UsageError(f"targets: got a share of shape {tuple(share.shape)}, expected {expected}")
-        if has_values(share) and not bool(((share >= 0) & (share <= 1)).all()):
-            raise UsageError("targets: the share of (y_a, y_b, share) must lie in [0, 1]")
+        share = share_of_first(share, scores.size, first.device)
         losses = [self._per_sample(scores, y) for y in (first, second)]
         shares = [s.to(losses[0][0].dtype) for s in (share, 1 - share)]
         parts = [self._reduced(loss * s, weight) for (loss, weight), s in zip(losses, shares, strict=True)]
         return parts[0] + parts[1]
 
     def _soft(self, scores: _Scores, targets: Tensor) -> Tensor:
-        logits = scores.logits
+        logits, size = scores.logits, (scores.size, scores.classes)
         if targets.dim() == 1:
             raise UsageError(
                 f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected class indices (int64)"
             )
-        if logits is None or scores.features is not None:
+        is_binary = scores.head is not None and scores.head.kind == "sphereface2"
+        if scores.features is not None and not is_binary:
             raise UsageError(
                 "targets: got probabilities, but a margin belongs to one target class. Give class indices, or for "
                 "mixup (y_a, y_b, share)"
             )
-        if not len(logits):
+        if logits is not None and not len(logits):
             return logits.sum() * 0 if self.reduction != "none" else logits.sum(1)
-        if targets.shape != logits.shape:
-            raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {tuple(logits.shape)}")
-        self._check_weight(logits.shape[1])
-        options: Any = {"reduction": self.reduction, "label_smoothing": self.label_smoothing}
-        return F.cross_entropy(accumulated(logits), targets, self.class_weight, **options)
+        if self.samples:
+            raise UsageError(
+                f"targets: got probabilities, but {option('sampled_classes')} draws the classes that are no target. "
+                f"Give class indices, or for mixup (y_a, y_b, share)"
+            )
+        if targets.shape != size:
+            raise UsageError(f"targets: got probabilities {tuple(targets.shape)}, expected {size}")
+        self._check_weight(scores.classes)
+        if is_binary:
+            loss = binary_loss(self._tasks(scores, None), targets, self.class_weight, self.label_smoothing)
+        else:
+            options: Any = {"reduction": "none", "label_smoothing": self.label_smoothing}
+            loss = F.cross_entropy(accumulated(cast(Tensor, logits)), targets, self.class_weight, **options)
+        if self.separation and scores.head is not None:
+            every = torch.arange(scores.classes, device=targets.device)
+            energy = self._separation(scores.head, every).to(loss.dtype)
+            weight = energy if self.class_weight is None else energy * self.class_weight.to(loss.dtype)
+            loss = loss + self.separation * (targets.to(loss.dtype) @ weight)
+        return self._reduced(loss, torch.ones_like(loss))
 
     # --------------------------------------------------------------------------------------------------- one sample
 
@@ -238,71 +278,52 @@ class AngularLoss(nn.Module):
         self._check_weight(classes)
         counts = targets != self.ignore_index
         safe = targets.clamp(0, classes - 1)
-        if self.chunk_size is not None and features is not None:
-            new = self._target_logit(head, features, safe)
-            total, average = self._in_chunks(head, features, safe, new)
+        if head is not None and head.kind == "sphereface2":
+            loss = binary_loss(self._tasks(scores, safe), safe, self.class_weight, self.label_smoothing)
+        elif features is None:
+            own = accumulated(logits).gather(1, safe[:, None]).squeeze(1)  # type: ignore[arg-type]
+            loss = cross_entropy(logits, safe, own, self.class_weight, self.label_smoothing)  # type: ignore[arg-type]
         else:
-            assert logits is not None
-            logits = accumulated(logits)
-            new = (
-                logits.gather(1, safe[:, None]).squeeze(1)
-                if features is None
-                else self._target_logit(head, features, safe)
-            )
-            total = _log_sum_exp(logits, safe, new)
-            average = _weighted_mean(logits, safe, new, self.class_weight) if self.label_smoothing else None
-        weight = torch.ones_like(new) if self.class_weight is None else self.class_weight.to(new.dtype)[safe]
-        loss = weight * (total - new)
-        if average is not None:
-            scale = 1.0 if self.class_weight is None else self.class_weight.to(new.dtype).mean()
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * (scale * total - average)
+            assert head is not None
+            loss = self._softmax(head, features, logits, safe)
+        weight = torch.ones_like(loss) if self.class_weight is None else self.class_weight.to(loss.dtype)[safe]
         if self.separation and head is not None:
             # Times the weight, since the reduction divides by the sum of the weights.
             loss = loss + self.separation * self._separation(head, safe) * weight
-        zero = torch.zeros((), dtype=new.dtype, device=new.device)
+        zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
         if not checked:  # a class out of range makes the loss NaN
             loss = torch.where(targets == safe, loss, math.nan)
         return torch.where(counts, loss, zero), torch.where(counts, weight, zero)
 
-    def _target_logit(self, head: AngularHead | None, features: Tensor, targets: Tensor) -> Tensor:
+    def _softmax(self, head: AngularHead, features: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
+        """The cross entropy of each sample with the margin at its target, times its weight."""
+        options = (head.target_logit(features, targets, self._lambda(head)), self.class_weight, self.label_smoothing)
+        if blocks := self._blocks(head, targets, logits):
+            return cross_entropy_in_blocks(head, features, blocks, targets, *options)
+        return cross_entropy(cast(Tensor, logits), targets, *options)
+
+    def _lambda(self, head: AngularHead) -> Tensor | float:
+        """λ of the margin's annealing at the present step."""
+        return self.annealing() if self.annealing is not None and head.has_margin else 0.0
+
+    def _blocks(self, head: AngularHead, targets: Tensor | None, logits: Tensor | None) -> list[ClassBlock]:
+        """The classes whose scores are computed from the features; none where all logits are there."""
+        if self.chunk_size is not None:
+            return chunks(head.num_classes, self.chunk_size)
+        if self.samples and targets is not None:
+            return [sample(head.num_classes, cast(float, self.sampled_classes), targets)]
+        return chunks(head.num_classes, head.num_classes) if logits is None else []
+
+    def _tasks(self, scores: _Scores, targets: Tensor | None) -> BinaryTasks:
+        """The binary tasks of a SphereFace2 head; with a margin where the output is one of training."""
+        logits, features, head = scores
         assert head is not None
-        annealing = self.annealing() if self.annealing is not None and head.has_margin else 0.0
-        return head.target_logit(features, targets, annealing)
-
-    def _in_chunks(
-        self, head: AngularHead | None, features: Tensor, targets: Tensor, new: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """log Σ exp over the classes, and for label smoothing their weighted mean, without all logits at once."""
-        assert head is not None
-        parts, averages = [], []
-        for start in range(0, head.num_classes, cast(int, self.chunk_size)):
-            classes = slice(start, min(start + cast(int, self.chunk_size), head.num_classes))
-            part, average = self._checkpointed(head, features, targets, classes)
-            parts.append(part)
-            averages.append(average)
-        total = torch.logsumexp(torch.stack([*parts, new]), 0)
-        if not self.label_smoothing:
-            return total, None
-        own = new if self.class_weight is None else new * self.class_weight.to(new.dtype)[targets]
-        return total, (torch.stack(averages).sum(0) + own) / head.num_classes
-
-    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """`_chunk`, computed again in the backward pass; torch.func knows no checkpoints."""
-        if in_transform():
-            return self._chunk(*arguments)
-        return checkpoint(  # type: ignore[no-any-return]
-            self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
-
-    def _chunk(self, head: AngularHead, features: Tensor, targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
-        """log Σ exp and weighted sum of the logits of some classes, each sample's target left out."""
-        logits = head.logits(features, classes)
-        logits = accumulated(logits)
-        is_target = torch.arange(classes.start, classes.stop, device=targets.device) == targets[:, None]
-        weighted = logits if self.class_weight is None else logits * self.class_weight.to(logits.dtype)[classes]
-        empty = is_target.all(1)  # a chunk of one class that is the target: log 0, whose gradient is not a number
-        total = torch.logsumexp(logits.masked_fill(is_target & ~empty[:, None], -math.inf), 1)
-        return torch.where(empty, -math.inf, total), weighted.masked_fill(is_target, 0).sum(1)
+        if features is None:
+            return BinaryTasks(head, logits=logits)
+        annealing = torch.as_tensor(self._lambda(head)).to(accumulate_dtype(features.dtype))
+        margin = head.scale * head.margin / (1 + annealing)
+        blocks = self._blocks(head, targets, None if head.is_detached else logits)
+        return BinaryTasks(head, None if blocks else logits, features, tuple(blocks), margin)
 
     def _separation(self, head: AngularHead, targets: Tensor) -> Tensor:
         """For each sample the mean energy between its class and the others, (B,)."""
@@ -316,16 +337,11 @@ class AngularLoss(nn.Module):
 
     def _check(self, targets: Tensor, size: int, classes: int) -> bool:
         """Check dtype, shape and, where that is cheap, values of the targets; True if the values were checked."""
-        if targets.dtype == torch.bool or targets.is_floating_point():
-            raise UsageError(f"targets: got {targets.dtype}, expected class indices (int64)")
-        if targets.shape != (size,):
-            raise UsageError(f"targets: got shape {tuple(targets.shape)}, expected ({size},), one class a sample")
+        check_shape(targets, size)
         if not has_values(targets) or (self._checked and targets.device.type != "cpu") or not size:
             return False  # looking at values holds a GPU up; the first batch tells
         self._checked = True
-        wrong = targets[(targets != self.ignore_index) & ((targets < 0) | (targets >= classes))]
-        if len(wrong):
-            raise UsageError(f"targets: got class {int(wrong[0])}, expected 0 to {classes - 1}")
+        check_range(targets, classes, self.ignore_index)
         return True
 
     def _check_weight(self, classes: int) -> None:
@@ -355,16 +371,8 @@ class AngularLoss(nn.Module):
         return f"head={head}, label_smoothing={self.label_smoothing:g}, separation={self.separation:g}"
 
 
-def _checked(targets: Any) -> Any:
-    """Targets as the loss takes them: int64 for any integers, a tuple for mixup."""
-    if isinstance(targets, (tuple, list)) and len(targets) == 3 and isinstance(targets[0], Tensor):
-        return _checked(targets[0]), _checked(targets[1]), targets[2]
-    if isinstance(targets, tuple):
-        raise UsageError(f"targets: got a tuple of {len(targets)}, expected (y_a, y_b, share)")
-    if not isinstance(targets, Tensor):
-        raise wrong_type("targets", targets, "a tensor, or (y_a, y_b, share) for mixup")
-    is_index = targets.dtype != torch.bool and not targets.is_floating_point() and not targets.is_complex()
-    return targets.long() if is_index else targets
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < 1
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:
@@ -376,50 +384,3 @@ def _head_of(model: nn.Module) -> AngularHead | None:
             f"AngularLoss: {type(model).__name__} has {len(heads)} angular heads; make one AngularLoss for each head"
         )
     return heads[0] if len(heads) == 1 else None
-
-
-def _log_sum_exp(logits: Tensor, targets: Tensor, new: Tensor) -> Tensor:
-    """log Σ_j exp z_j of each row, with the logit of the target replaced: (B, C), (B,), (B,) -> (B,)."""
-    if in_forward_mode():
-        return torch.logsumexp(logits.scatter(1, targets[:, None], new[:, None]), 1)
-    return _LogSumExp.apply(logits, targets, new)  # type: ignore[no-any-return]
-
-
-class _LogSumExp(torch.autograd.Function):
-    """`_log_sum_exp`, which saves the logits and nothing else of their size.
-
-    The copy with the replaced logits lives for some rows at a time.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, targets: Tensor, new: Tensor) -> Tensor:
-        rows = max(1, ROOM // max(1, logits.shape[1]))
-        if torch.compiler.is_compiling() or len(logits) <= rows:
-            return torch.logsumexp(logits.scatter(1, targets[:, None], new[:, None]), 1)
-        parts = zip(logits.split(rows), targets.split(rows), new.split(rows), strict=True)
-        return torch.cat([torch.logsumexp(z.scatter(1, y[:, None], t[:, None]), 1) for z, y, t in parts])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        logits, targets, new, total = ctx.saved_tensors
-        shares = (logits - total[:, None]).exp().scatter(1, targets[:, None], 0)
-        return shares * grad[:, None], None, grad * (new - total).exp()
-
-
-ROOM = 1 << 22
-"""Elements of a temporary copy of logits: 16 MiB in fp32."""
-
-
-def _weighted_mean(logits: Tensor, targets: Tensor, new: Tensor, class_weight: Tensor | None) -> Tensor:
-    """Mean over the classes of weight · logit, with the logit of the target replaced, (B,)."""
-    old = logits.gather(1, targets[:, None]).squeeze(1)
-    if class_weight is None:
-        return logits.mean(1) + (new - old) / logits.shape[1]
-    weight = class_weight.to(logits.dtype)
-    return (logits @ weight + (new - old) * weight[targets]) / logits.shape[1]

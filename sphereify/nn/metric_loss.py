@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from sphereify.errors import UsageError, wrong_type
 from sphereify.nn.heads import AngularHead
-from sphereify.nn.losses import AngularLoss, Targets
+from sphereify.nn.losses import AngularLoss
 from sphereify.nn.outputs import made_by
+from sphereify.nn.targets import Targets
 
 
 class MetricLoss(nn.Module):
@@ -24,9 +25,8 @@ class MetricLoss(nn.Module):
     def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
         """(B, in_features), targets as for `AngularLoss` -> the loss."""
         self._check(embeddings)
-        chunked = self.loss.chunk_size is not None
-        if chunked or self.head.has_margin:
-            logits = None if chunked else self.head.logits(embeddings)
+        if self.loss.needs_features or self.head.has_margin:
+            logits = None if self.loss.needs_features else self.head.logits(embeddings)
             return self.loss(made_by(self.head, logits, embeddings), labels)  # type: ignore[no-any-return]
         return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
 

@@ -12,11 +12,10 @@ from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
 from sphereify.models import untrained_part
-from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
-from sphereify.training.objective import logits_of
+from sphereify.training.objective import energy_of, logits_of, margin_head
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
 from sphereify.training.same_data import identity_of, is_same
@@ -30,14 +29,17 @@ def check_run(
 
     Raises:
         DataError: images that the model or the teacher does not take, other classes, or too little data.
-        UsageError: settings that do not go with the model or with the number of processes.
+        UsageError: settings that do not go with the model, its filters, or the number of processes.
     """
     check_classes(model, data)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise wrong_type("teacher", teacher, "a torch.nn.Module, as open_teacher returns it")
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
-    check_mixup(model, settings)
+    check_mixup(settings)
+    check_sampling(model, settings, teacher)
+    if settings.terms.mhe:
+        energy_of(settings.terms).check(model, "mhe_dimensions")
     _check_amount(data, processes)
     if settings.fsdp and processes.world == 1:
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
@@ -129,23 +131,31 @@ def check_record(record: dict[str, Any] | None, data: Data) -> None:
         raise DataError(f"the model was trained on other classes than {data.name} has: {', '.join(odd[:5])}")
 
 
-def check_mixup(model: nn.Module, settings: Settings) -> None:
+def check_mixup(settings: Settings) -> None:
     """Make sure that images can be mixed, if they are to be.
 
     Raises:
-        UsageError: a head with a margin, which belongs to one class per image; or batches of one image.
+        UsageError: batches of one image.
     """
-    if not (settings.mixup or settings.cutmix):
-        return
-    both = f"{option('mixup')}, {option('cutmix')}"
-    head = next((m for m in model.modules() if isinstance(m, AngularHead) and m.has_margin), None)
-    if head is not None:
-        raise UsageError(
-            f"{both}: the head is {head.kind}, whose margin belongs to one class per image. Take "
-            f"{option('head', 'w-softmax')}, or leave them out."
-        )
-    if settings.batch_size < 2:
+    if (settings.mixup or settings.cutmix) and settings.batch_size < 2:
+        both = f"{option('mixup')}, {option('cutmix')}"
         raise UsageError(f"{both}: need pairs of images; take {option('batch_size', 2)} or more")
+
+
+def check_sampling(model: nn.Module, settings: Settings, teacher: nn.Module | None) -> None:
+    """Make sure that a step can compute the scores of some classes only, if it is to.
+
+    Raises:
+        UsageError: a head without a margin, which computes all scores itself; or a teacher, which needs them all.
+    """
+    sampled = settings.terms.sampled_classes
+    if sampled is None:
+        return
+    name = option("sampled_classes", sampled)
+    if margin_head(model) is None:
+        raise UsageError(f"{name}: needs a head with a margin, such as {option('head', 'cosface')}")
+    if teacher is not None:
+        raise UsageError(f"{name}: does not go with {option('teacher')}, which is followed in all scores")
 
 
 def check_same_run(

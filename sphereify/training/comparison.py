@@ -21,7 +21,7 @@ from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.files import write_text
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
-from sphereify.training.checks import check_mixup
+from sphereify.training.checks import check_mixup, check_sampling
 from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
 from sphereify.training.recipe import with_recipe
 from sphereify.training.results import Epoch, Result, Step
@@ -349,7 +349,8 @@ def build_variant(build: Callable[[], nn.Module], variant: Variant, settings: Se
     model = build()
     if variant.options is not None:
         model = sphereify(model, inplace=True, **variant.options)
-    check_mixup(model, settings)
+    check_mixup(settings)
+    check_sampling(model, settings, None)
     return model
 
 

@@ -1,10 +1,12 @@
 """The objective of training: the loss of the head, plus regularizers that keep filters apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.choices import ANNEALED_HEADS
 from sphereify.errors import DataError
 from sphereify.nn import (
     AngularHead,
@@ -15,6 +17,7 @@ from sphereify.nn import (
     OrthogonalityPenalty,
 )
 from sphereify.nn.outputs import scores_of
+from sphereify.nn.targets import Targets
 from sphereify.training.terms import Terms
 
 AUXILIARY = 0.3
@@ -35,19 +38,22 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, terms: Terms, accumulate: int = 1):
         super().__init__()
         self._model = (model,)  # a tuple, so that its parameters do not become this module's
-        margins = any(isinstance(m, AngularHead) and m.has_margin for m in model.modules())
-        annealing = MarginAnnealing(every=accumulate) if margins and terms.margin_anneal else None
-        self.loss = AngularLoss(model, terms.label_smoothing, annealing=annealing)
-        self.energy = _energy(terms) if terms.mhe else None
+        head = margin_head(model)
+        anneals = head is not None and head.kind in ANNEALED_HEADS and terms.margin_anneal
+        annealing = MarginAnnealing(every=accumulate) if anneals else None
+        smoothing, sampled = terms.label_smoothing, terms.sampled_classes
+        self.loss = AngularLoss(model, smoothing, annealing=annealing, sampled_classes=sampled)
+        self.auxiliary_loss = AngularLoss(nn.Identity(), smoothing)
+        self.energy = energy_of(terms) if terms.mhe else None
         self.penalty = OrthogonalityPenalty() if terms.orthogonality else None
         self.terms = terms
 
-    def forward(self, output: Any, targets: Tensor) -> Tensor:
+    def forward(self, output: Any, targets: Targets) -> Tensor:
+        """The loss of an output; targets as `AngularLoss` takes them."""
         main, auxiliary = _parts(output)
         total: Tensor = self.loss(main, targets)
         for logits in auxiliary:
-            smoothing = self.terms.label_smoothing
-            total = total + AUXILIARY * F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            total = total + AUXILIARY * self.auxiliary_loss(logits, targets)
         if self.energy is not None:
             total = total + self.terms.mhe * self.energy(self._model[0])
         if self.penalty is not None:
@@ -55,9 +61,37 @@ class Objective(nn.Module):
         return total
 
 
-def _energy(terms: Terms) -> HypersphericalEnergy:
+def margin_head(model: nn.Module) -> AngularHead | None:
+    """The head with a margin in a model, if it has one."""
+    return next((m for m in model.modules() if isinstance(m, AngularHead) and m.has_margin), None)
+
+
+@contextmanager
+def without_logits(model: nn.Module, terms: Terms) -> Iterator[None]:
+    """Let the head leave out the logits of training within the block, where only some classes are to be computed."""
+    head = margin_head(model) if terms.sampled_classes is not None else None
+    if head is None:
+        yield
+        return
+    before, head.training_logits = head.training_logits, False
+    try:
+        yield
+    finally:
+        head.training_logits = before
+
+
+def energy_of(terms: Terms) -> HypersphericalEnergy:
+    """The energy of the filters that the terms describe."""
     return HypersphericalEnergy(
-        terms.mhe_s, terms.mhe_distance, terms.mhe_half_space, terms.mhe_hidden, terms.mhe_output
+        terms.mhe_s,
+        terms.mhe_distance,
+        terms.mhe_half_space,
+        terms.mhe_hidden,
+        terms.mhe_output,
+        energy=terms.mhe_energy,
+        dimensions=terms.mhe_dimensions,
+        projections=terms.mhe_projections,
+        gamma=terms.mhe_gamma,
     )
 
 

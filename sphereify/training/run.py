@@ -22,6 +22,7 @@ from sphereify.training.freezing import frozen
 from sphereify.training.interruption import StopRequest, stop_requests
 from sphereify.training.loader import make_loader, on_device, test_batches
 from sphereify.training.meter import energies, learned_k, learned_radii
+from sphereify.training.objective import without_logits
 from sphereify.training.randomness import deterministic_algorithms, random_state, seed_all, set_random_state
 from sphereify.training.recipe import with_recipe
 from sphereify.training.record import RunRecord
@@ -92,7 +93,7 @@ def finetune(
             on_start()
             if folder is not None:
                 folder.check_free()
-        with frozen(model, settings.freeze) as frozen_layers:
+        with frozen(model, settings.freeze) as frozen_layers, without_logits(model, settings.terms):
             run = TrainingRun(model, data, settings, processes, folder, teacher, frozen_layers)
             run.begin(saved)
             while run.state.epoch < settings.epochs:

@@ -98,10 +98,8 @@ class Settings:
         at_most=1,
         usual="0.9998",
     )
-    mixup: float = option_field(
-        0.0, "α of mixup; not with margin heads.", panel=TRAINING, at_least=0, usual="0.2 to 0.8"
-    )
-    cutmix: float = option_field(0.0, "α of cutmix; not with margin heads.", panel=TRAINING, at_least=0, usual="1")
+    mixup: float = option_field(0.0, "α of mixup.", panel=TRAINING, at_least=0, usual="0.2 to 0.8")
+    cutmix: float = option_field(0.0, "α of cutmix.", panel=TRAINING, at_least=0, usual="1")
     amp: str = option_field("none", f"Half precision: {', '.join(AMP)}.", panel=TRAINING, choices=AMP)
     channels_last: bool = option_field(False, "Keep images and weights in channels-last layout.", panel=TRAINING)
     compile: bool = option_field(False, "Compile the model with torch.compile.", panel=TRAINING)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sphereify.errors import TrainingError, option
 from sphereify.training.evaluation import autocast
 from sphereify.training.freezing import new_parameters
-from sphereify.training.objective import logits_of
+from sphereify.training.objective import logits_of, margin_head
 from sphereify.training.settings import Settings
 from sphereify.training.state import RunState
 from sphereify.training.teacher import distillation
@@ -30,6 +30,7 @@ class TrainingStep:
         self.teacher = None if teacher is None else teacher.to(self.device).eval()
         self.frozen_layers = frozen_layers
         self.mixup = _mixup(self.settings, len(state.data.classes))
+        self.has_margin = margin_head(self.model) is not None
         self.trainable = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         self.only_new = False
         """True while only the parameters train that a conversion brings."""
@@ -70,19 +71,29 @@ class TrainingStep:
         count = len(targets)
         if self.mixup is not None:
             even = count - count % 2
-            images, targets = self.mixup(images[:even], targets[:even])
+            images, targets = self._mixed(images[:even], targets[:even])
         with self._unsynchronized(not is_last):
             with autocast(self.device, self.settings.amp):
                 loss = self._loss(images, targets)
             self.state.scaler.scale(loss * share).backward()
         self.state.meter.add(loss.detach(), count, self.state.step + 1)
 
+    def _mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """Images mixed in pairs, with what the loss takes as their targets: shares of the classes, or for a margin,
+        which belongs to one class, the two classes and the share of the first."""
+        mixed, shares = self.mixup(images, targets)
+        if not self.has_margin:
+            return mixed, shares
+        other = targets.flip(0)  # timm mixes a batch with itself in reverse
+        share = shares.gather(1, targets[:, None]).squeeze(1)
+        return mixed, (targets, other, torch.where(targets == other, 1.0, share))
+
     def _unsynchronized(self, waits: bool) -> Any:
         """Keep the gradients of this process to itself for now, if it has a copy of the model."""
         copied = isinstance(self.forward, nn.parallel.DistributedDataParallel)
         return self.forward.no_sync() if waits and copied else nullcontext()  # type: ignore[operator]
 
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, targets: Any) -> Tensor:
         try:
             output = self.forward(images)
         except ValueError as error:

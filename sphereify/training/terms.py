@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, fields
 
-from sphereify.choices import FILTER_DISTANCES
+from sphereify.choices import ENERGIES, ENERGY_OPTIONS, FILTER_DISTANCES
 from sphereify.errors import UsageError, option
-from sphereify.options import check_options, option_field
+from sphereify.options import check_belongs, check_options, option_field
+from sphereify.wording import listed
 
 LOSS = "Loss"
 
@@ -30,12 +31,28 @@ class Terms:
         "Introduce the margin of ga-softmax and a-softmax as SphereFace did, with λ = max(5, 1000/(1+0.12·step)).",
         panel=LOSS,
     )
+    sampled_classes: float | None = option_field(
+        None,
+        "Share of the classes, in (0, 1), whose scores a step computes, for very many classes: those of its images and "
+        "others drawn at random. With a margin head.",
+        panel=LOSS,
+        above=0,
+        below=1,
+        usual="0.1 to 0.3",
+    )
     mhe: float = option_field(
         0.0,
         "Weight of the hyperspherical energy, which spreads filters over the sphere.",
         panel=LOSS,
         at_least=0,
-        usual="1",
+        usual="1, or 0.01 for a determinant",
+    )
+    mhe_energy: str = option_field(
+        "mhe",
+        f"Kind of energy: {listed(ENERGIES)}. compressive: of random projections; separation: of the closest pair "
+        "alone; determinant: of the volume that the filters span.",
+        panel=LOSS,
+        choices=ENERGIES,
     )
     mhe_s: float = option_field(
         1.0,
@@ -54,6 +71,20 @@ class Terms:
         f"Distance between two filters in the energy: {', '.join(FILTER_DISTANCES)} (A-MHE).",
         panel=LOSS,
         choices=FILTER_DISTANCES,
+    )
+    mhe_dimensions: int | None = option_field(
+        None,
+        "Dimensions of the random projections of a compressive energy; default: 30, and layers with no more inputs are "
+        "not projected.",
+        panel=LOSS,
+        at_least=2,
+        usual="20 to 40",
+    )
+    mhe_projections: int = option_field(
+        20, "Number of random projections of a compressive energy.", panel=LOSS, at_least=1, usual="5 to 30"
+    )
+    mhe_gamma: float = option_field(
+        1.0, "Sharpness γ of the kernel exp(-γ‖ŵᵢ-ŵⱼ‖²) of a determinant.", panel=LOSS, above=0, usual="0.5 to 4"
     )
     mhe_hidden: float = option_field(
         1.0,
@@ -78,7 +109,10 @@ class Terms:
 
     def __post_init__(self) -> None:
         check_options(self)
-        unused = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
-        if unused and not self.mhe:
-            names = ", ".join(map(option, unused))
+        changed = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
+        if changed and not self.mhe:
+            names = ", ".join(map(option, changed))
             raise UsageError(f"{names}: no effect without {option('mhe')}, whose usual weight is 1")
+        for name in changed:
+            kinds = ENERGY_OPTIONS.get(name.removeprefix("mhe_"), ENERGIES)
+            check_belongs(name, kinds, "mhe_energy", self.mhe_energy)

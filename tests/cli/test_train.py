@@ -86,8 +86,10 @@ def begun(monkeypatch) -> dict:
 
 TERMS = {
     "label_smoothing": 0.1, "margin_anneal": False, "mhe": 0.5, "mhe_s": 2.0, "mhe_half_space": True,
-    "mhe_distance": "angular", "mhe_hidden": 0.5, "mhe_output": 10.0, "orthogonality": 0.01,
+    "mhe_distance": "angular", "mhe_hidden": 0.5, "mhe_output": 10.0, "orthogonality": 0.01, "sampled_classes": 0.5,
+    "mhe_energy": "compressive", "mhe_dimensions": 24, "mhe_projections": 5,
 }  # fmt: skip
+DETERMINANT = {"mhe": 0.5, "mhe_energy": "determinant", "mhe_gamma": 2.0}
 SETTINGS = {
     "epochs": 3, "epoch_batches": 4,
     "batch_size": 5, "lr": 0.25, "opt": "lamb", "sched": "step", "warmup_epochs": 1.5, "min_lr": 1e-5,
@@ -105,12 +107,18 @@ def test_each_option_of_finetune_reaches_the_training(run, artifact, begun):
     assert code == 0
     assert begun["settings"] == Settings(**SETTINGS, terms=Terms(**TERMS))
     assert SETTINGS.keys() | {"fsdp"} == options_of(Settings).keys()
-    assert TERMS.keys() == options_of(Terms).keys()
+    assert TERMS.keys() | DETERMINANT.keys() == options_of(Terms).keys()
     assert not [name for name, value in (SETTINGS | TERMS).items() if name != "device"
                 and value in (getattr(Settings(), name, None), getattr(Terms(), name, None))]  # fmt: skip
     assert begun["data"].image_size == (1, 24, 24)
     assert (begun["output"], begun["resume"], begun["teacher"]) == (Path("out"), False, None)
     assert out == "test accuracy 12.50%, saved to out/last; best 25.00% in epoch 1, saved to out/best\n"
+
+
+def test_options_of_another_energy_reach_the_training(run, artifact, begun):
+    given = words(DETERMINANT)
+    assert run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")[0] == 0
+    assert begun["settings"].terms == Terms(**DETERMINANT)
 
 
 def test_the_seed_of_finetune_is_that_of_the_weights_of_a_plain_model_too(run, begun, own):

@@ -23,7 +23,13 @@ OPTIONS = {
     "plan-v1-beit.json": {"operator": "sigmoid", "k": 0.2},
 }
 RENAMED = {"only_read": "output_read_only"}
-LATER = {"radius": 0.0, "learn_radius": False}
+LATER = {
+    "radius": 0.0,
+    "learn_radius": False,
+    "margin_gradient": None,
+    "similarity_power": None,
+    "positive_weight": None,
+}
 """Fields that plans of that time do not have, with the values that mean what was then."""
 LATER_OF_CALLS = {"part": ""}
 """The same for the functional call of a decision."""

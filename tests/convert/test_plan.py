@@ -190,9 +190,17 @@ def test_the_classifier_becomes_the_head_asked_for(head, kind):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"head": "keep", "margin": 3}, "margin: has no effect on head='keep'; it belongs to ga-softmax and a-softmax"),
+        (
+            {"head": "keep", "margin": 3},
+            "margin: has no effect on head='keep'; it belongs to ga-softmax, a-softmax, arcface, cosface and sph",
+        ),
         ({"margin": 3}, "margin: has no effect on head='auto'"),
-        ({"head": "a-softmax", "scale": 10}, "scale: has no effect on head='a-softmax'; it belongs to s-softmax"),
+        ({"head": "a-softmax", "scale": 10}, "scale: has no effect on head='a-softmax'; it belongs to s-softmax, arc"),
+        ({"margin_gradient": "detached"}, "margin_gradient: has no effect on head='auto'; it belongs to ga-softmax"),
+        (
+            {"head": "cosface", "similarity_power": 2},
+            "similarity_power: has no effect on head='cosface'; it belongs to sphereface2",
+        ),
     ],
 )
 def test_a_setting_of_another_head_is_told(options, text):
@@ -362,6 +370,20 @@ WRONG_OPTIONS = {
     "learnable k below its floor": ({"operator": "learnable-sigmoid", "k": 0.01}, "expected a value above 0.05"),
     "margin below one": ({"margin": 0.5}, "margin: got 0.5, expected a number of at least 1"),
     "scale zero": ({"scale": 0}, "scale: got 0, expected a number above 0"),
+    "margin of arcface too large": (
+        {"head": "arcface", "margin": 4.0}, "margin: got 4.0, expected a number of at least 0 and at most 1.5",
+    ),
+    "margin of cosface below zero": ({"head": "cosface", "margin": -0.1}, "margin: got -0.1, expected a number of at"),
+    "margin that is no number": ({"head": "arcface", "margin": "big"}, "margin: got 'big', expected a number of at l"),
+    "margin gradient": (
+        {"head": "arcface", "margin_gradient": "none"}, "margin_gradient: got 'none', expected one of true, detached",
+    ),
+    "similarity power below one": (
+        {"head": "sphereface2", "similarity_power": 0.5}, "similarity_power: got 0.5, expected a number of at least 1",
+    ),
+    "positive weight of one": (
+        {"head": "sphereface2", "positive_weight": 1}, "positive_weight: got 1, expected a number above 0 and below 1",
+    ),
     "eps zero": ({"eps": 0.0}, "eps: got 0.0, expected a number above 0"),
     "unknown head": ({"head": "w-sofmax"}, "head: got 'w-sofmax', expected one of auto.*Did you mean 'w-softmax'"),
     "unknown rescale": ({"rescale": "alway"}, "rescale: got 'alway', expected one of auto.*Did you mean 'always'"),

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sphereify.choices import HEAD_KINDS, MARGIN_HEADS, OPERATORS
+from sphereify.choices import MARGIN_HEADS, OPERATORS
 from sphereify.nn import AngularHead
 from tests.nn import oracle
 from tests.nn.oracle import normal
 
-HEADS = [(kind, name) for kind in HEAD_KINDS for name in (["cosine"] if kind == "a-softmax" else OPERATORS)]
-"""Every kind with every operator that it takes."""
+PAPER_KINDS = ("w-softmax", "ga-softmax", "a-softmax", "s-softmax")
+"""The kinds of NIPS 2017, whose margin is a multiple of the angle. Those of faces have tests of their own."""
+HEADS = [(kind, name) for kind in PAPER_KINDS for name in (["cosine"] if kind == "a-softmax" else OPERATORS)]
+"""Each of them with every operator that it takes."""
 MARGINS = [(kind, name) for kind, name in HEADS if kind in MARGIN_HEADS]
 
 

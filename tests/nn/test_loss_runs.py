@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.choices import OPERATORS
-from sphereify.nn import AngularHead, AngularLoss, MarginAnnealing, as_metric_loss, losses
+from sphereify.nn import AngularHead, AngularLoss, MarginAnnealing, as_metric_loss, softmax_loss
 from tests.nn.grids import grid
 from tests.nn.loss_oracle import HEADS, MARGINS, build
 from tests.nn.oracle import normal
@@ -49,7 +49,7 @@ class LargeTensors(TorchDispatchMode):
 @pytest.fixture
 def little_room(monkeypatch):
     """The copies of some rows of logits smaller than logits of 64 × 20,000, as they are for larger ones."""
-    monkeypatch.setattr(losses, "ROOM", 1 << 18)
+    monkeypatch.setattr(softmax_loss, "ROOM", 1 << 18)
 
 
 def memory_of_forward(kind, operator, bias=False, batch=64, classes=20_000, **options):
@@ -98,8 +98,8 @@ def test_chunks_never_hold_a_tensor_of_batch_by_classes_in_forward_or_backward(o
 def test_little_room_changes_neither_loss_nor_gradient(monkeypatch):
     head, x, y = build("ga-softmax", "linear"), normal(7, 6).requires_grad_(), torch.tensor([0, 3, 2, 2, 1, 0, 0])
     results = []
-    for room in (losses.ROOM, 1, 9):
-        monkeypatch.setattr(losses, "ROOM", room)
+    for room in (softmax_loss.ROOM, 1, 9):
+        monkeypatch.setattr(softmax_loss, "ROOM", room)
         loss = AngularLoss(head, 0.1)(head(x), y)
         results.append((loss, *torch.autograd.grad(loss, [x, head.weight])))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-13)

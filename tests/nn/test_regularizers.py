@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sphereify.errors import UsageError
-from sphereify.nn import HypersphericalEnergy, OrthogonalityPenalty, regularizers
+from sphereify.nn import HypersphericalEnergy, OrthogonalityPenalty
+from sphereify.nn.energies import blocks
+from sphereify.nn.energies.pairs import pair_energy
 from sphereify.nn.filters import filter_banks
-from sphereify.nn.regularizers import pair_energy
 from tests.nn.energy_oracle import banks_by_hand, between, close, f, make_model, slow_energy, slow_penalty, unit_rows
 from tests.nn.grids import grid
 from tests.nn.oracle import normal
@@ -175,11 +176,11 @@ def test_fp16_filters_are_finite_in_value_and_gradient(case, s):
         assert filters.grad.isfinite().all(), (distance, half_space, scale)
 
 
-@pytest.mark.parametrize("room", [regularizers.ROOM, 10])
+@pytest.mark.parametrize("room", [blocks.ROOM, 10])
 @pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("regularizer", [HypersphericalEnergy(2, "angular", True), OrthogonalityPenalty()])
 def test_autocast_changes_neither_value_nor_gradient(monkeypatch, regularizer, amp, room):
-    monkeypatch.setattr(regularizers, "ROOM", room)
+    monkeypatch.setattr(blocks, "ROOM", room)
     model, filters = make_model().float(), hard("duplicates 1e-3").float()
     for subject, leaf in ((model, model["linear"].weight), (filters, filters.requires_grad_())):
         expected = regularizer(subject)
@@ -337,13 +338,13 @@ def test_pairs_in_chunks_of_groups_and_of_rows_have_the_same_energy_and_gradient
     rows = rows and torch.tensor(rows)
     filters = normal(3, 5, 4)  # 25 pairs a group
     expected = energy_and_gradient(filters, 1, distance, half_space, rows=rows)
-    monkeypatch.setattr(regularizers, "ROOM", room)
+    monkeypatch.setattr(blocks, "ROOM", room)
     got = energy_and_gradient(filters, 1, distance, half_space, rows=rows)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_gradcheck_in_chunks(monkeypatch):
-    monkeypatch.setattr(regularizers, "ROOM", 10)
+    monkeypatch.setattr(blocks, "ROOM", 10)
     assert torch.autograd.gradcheck(lambda w: pair_energy(w, 1), (normal(2, 5, 3).requires_grad_(),))
 
 
@@ -370,20 +371,20 @@ class Memory(TorchDispatchMode):
 @pytest.mark.parametrize("sizes", [(1, 64, 2), (3, 64, 2), (40, 8, 1)])
 @pytest.mark.parametrize("half_space", [False, True])
 def test_no_tensor_holds_more_pairs_than_there_is_room_for(monkeypatch, half_space, sizes):
-    monkeypatch.setattr(regularizers, "ROOM", 400)
+    monkeypatch.setattr(blocks, "ROOM", 400)
     with Memory() as memory:
         energy_and_gradient(normal(*sizes), 1, "angular", half_space)
     assert memory.largest <= 400
 
 
 def test_many_filters_need_bounded_memory_forward_and_backward(monkeypatch):
-    monkeypatch.setattr(regularizers, "ROOM", 1 << 18)
+    monkeypatch.setattr(blocks, "ROOM", 1 << 18)
     count = 2000
     filters = normal(count, 16, dtype=torch.float32).requires_grad_()
     with Memory() as memory:
         energy = HypersphericalEnergy()(filters)
         energy.backward()
-    assert memory.largest <= regularizers.ROOM < count**2
+    assert memory.largest <= blocks.ROOM < count**2
     assert memory.peak < 4 * count**2, "less than one matrix of all pairs in fp32"
     # On the sphere S^15, E[1/z] of independent uniform directions.
     assert energy.item() == pytest.approx(mean_inverse_distance(16), rel=1e-3)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
-from sphereify.training import Variant, accuracy, compare, train_once, trained, variants
+from sphereify.training import Terms, Variant, accuracy, compare, train_once, trained, variants
 from tests.training.small import (
     images,
     linear_net,
@@ -64,7 +64,12 @@ def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
     ("variants", "settings", "reach", "text"),
     [
         (both(operator="cosin"), {}, None, "operator: got 'cosin'"),
-        (both(head="a-softmax"), {"mixup": 0.2}, None, "mixup, cutmix: the head is a-softmax"),
+        (
+            both(head="a-softmax"),
+            {"terms": Terms(sampled_classes=0.5)},
+            None,
+            "sampled_classes=0.5: needs a head with a margin, such as head='cosface'",
+        ),
         (both(), {}, 95, "reach: got 95, expected an accuracy above 0 and at most 1"),
     ],
 )

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphereify.choices import FILTER_DISTANCES
 from sphereify.errors import UsageError, spelled
-from sphereify.nn.regularizers import DISTANCES
 from sphereify.options import options_of
 from sphereify.training import DataOptions, Settings, Terms, finetune
 from sphereify.training.settings import differences
@@ -50,6 +48,37 @@ def test_a_setting_out_of_range_is_told_with_its_option(setting, value, text):
 def test_a_kind_of_energy_without_its_weight_is_told(setting):
     with pytest.raises(UsageError, match=f"{next(iter(setting))}: no effect without mhe, whose usual weight is 1"):
         Terms(**setting)
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        (
+            {"mhe_energy": "separation", "mhe_s": 2.0},
+            "mhe_s: has no effect on mhe_energy='separation'; it belongs to mhe and compressive",
+        ),
+        (
+            {"mhe_energy": "determinant", "mhe_distance": "angular"},
+            "mhe_distance: has no effect on mhe_energy='determinant'; it belongs to mhe, compressive and separation",
+        ),
+        ({"mhe_dimensions": 20}, "mhe_dimensions: has no effect on mhe_energy='mhe'; it belongs to compressive"),
+        ({"mhe_energy": "compressive", "mhe_gamma": 2.0}, "mhe_gamma: has no effect on mhe_energy='compressive'"),
+        ({"mhe_energy": "compression"}, "mhe_energy: got 'compression', expected one of mhe, compressive, .*mean"),
+        ({"mhe_energy": "compressive", "mhe_dimensions": 1}, "mhe_dimensions: got 1, expected a number of at least 2"),
+        ({"mhe_energy": "compressive", "mhe_projections": 0}, "mhe_projections: got 0, expected a number of at least"),
+        ({"mhe_energy": "determinant", "mhe_gamma": 0.0}, "mhe_gamma: got 0.0, expected a number above 0"),
+    ],
+)
+def test_an_option_of_another_energy_is_told(terms, text):
+    with pytest.raises(UsageError, match=text):
+        Terms(mhe=1.0, **terms)
+
+
+def test_projections_wider_than_a_layer_are_told_before_training():
+    terms = Terms(mhe=1.0, mhe_energy="compressive", mhe_dimensions=20)
+    text = r"0: mhe_dimensions=20: a projection cannot be wider than its filters, which have 18 inputs. Take at most 18"
+    with pytest.raises(UsageError, match=text):
+        finetune(net(), images(4), Settings(epochs=1, batch_size=2, terms=terms, **CPU))
 
 
 def test_an_unknown_distance_of_filters_is_told():
@@ -151,10 +180,6 @@ def test_each_field_is_an_option_with_a_sentence_of_help_in_a_panel(options):
         assert about.panel
         assert about.help[-1] in ".…"
         assert about.help[0].isupper() or about.help.startswith(("digits", "α"))
-
-
-def test_the_distances_of_the_options_are_those_of_the_energy():
-    assert FILTER_DISTANCES == DISTANCES
 
 
 def test_options_load_no_torch():
