@@ -49,8 +49,8 @@ class Pairs:
 def pairs_of(identities: Tensor, limit: int, seed: int = 0) -> Pairs:
     """All pairs of images, or a fixed random choice of them without repetitions.
 
-    Half of a choice are pairs of one identity, if there are as many; where one kind is rarer, the other one fills the
-    place. Neither memory nor time grows with the number of all pairs.
+    A fifth of a choice are pairs of one identity, since small false accept rates need many pairs of two. Where one kind
+    is rarer, the other one fills the place. Neither memory nor time grows with the number of all pairs.
 
     Args:
         identities: the identity of each image, (images,), whole numbers.
@@ -64,7 +64,7 @@ def pairs_of(identities: Tensor, limit: int, seed: int = 0) -> Pairs:
     alike, others = ends - places - 1, len(order) - ends  # later images of the same identity, and of other ones
     same, different = int(alike.sum()), int(others.sum())
     draw = torch.Generator().manual_seed(seed)
-    from_same = min(same, max(limit // 2, limit - different))
+    from_same = min(same, max(limit // 5, 1, limit - different))
     from_different = min(different, limit - from_same)
     parts = []
     for counts, begin, total, number in (
@@ -84,11 +84,11 @@ def pairs_of(identities: Tensor, limit: int, seed: int = 0) -> Pairs:
 
 
 def _drawn(draw: torch.Generator, total: int, number: int) -> Tensor:
-    """`number` of the numbers below `total`, each once, in order: a random one of each of as many equal stretches."""
-    places = torch.arange(number + 1)
-    ends = places * (total // number) + places * (total % number) // number
-    shares = torch.rand(number, generator=draw, dtype=torch.float64)
-    return ends[:-1] + (shares * (ends[1:] - ends[:-1])).long()
+    """`number` of the numbers below `total`, each once, all choices alike, in order; in memory for `number` of them."""
+    found = torch.arange(total) if total <= 2 * number else torch.empty(0, dtype=torch.int64)
+    while len(found) < number:  # twice as many with repetitions are enough, but for bad luck
+        found = torch.cat([found, torch.randint(total, (2 * number,), generator=draw)]).unique()
+    return found[torch.randperm(len(found), generator=draw)[:number]].sort().values
 
 
 def read_pairs(file: Path, folder: Path) -> tuple[list[Path], Pairs]:

@@ -30,7 +30,7 @@ from sphereify.training.verification_options import VerificationOptions
 FALSE_ACCEPT_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 MEASURABLE = 10
 """Smallest number of falsely accepted pairs from which a rate is told."""
-CURVE_POINTS, BINS = 200, 100
+CURVE_POINTS, BINS = 200, 200
 """Number of points of a ROC, and of bins of the scores, that are kept."""
 CHUNK = 16_384
 """Number of pairs that are scored at a time."""
