@@ -51,7 +51,11 @@ def test_the_sides_of_a_split_hold_each_image_once_with_its_class():
         for part in (side.train, side.test):
             for image, target in (part[i] for i in range(len(part))):
                 assert NAMES[int(image) // 100] == side.classes[target]
-    pixels = [int(image) for part in (kept.train, kept.test, held_out.test) for image, _ in (part[i] for i in range(len(part)))]
+    pixels = [
+        int(image)
+        for part in (kept.train, kept.test, held_out.test)
+        for image, _ in (part[i] for i in range(len(part)))
+    ]
     assert sorted(pixels) == sorted(int(image) for part in (data.train, data.test) for image, _ in part)
     assert len(held_out.train) == 0
 

@@ -54,8 +54,8 @@ class DataOptions:
     )
     hold_out_classes: int | None = option_field(
         None,
-        "Number of classes to leave out of training, with their images; evaluate --verification tests on these. "
-        "Default: none, and where a trained network is tested, those of its training.",
+        "Number of classes to leave out of training, with all their images, to verify embeddings on them. Default: "
+        "none, and where a trained network is tested, those of its training.",
         panel=IMAGES,
         at_least=2,
     )

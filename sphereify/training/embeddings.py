@@ -71,7 +71,8 @@ def embeddings(
     network, path = _with_classifier(model, image_size) if layer is None else (model, _checked(model, layer))
     device = settings.chosen_device
     layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}
-    network.to(device, **layout).eval()
+    for one in (model, network):  # a copy of the model, where its classifier is a functional call
+        one.to(device, **layout).eval()
     total = len(images)  # type: ignore[arg-type]
     loader = make_loader(_Numbered(images), Batches(total, settings.batch_size, seed=None), settings, device)
     vectors, rows, skipped, done = [], [], 0, 0

@@ -13,7 +13,10 @@ IDENTITIES = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
 
 
 def as_set(pairs: Pairs) -> set:
-    return {(*sorted((a, b)), s) for a, b, s in zip(*(t.tolist() for t in (pairs.first, pairs.second, pairs.same)))}
+    return {
+        (*sorted((a, b)), s)
+        for a, b, s in zip(*(t.tolist() for t in (pairs.first, pairs.second, pairs.same)), strict=True)
+    }
 
 
 ALL = {(i, j, bool(IDENTITIES[i] == IDENTITIES[j])) for i, j in combinations(range(10), 2)}
