@@ -1,6 +1,7 @@
 """Embeddings: the input of the classifier, whatever the network is made of."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,6 +120,20 @@ def test_it_is_what_the_classifier_takes_of_plain_and_converted_networks(net):
         torch.testing.assert_close(found.vectors, wanted, rtol=1e-5, atol=1e-6)
         assert found.rows.tolist() == list(range(7))
         assert found.vectors.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_resnet", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("test_convnext", "test_vit"))],
+)
+def test_it_is_what_timm_hands_to_its_classifiers(name):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=5)
+    x, size = torch.randn(2, 3, 160, 160), (3, 160, 160)
+    for model in (plain.eval(), sphereify(plain).eval()):
+        found = embeddings(model, TensorDataset(x, x), size, Settings(batch_size=2, **CPU))
+        wanted = model.forward_head(model.forward_features(x), pre_logits=True).detach()
+        torch.testing.assert_close(found.vectors, F.normalize(wanted), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["auto", "keep", "ga-softmax", "a-softmax", "s-softmax"])
