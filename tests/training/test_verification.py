@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from sphereify.datasets import Data
 from sphereify.errors import ArgumentTypeError, DataError, UsageError
+from sphereify.scikit_learn import roc
 from sphereify.training import Settings
 from sphereify.training.pairs import Pairs, pairs_of
 from sphereify.training.verification import (
@@ -119,8 +120,8 @@ def test_scores_of_equal_value_are_accepted_together():
     assert found.tar[0.1] is None
 
 
-def test_points_on_a_line_are_not_dropped():
-    false, true = np.array([0, 0.25, 0.5, 1.0]), np.array([0, 0.25, 0.5, 1.0])
+def test_points_of_the_curve_that_lie_on_a_line_are_not_dropped():
+    false, true = roc(np.array([1, 0, 1, 0, 1, 0, 1, 0]), np.array([4, 4, 3, 3, 2, 2, 1, 1]))
     assert true_accept_rate(false, true, 0.3) == 0.25
     assert equal_error_rate(false, true) == 0.5
 
