@@ -122,7 +122,7 @@ def test_scores_of_equal_value_are_accepted_together():
 
 def test_points_of_the_curve_that_lie_on_a_line_are_not_dropped():
     false, true = roc(np.array([1, 0, 1, 0, 1, 0, 1, 0]), np.array([4, 4, 3, 3, 2, 2, 1, 1]))
-    assert true_accept_rate(false, true, 0.3) == 0.25
+    assert true_accept_rate(false, true, 0.6) == 0.5
     assert equal_error_rate(false, true) == 0.5
 
 
