@@ -225,9 +225,11 @@ def _measured(data: Data, found: Embeddings, pairs: Pairs, identities: Tensor | 
 
 def cosines(vectors: Tensor, pairs: Pairs) -> Any:
     """The cosine of the vectors, of unit length, of each pair, as an array; a part of the pairs at a time."""
-    parts = zip(pairs.first.split(CHUNK), pairs.second.split(CHUNK), strict=True)
-    scores = [(vectors[first] * vectors[second]).sum(1) for first, second in parts]
-    return torch.cat(scores).clamp(-1, 1).numpy()
+    scores = torch.empty(len(pairs))  # one block: small results between large parts would tear the memory
+    parts = (one.split(CHUNK) for one in (pairs.first, pairs.second, scores))
+    for first, second, place in zip(*parts, strict=True):
+        torch.sum(vectors[first] * vectors[second], 1, out=place)
+    return scores.clamp_(-1, 1).numpy()
 
 
 def equal_error_rate(false_accepts: Any, true_accepts: Any) -> float:
