@@ -166,7 +166,7 @@ def open_to_verify(
     else all classes of the data, which need not be those of the network.
 
     Args:
-        spec, source: as for `open_to_test`.
+        spec, source: as for `open_model`; weights may be of any number of classes.
         images: the data set; a folder for a list of pairs, which may have images at any depth.
         pairs: list of pairs, see `read_pairs`.
 
@@ -176,8 +176,10 @@ def open_to_verify(
         ArtifactError: a file that cannot be read or does not fit.
     """
     source = source or SourceOptions()
-    if not is_saved(spec) and source.weights is not None and source.num_classes is None and images.hold_out_classes:
-        source = for_classes_of(images, spec, source, test_only=True)
+    if not is_saved(spec) and source.weights is not None and source.num_classes is None:
+        find_model(spec)
+        # Embeddings need no classifier: weights of any number of classes fill all else of a network for two.
+        source = dataclasses.replace(source, num_classes=2) if accepts(spec, "num_classes") else source
     model = open_model(spec, source)
     record = getattr(model, RECORD_ATTRIBUTE, None)
     listed = None

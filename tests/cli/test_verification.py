@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sphereify import save, sphereify
 from sphereify.artifact import read_document
+from sphereify.class_splits import targets_of
+from sphereify.datasets import load_data
 from sphereify.sources import build_model, find_model
+from sphereify.training.verification import verification
 from tests.cli.words import TINY, one_line
 
 QUICK = ["--img-size", 8, "--epochs", 1, "--batch-size", 64, "--device", "cpu"]
@@ -78,9 +82,6 @@ def test_classes_left_out_of_training_are_recorded_and_verified(run, own):
 
 def record_images(record: dict) -> int:
     """Test images of digits in the classes that a record names."""
-    from sphereify.class_splits import targets_of
-    from sphereify.datasets import load_data
-
     return sum(str(target) in record["classes"] for target in targets_of(load_data("digits", channels=1).test))
 
 
@@ -114,6 +115,18 @@ def test_a_list_of_pairs_is_verified(run, faces, pairs, own):
     assert (found["images"], found["identities"], found["neighbour_accuracy"]) == (5, None, None)
     assert found["pairs"] == {"same": 1, "different": 2, "chosen_of": 3}
     assert "identities:" not in out
+
+
+@pytest.mark.parametrize("classes", [2, 4, 7])
+def test_weights_of_any_number_of_classes_serve(run, faces, own, classes):
+    torch.manual_seed(classes)
+    trained = build_model(find_model(f"{own}:small", num_classes=classes))
+    save_file(trained.state_dict(), "weights.safetensors")
+    code, _, err = run("evaluate", f"{own}:small", "--weights", "weights.safetensors", "--data", faces,
+                         "--verification", "--img-size", 8, "-o", "report")  # fmt: skip
+    assert (code, err) == (0, "")
+    data = load_data(str(faces), img_size=8, test_only=True)
+    assert json.loads(Path("report/verification.json").read_text())["eer"] == verification(trained, data).eer
 
 
 def test_identities_of_the_training_are_noted(run, trained_on):
