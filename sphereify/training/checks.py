@@ -92,7 +92,7 @@ def _remedy(model: nn.Module, data: Data) -> str:
     """What to do about a model of another number of classes than the data."""
     record = getattr(model, RECORD_ATTRIBUTE, None) or {}
     left_out = record.get("held_out_classes", ())
-    if {*left_out, *record.get("classes", ())} == {*data.classes}:
+    if left_out and {*left_out, *record.get("classes", ())} == {*data.classes, *data.held_out}:
         return f"its training left out {', '.join(left_out[:5])}; leave out the same classes as there"
     return (
         f"convert it again with {option('num_classes', len(data.classes))}, for which weights of other classes serve "

@@ -120,7 +120,7 @@ class DataOptions:
             test_only=test_only,
         )
         record = getattr(model, RECORD_ATTRIBUTE, None) if as_trained else None
-        if left_out := self.classes_left_out(data.classes, record):
+        if left_out := self._classes_left_out(data, record):
             data = (only_classes if held_out else without_classes)(data, left_out)
         counts = {"train": None if held_out else self.train_images, "test": self.test_images}
         for part, count in counts.items():
@@ -141,21 +141,12 @@ class DataOptions:
             "config": data_config(model),
         }
 
-    def classes_left_out(self, classes: list[str], record: dict[str, Any] | None = None) -> tuple[str, ...]:
-        """The classes to leave out of those of a data set.
-
-        Args:
-            classes: all classes.
-            record: the training record of an artifact, which decides where the options do not, if it is of just these
-                classes.
-
-        Raises:
-            UsageError: as `sphereify.class_splits.choose_classes`.
-        """
+    def _classes_left_out(self, data: "Data", record: dict[str, Any] | None) -> tuple[str, ...]:
+        """The classes of `data` to leave out: by the options, or else by a training record of just these classes."""
         from sphereify.class_splits import choose_classes
 
         if self.hold_out_classes is not None:
-            return choose_classes(classes, self.hold_out_classes, self.hold_out_seed)
+            return choose_classes(data.classes, self.hold_out_classes, self.hold_out_seed)
         recorded = (record or {}).get("held_out_classes") or ()
-        is_same = {*recorded, *(record or {}).get("classes", ())} == {*classes}
+        is_same = bool(recorded) and {*recorded, *(record or {}).get("classes", ())} == {*data.classes}
         return tuple(recorded) if is_same else ()

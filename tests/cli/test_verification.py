@@ -158,6 +158,8 @@ def test_training_a_network_further_on_all_classes_says_which_were_left_out(run,
     assert code == 1
     assert "the model has 8 classes, digits has 10: its training left out 8, 9; leave out the same" in one_line(err)
     assert not Path("run").exists()
+    code, _, err = run("evaluate", trained_on("01234567", "89"), "--data", "digits", "--hold-out-classes", 3)
+    assert (code, "its training left out 8, 9; leave out the same" in one_line(err)) == (1, True)
 
 
 WRONG = {
