@@ -206,14 +206,17 @@ def plot_verification(results: dict[str, Any], path: str | Path) -> Path:
     curve.set_ylabel("true accept rate, %")
     curve.grid(linewidth=0.4)
     curve.legend(fontsize=8)
+    histograms = {name: results["scores"][name] for name in _KINDS}
+    bins = len(histograms["same"])
+    lowest = min(next(place for place, count in enumerate(counts) if count) for counts in histograms.values())
+    together = 4 if bins - lowest >= 160 else 2 if bins - lowest >= 80 else 1  # bins that are drawn as one
+    width = 2 * together / bins
     for name, (colour, label) in _KINDS.items():
-        counts = results["scores"][name]
-        width = 2 / len(counts)
+        counts = [sum(histograms[name][place : place + together]) for place in range(0, bins, together)]
         edges = [-1 + width * place for place in range(len(counts) + 1)]
         shares = [count / sum(counts) / width for count in counts]
         scores.stairs(shares, edges, fill=True, alpha=0.5, color=colour, label=f"{label}, {sum(counts):,} pairs")
-    lowest = min(next(place for place, count in enumerate(results["scores"][name]) if count) for name in _KINDS)
-    scores.set_xlim(max(-1.0, -1.05 + lowest * width), 1)
+    scores.set_xlim(max(-1.0, -1.05 + 2 * lowest / bins), 1)
     scores.set_xlabel("score: cosine of two embeddings")
     scores.set_ylabel("density")
     scores.grid(linewidth=0.4)
