@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sphereify.class_splits import targets_of
 from sphereify.datasets import Data
-from sphereify.errors import DataError, invalid, option
+from sphereify.errors import DataError, invalid, option, wrong_type
 from sphereify.files import write_text
 from sphereify.plots import plot_verification
 from sphereify.scikit_learn import check_installed, neighbour_accuracy, roc
@@ -156,9 +156,9 @@ def verification(
         _check_neighbours(neighbours, len(identities))
         return _measured(data, found, pairs_of(identities, max_pairs, settings.seed), identities, neighbours)
     check_installed("verification")
-    _check_kinds(data, pairs)
-    found = embed()
     images = len(data.test)  # type: ignore[arg-type]
+    _check_pairs(data, pairs, images)
+    found = embed()
     return _measured(data, found, pairs.among(found.rows, images), None, neighbours)
 
 
@@ -174,6 +174,17 @@ def check_identities(data: Data, neighbours: int = 1) -> Tensor:
     _check_kinds(data, pairs_of(identities[identities >= 0], 2))
     _check_neighbours(neighbours, len(identities))
     return identities
+
+
+def _check_pairs(data: Data, pairs: Pairs, images: int) -> None:
+    """Make sure that pairs are those of images, and of both kinds."""
+    if not isinstance(pairs, Pairs):
+        raise wrong_type("pairs", pairs, "Pairs, as sphereify.training.pairs.read_pairs returns them")
+    numbers = torch.cat([pairs.first, pairs.second])
+    strange = numbers[(numbers < 0) | (numbers >= images)]
+    if len(strange):
+        raise DataError(f"pairs: name image {int(strange[0])}, but {data.name} has {images} images, from 0 on")
+    _check_kinds(data, pairs)
 
 
 def _check_kinds(data: Data, pairs: Pairs) -> None:

@@ -196,6 +196,9 @@ def test_what_cannot_be_verified_is_refused_before_the_network_runs():
         (with_targets(0, 1, 1), {"neighbours": 3}, UsageError, "neighbours: got 3, expected fewer than the 3 images"),
         (with_targets(0, 1, 1), {"pairs": Pairs(*torch.tensor([[0], [1]]), torch.tensor([False]), 1)}, DataError,
          "no two images of one identity"),
+        (with_targets(0, 1, 1), {"pairs": Pairs(*torch.tensor([[0, 1], [2, 3]]), torch.tensor([False, True]), 2)},
+         DataError, "pairs: name image 3, but few has 3 images, from 0 on"),
+        (with_targets(0, 1, 1), {"pairs": [(0, 1, True)]}, ArgumentTypeError, "pairs: got list, expected Pairs"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             verification(nn.Identity(), data, **options)  # it has no classifier, which would be said next
