@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from sphereify.errors import DataError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.image_folders import classes_in, image_files, open_parts
 from sphereify.pictures import as_rgb
+from sphereify.scikit_learn import handwritten_digits
+from sphereify.transforms import SMALL, Normalization, make_transform, normalization_of
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
 """Beginnings of the names that `timm.data.create_dataset` reads through another library."""
-
-SMALL = 64
-"""Largest size in pixels of images that are shifted rather than cropped at random, and that may stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Data:
     """Mean of each channel by which pixels in [0, 1] were normalized; None: not known."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel by which they were normalized; None: not known."""
+    held_out: tuple[str, ...] = ()
+    """Classes of the data set that were left out, with their images; see `sphereify.class_splits`."""
 
 
 def load_data(
@@ -89,7 +91,7 @@ def load_data(
     data = _load(spec, channels, img_size, config or {}, data_root, splits, augment, shift, test_only)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
-            data = _subset(data, part, count)
+            data = choose_images(data, part, count)
     if in_memory and spec != "digits":  # the digits are a tensor already
         data = dataclasses.replace(data, train=_InMemory(data.train, size), test=_InMemory(data.test, size))
     return data
@@ -122,8 +124,12 @@ class _InMemory(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
-def _subset(data: Data, part: str, count: int) -> Data:
-    """The data with `count` images of a part."""
+def choose_images(data: Data, part: str, count: int) -> Data:
+    """The data with a fixed random choice of `count` images of a part, "train" or "test".
+
+    Raises:
+        UsageError: fewer than one image, or more than there are.
+    """
     whole: Any = getattr(data, part)
     if not 1 <= count <= len(whole):
         raise invalid(f"{part}_images", count, f"1 to {len(whole)}, the number that {data.name} has")
@@ -159,16 +165,16 @@ def _load(
             )
         return _digits(channels, img_size or 32)
     size = _size(img_size, config)
-    moves = [_transform(size, channels, config, training=on, augment=augment, shift=shift) for on in (True, False)]
+    moves = [make_transform(size, channels, config, training=on, augment=augment, shift=shift) for on in (True, False)]
     if spec.startswith(TIMM_READERS):
-        return _of_timm(spec, root, splits, moves, (channels, size, size), _normalization(channels, config))
+        return _of_timm(spec, root, splits, moves, (channels, size, size), normalization_of(channels, config))
     folder = Path(spec)
     if not folder.is_dir():
         raise DataError(
             f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
         )
     train, test = open_parts(folder, moves, _open_image, test_only=test_only)
-    return Data(str(folder), train, test, test.classes, (channels, size, size), *_normalization(channels, config))
+    return Data(str(folder), train, test, test.classes, (channels, size, size), *normalization_of(channels, config))
 
 
 def load_images(
@@ -208,20 +214,16 @@ def load_images(
         )
     if spec == "digits":
         part: Any = _digits(channels, img_size or 32).train
-        total, image_of = len(part), lambda index: part[index][0]
-    else:
+    elif spec.startswith(TIMM_READERS):
         size = _size(img_size, config or {})
-        move = _transform(size, channels, config or {}, training=False, augment=None)
-        if spec.startswith(TIMM_READERS):
-            shape, normalization = (channels, size, size), _normalization(channels, config or {})
-            part = _of_timm(spec, data_root, (split,), [move], shape, normalization).train
-            total, image_of = len(part), lambda index: part[index][0]
-        else:
-            if not Path(spec).is_dir():
-                raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
-            files = image_files(Path(spec))
-            total, image_of = len(files), lambda index: move(_open_image(str(files[index])))
-    return list(torch.stack([image_of(index) for index in _random_rows(total, count)]).split(batch_size))
+        move = make_transform(size, channels, config or {}, training=False, augment=None)
+        shape, normalization = (channels, size, size), normalization_of(channels, config or {})
+        part = _of_timm(spec, data_root, (split,), [move], shape, normalization).train
+    else:
+        if not Path(spec).is_dir():
+            raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
+        part = ImageFiles(image_files(Path(spec)), channels=channels, img_size=img_size, config=config)
+    return list(torch.stack([part[row][0] for row in _random_rows(len(part), count)]).split(batch_size))
 
 
 def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor]:
@@ -241,7 +243,7 @@ def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor
     """
     if not len(data.train):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no training images")
-    plain: Any = _with_transform(data.train, _transform_of(data.test))
+    plain = with_transform_of(data.train, data.test)
     images: list[Tensor] = []
     for row in _random_rows(len(plain), len(plain)):
         try:
@@ -255,19 +257,47 @@ def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor
     return list(torch.stack(images).split(batch_size))
 
 
+def with_transform_of(images: Any, others: Any) -> Any:
+    """The images with the transform of others, where both have one."""
+    return _with_transform(images, _transform_of(others))
+
+
 def _transform_of(images: Any) -> Any:
     return _transform_of(images.dataset) if isinstance(images, Subset) else getattr(images, "transform", None)
 
 
 def _with_transform(images: Any, transform: Any) -> Any:
-    """The images with another transform, where both have one."""
-    if isinstance(images, Subset):
-        return Subset(_with_transform(images.dataset, transform), images.indices)
-    if transform is None or getattr(images, "transform", None) is None:
+    if transform is None or (not isinstance(images, Subset) and getattr(images, "transform", None) is None):
         return images
-    plain = copy.copy(images)
-    plain.transform = transform
-    return plain
+    changed = copy.copy(images)
+    if isinstance(images, Subset):
+        changed.dataset = _with_transform(images.dataset, transform)
+    else:
+        changed.transform = transform
+    return changed
+
+
+class ImageFiles(Dataset):
+    """Images in files, prepared as for a test, each with its own number as its target.
+
+    Args:
+        files: paths.
+        channels, img_size, config: as for `load_data`.
+
+    Attributes:
+        image_size: channels, height and width of an image.
+    """
+
+    def __init__(self, files: Sequence[Path], *, channels: int = 3, img_size: int | None = None, config: Any = None):
+        size = _size(img_size, config or {})
+        self.files, self.image_size = list(files), (channels, size, size)
+        self.transform = make_transform(size, channels, config or {}, training=False, augment=None)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(_open_image(str(self.files[number]))), number
 
 
 def class_count(spec: str, *, data_root: str | Path | None = None, test_only: bool = False) -> int:
@@ -297,20 +327,13 @@ def _check_shape(spec: str, channels: int, img_size: int | None) -> None:
 
 
 def _digits(channels: int, size: int) -> Data:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DataError("data 'digits' needs scikit-learn: pip install 'sphereify[digits]'") from error
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
+    pixels, targets, classes, train, test = handwritten_digits()
+    images = torch.from_numpy(pixels).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
     images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     images = images.expand(-1, channels, -1, -1).contiguous()
-    targets = torch.from_numpy(raw.target)
-    train, test = train_test_split(range(len(targets)), test_size=0.2, random_state=0, stratify=raw.target)
-    part = {name: TensorDataset(images[rows], targets[rows]) for name, rows in (("train", train), ("test", test))}
-    classes, half = [str(name) for name in raw.target_names], (0.5,) * channels
-    return Data("digits", part["train"], part["test"], classes, (channels, size, size), half, half)
+    labels, half = torch.from_numpy(targets), (0.5,) * channels
+    parts = [TensorDataset(images[rows], labels[rows]) for rows in (train, test)]
+    return Data("digits", parts[0], parts[1], classes, (channels, size, size), half, half)
 
 
 def _open_image(path: str) -> Any:
@@ -334,7 +357,7 @@ def _of_timm(
     splits: tuple[str, ...],
     moves: list[Any],
     image_size: tuple[int, int, int],
-    normalization: "_Normalization",
+    normalization: Normalization,
 ) -> Data:
     from timm.data import create_dataset
     from torchvision.transforms import Compose
@@ -363,61 +386,3 @@ def _classes_of(part: Any) -> list[str]:
     if label is None:
         raise DataError("the data set does not say what its classes are")
     return [str(name) for name in label.names]
-
-
-def _transform(
-    size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None, shift: bool = True
-) -> Any:
-    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped."""
-    from timm.data import create_transform
-    from torchvision import transforms
-
-    mean, deviation = _normalization(channels, config)
-    gray = [transforms.Grayscale()] if channels == 1 else []
-    if size <= SMALL:
-        shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
-        moves = [*shifts, transforms.RandomHorizontalFlip()] if training else []
-        moves += [_augmentation(augment, size, mean)] if training and augment else []
-        steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
-        return transforms.Compose([*gray, *steps])
-    jitter = 0.0 if channels == 1 else 0.4
-    if augment:
-        _augmentation(augment, size, mean)  # fails now if timm does not know it
-    photographs = create_transform(
-        (channels, size, size),
-        is_training=training,
-        mean=mean,
-        std=deviation,
-        interpolation=config.get("interpolation") or "bicubic",
-        color_jitter=jitter,
-        auto_augment=augment,
-        crop_pct=config.get("crop_pct"),
-        crop_mode=config.get("crop_mode"),
-    )
-    return transforms.Compose([*gray, photographs])
-
-
-_Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel."""
-
-
-def _normalization(channels: int, config: dict[str, Any]) -> _Normalization:
-    """The normalization that the configuration of a model names; for one channel, the means over the three."""
-    mean, deviation = (tuple(config.get(name, (0.5,) * 3)) for name in ("mean", "std"))
-    if channels == 1:
-        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
-    return mean, deviation
-
-
-def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
-    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-
-    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in mean)}
-    try:
-        return makers.get(augment.split("-")[0], auto_augment_transform)(augment, settings)
-    except Exception as error:  # timm checks with asserts
-        raise UsageError(
-            f"{option('augment')}: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 "
-            f"({first_line(error)})"
-        ) from error

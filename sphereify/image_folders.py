@@ -58,7 +58,7 @@ def _open_part(folder: Path, transform: Any, open_image: Callable[[str], Any]) -
 def _is_part(folder: Path) -> bool:
     """True if each folder in a folder has images of its own."""
     inside = [entry for entry in folder.iterdir() if entry.is_dir()]
-    return bool(inside) and all(any(map(_is_image, entry.iterdir())) for entry in inside)
+    return bool(inside) and all(any(map(is_image, entry.iterdir())) for entry in inside)
 
 
 def classes_in(folder: Path) -> list[str] | None:
@@ -77,7 +77,7 @@ def image_files(folder: Path) -> list[Path]:
         DataError: there are none.
     """
     within = folder / TRAIN if (folder / TRAIN).is_dir() else folder
-    files = sorted(file for file in _files_below(within, set()) if _is_image(file))
+    files = sorted(file for file in _files_below(within, set()) if is_image(file))
     if not files:
         raise DataError(
             f"data {str(folder)!r}: no images in {within}, expected files such as *.jpg or *.png, at any depth"
@@ -96,7 +96,7 @@ def _files_below(folder: Path, seen: set[str]) -> Iterator[Path]:
             yield entry
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return file.suffix.lower() in IMG_EXTENSIONS

@@ -4,7 +4,8 @@ Imports torch only when it opens one, so that `--help` answers at once.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,7 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
                 raise UsageError(
                     f"{option(name)}: does not go with the saved artifact {spec}, which has its own weights"
                 )
-        factory = functools.partial(build_model, find_model(options.factory)) if options.factory else None
-        return load(spec, factory=factory)
+        return load(spec, factory=_factory_of(spec, options.factory) if options.factory else None)
     if options.factory:
         raise UsageError(
             f"{option('factory')}: got {options.factory!r}, but {spec!r} is not a saved artifact; give the factory as "
@@ -95,6 +95,17 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
     if options.weights is not None:
         fill_from(model, options.weights, options.num_classes)
     return model
+
+
+def _factory_of(artifact: str, factory: str) -> "Callable[[], nn.Module]":
+    """A builder of the plain model of an artifact, with the arguments of the first one, as far as it takes them."""
+    from sphereify.artifact import read_document
+    from sphereify.sources import accepts, build_model, find_model
+
+    before = read_document(artifact)["source"] or {}
+    given = before.get("arguments", {}) if before.get("library") == "factory" else {}
+    arguments = {name: value for name, value in given.items() if accepts(factory, name)}
+    return functools.partial(build_model, replace(find_model(factory), arguments=arguments))
 
 
 def untrained_part(model: "nn.Module") -> str:

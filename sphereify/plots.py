@@ -181,6 +181,53 @@ def plot_robustness(networks: dict[str, dict[str, Any]], chance: float, path: st
     return save_figure(figure, path)
 
 
+def plot_verification(results: dict[str, Any], path: str | Path) -> Path:
+    """Plot the ROC over false accept rates in logarithmic scale, and the scores of both kinds of pairs.
+
+    Args:
+        results: as in verification.json.
+        path: file of the picture.
+    """
+    figure, (curve, scores) = new_figure(width=9, height=3.8, ncols=2)
+    rates = results["roc"]["false_accepts"]
+    curve.plot(rates, [100 * share for share in results["roc"]["true_accepts"]], drawstyle="steps-post")
+    told = {float(rate): share for rate, share in results["tar"].items() if share is not None}
+    curve.plot(list(told), [100 * share for share in told.values()], "o", color="tab:blue", clip_on=False)
+    few = min(told, default=1.0)
+    if rates[0] < few:
+        curve.axvspan(rates[0], few, color="tab:gray", alpha=0.15, linewidth=0, label="few pairs: imprecise")
+    curve.plot(rates, [100 * rate for rate in rates], ":", color="tab:gray", label="chance")
+    eer = results["eer"]
+    curve.plot([eer], [100 - 100 * eer], "x", color="black", label=f"equal error rate {eer:.2%}")
+    curve.set_xscale("log")
+    curve.set_xlim(min(rates[0], few), 1)
+    curve.set_ylim(0, 101)
+    curve.set_xlabel("false accept rate")
+    curve.set_ylabel("true accept rate, %")
+    curve.grid(linewidth=0.4)
+    curve.legend(fontsize=8)
+    histograms = {name: results["scores"][name] for name in _KINDS}
+    bins = len(histograms["same"])
+    lowest = min(next(place for place, count in enumerate(counts) if count) for counts in histograms.values())
+    together = 4 if bins - lowest >= 160 else 2 if bins - lowest >= 80 else 1  # bins that are drawn as one
+    width = 2 * together / bins
+    for name, (colour, label) in _KINDS.items():
+        counts = [sum(histograms[name][place : place + together]) for place in range(0, bins, together)]
+        edges = [-1 + width * place for place in range(len(counts) + 1)]
+        shares = [count / sum(counts) / width for count in counts]
+        scores.stairs(shares, edges, fill=True, alpha=0.5, color=colour, label=f"{label}, {sum(counts):,} pairs")
+    scores.set_xlim(max(-1.0, -1.05 + 2 * lowest / bins), 1)
+    scores.set_xlabel("score: cosine of two embeddings")
+    scores.set_ylabel("density")
+    scores.grid(linewidth=0.4)
+    scores.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+_KINDS = {"different": ("tab:orange", "two identities"), "same": ("tab:blue", "one identity")}
+"""Kinds of pairs, with their colours and names."""
+
+
 def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: Any) -> None:
     for rows in runs:
         axes.plot(

@@ -13,7 +13,7 @@ from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan, Decision
 from sphereify.deployment.exporting import Exported
 from sphereify.terminal import add_row, say, text_table
-from sphereify.training import Comparison, Evaluation, Robustness
+from sphereify.training import Comparison, Evaluation, Robustness, Verification
 
 COLOURS = {"convert": "green", "keep": "yellow"}
 
@@ -195,6 +195,23 @@ def robustness_table(found: Robustness) -> Table:
     for row in found.rows():
         add_row(table, *row)
     return table
+
+
+def print_verification(out: Console, found: Verification, name: str) -> None:
+    """Print the measures of a verification, with what too few pairs leave open, and of what they are."""
+    remarks = {rate: found.too_few(rate) for rate in found.tar}
+    note = [""] if any(remarks.values()) else []
+    table = text_table("measure", "%", *note, title=f"verification of {name}")
+    for rate, share in found.tar.items():
+        value = "" if share is None else f"{100 * share:.2f}"
+        remark = [remarks[rate]] if note else []
+        add_row(table, f"true accept rate at a false accept rate of {rate:g}", value, *remark)
+    add_row(table, "equal error rate", f"{100 * found.eer:.2f}", *note)
+    if found.neighbour_accuracy is not None:
+        nearest = "nearest neighbour" if found.neighbours == 1 else f"{found.neighbours} nearest neighbours"
+        add_row(table, f"accuracy by {nearest}", f"{100 * found.neighbour_accuracy:.2f}", *note)
+    out.print(table)
+    say(out, found.of_what(), "bold")
 
 
 def _operator(decision: Decision) -> str:

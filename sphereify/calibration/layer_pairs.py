@@ -58,7 +58,7 @@ def layer_pairs(model: nn.Module, reference: nn.Module, plan: ConversionPlan) ->
     readers = Counter(decision.norm for decision in plan.converted)
     pairs = {}
     for decision in plan.converted:
-        path = _path_of(decision)
+        path = path_of(decision)
         norm = submodule(reference, decision.norm) if readers[decision.norm] == 1 else None
         norm = norm if number_of_channels(norm) == decision.shape[0] else None  # its channels are no filters of a layer
         pairs[decision.name] = LayerPair(
@@ -106,8 +106,8 @@ def reference_of(original: nn.Module, plan: ConversionPlan) -> nn.Module:
     return copied
 
 
-def _path_of(decision: Decision) -> str:
-    """The qualified name of the module that stands for a converted layer."""
+def path_of(decision: Decision) -> str:
+    """The qualified name of the module that stands for a converted layer, also in the result of `reference_of`."""
     if decision.call is None:
         return decision.name
     owner = decision.call.owner

@@ -15,6 +15,8 @@ from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
+from sphereify.training.verification_options import VERIFICATION, VerificationOptions
+from sphereify.wording import listed, shortened
 
 ROBUSTNESS, CALIBRATION = "Robustness", "Calibration"
 
@@ -99,6 +101,8 @@ def finetune(
         calibration_images=0 if no_calibrate or resume is not None else calibration_images,
         device=local_device(settings.chosen_device),
     )
+    if begun.data.held_out and is_first_process():
+        print(f"left out of training: {listed(begun.data.held_out)}")
     if begun.kept and is_first_process():
         print(f"{begun.kept} (--no-calibrate leaves it out)")
     elif begun.untrained and is_first_process():
@@ -136,6 +140,7 @@ def evaluate(
     ],
     source: SourceOptions,
     images: Annotated[DataOptions, Fields(without=("augment", "train_images"))],
+    verified: VerificationOptions,
     corruptions: Annotated[
         bool,
         typer.Option(
@@ -159,7 +164,11 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for evaluation.json, robustness.json and their pictures."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for evaluation.json, robustness.json or verification.json, and their pictures.",
+        ),
     ] = None,
 ) -> None:
     """Test a model, converted or not, on the held-out part of a data set."""
@@ -168,6 +177,11 @@ def evaluate(
         raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
     if against_weights is not None and against is None:
         raise UsageError(f"{option('against_weights')}: has no effect without {option('against')}")
+    if verified.verification and corruptions:
+        raise UsageError(f"{option('verification')} and {option('corruptions')}: got both, expected one at a time")
+    if verified.verification:
+        _verify(model, settings, source, images, verified, output)
+        return
 
     from sphereify.progress import ImagesProgress
     from sphereify.tables import print_evaluation, robustness_table
@@ -183,6 +197,8 @@ def evaluate(
         original = open_original(against, data, weights=against_weights, factory=source.factory)
     evaluation = test(network, data, settings)
     print_evaluation(console(), evaluation, data.classes)
+    if data.held_out:
+        print(f"without the classes that are held out: {listed(data.held_out)}")
     if output is not None:
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
@@ -194,6 +210,42 @@ def evaluate(
     if output is not None:
         write_robustness(found, output)
         print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
+
+
+def _verify(
+    model: str,
+    settings: Settings,
+    source: SourceOptions,
+    images: DataOptions,
+    verified: VerificationOptions,
+    output: Path | None,
+) -> None:
+    """Test the embeddings of a model on identities, in place of its classes."""
+    from sphereify.progress import ImagesProgress
+    from sphereify.tables import print_verification
+    from sphereify.terminal import console, say
+    from sphereify.training.start import open_to_verify
+    from sphereify.training.verification import verification, write_verification
+
+    opened = open_to_verify(model, images, source, verified.pairs)
+    with ImagesProgress("embedding images") as progress:
+        found = verification(
+            opened.model,
+            opened.data,
+            settings,
+            pairs=opened.pairs,
+            **verified.keywords(),
+            on_images=progress.images,
+        )
+    out = console()
+    print_verification(out, found, model)
+    if opened.pairs is None:
+        say(out, f"identities: {shortened(listed(opened.data.classes), 120)}")
+    if opened.note:
+        say(out, f"note: {opened.note}", "yellow")
+    if output is not None:
+        write_verification(found, output)
+        print(f"written to {output / 'verification.json'}, drawn to {output / 'verification.png'}")
 
 
 @with_options(flags={"operator": "--operators"})
@@ -221,10 +273,20 @@ def compare(
             rich_help_panel=ROBUSTNESS,
         ),
     ] = False,
+    verification: Annotated[
+        bool,
+        typer.Option(
+            "--verification",
+            help="Test whether embeddings tell the classes apart that --hold-out-classes leaves out, too.",
+            rich_help_panel=VERIFICATION,
+        ),
+    ] = False,
 ) -> None:
     """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
     if is_saved(model):
         raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
+    if verification and images.hold_out_classes is None:
+        raise UsageError(f"{option('verification')}: needs {option('hold_out_classes')}, the classes to verify on")
 
     from sphereify.progress import TrainingProgress
     from sphereify.tables import comparison_table, robustness_table
@@ -254,6 +316,7 @@ def compare(
             learned=learned,
             calibration_images=0 if no_calibrate else calibration_images,
             corruptions=corruptions,
+            held_out=images.open(plain, held_out=True) if verification else None,
             on_run=progress.run,
             on_calibration=progress.line,
             on_step=progress.step,

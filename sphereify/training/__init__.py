@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sphereify.training.settings import Settings
     from sphereify.training.teacher import Original, open_teacher
     from sphereify.training.terms import Terms
+    from sphereify.training.verification import Verification
 
 _HOMES = {
     "Comparison": "sphereify.training.comparison",
@@ -33,6 +34,7 @@ _HOMES = {
     "Step": "sphereify.training.results",
     "Terms": "sphereify.training.terms",
     "Variant": "sphereify.training.comparison",
+    "Verification": "sphereify.training.verification",
     "accuracy": "sphereify.training.evaluation",
     "compare": "sphereify.training.comparison",
     "evaluate": "sphereify.training.evaluation",
@@ -59,6 +61,7 @@ __all__ = [
     "Step",
     "Terms",
     "Variant",
+    "Verification",
     "accuracy",
     "compare",
     "evaluate",

@@ -1,6 +1,6 @@
 """Everything that is refused, before a model is moved, changed or trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
 from sphereify.models import untrained_part
+from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
@@ -79,26 +80,45 @@ def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
     Raises:
         DataError: it does not.
     """
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    try:
-        with torch.no_grad(), _eval_mode(model):
-            logits = logits_of(model(torch.zeros(1, *data.image_size, device=device)))
-    except DataError:
-        raise
-    except Exception as error:  # a model may refuse a size in its own way
-        raise DataError(
-            f"{who} does not take images of {' × '.join(map(str, data.image_size))} (channels, height, width): "
-            f"{first_line(error)}. Try another {option('img_size')}."
-        ) from error
+    logits = logits_of(check_images(model, data.image_size, who))
     if logits.dim() != 2:
         shape = tuple(logits.shape)
         raise DataError(f"{who} returns Tensor of shape {shape}, expected logits of shape (batch, classes)")
     if logits.shape[1] != len(data.classes):
         raise DataError(
-            f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: convert it again with "
-            f"{option('num_classes', len(data.classes))}, for which weights of other classes serve as well, all but "
-            f"those of the classifier"
+            f"{who} has {logits.shape[1]} classes, {data.name} has {len(data.classes)}: {_remedy(model, data)}"
         )
+
+
+def _remedy(model: nn.Module, data: Data) -> str:
+    """What to do about a model of another number of classes than the data."""
+    record = getattr(model, RECORD_ATTRIBUTE, None) or {}
+    left_out = record.get("held_out_classes", ())
+    if left_out and {*left_out, *record.get("classes", ())} == {*data.classes, *data.held_out}:
+        return f"its training left out {', '.join(left_out[:5])}; leave out the same classes as there"
+    return (
+        f"convert it again with {option('num_classes', len(data.classes))}, for which weights of other classes serve "
+        f"as well, all but those of the classifier"
+    )
+
+
+def check_images(model: nn.Module, image_size: tuple[int, int, int], who: str = "the model") -> Any:
+    """The output of a model for one image, in eval mode.
+
+    Raises:
+        DataError: it does not take such images.
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    try:
+        with torch.no_grad(), _eval_mode(model):
+            return model(torch.zeros(1, *image_size, device=device))
+    except DataError:
+        raise
+    except Exception as error:  # a model may refuse a size in its own way
+        raise DataError(
+            f"{who} does not take images of {' × '.join(map(str, image_size))} (channels, height, width): "
+            f"{first_line(error)}. Try another {option('img_size')}."
+        ) from error
 
 
 def check_trained(model: nn.Module, data: Data, model_option: str, weights_option: str) -> None:
@@ -129,6 +149,21 @@ def check_record(record: dict[str, Any] | None, data: Data) -> None:
     if classes != data.classes and len(classes) == len(data.classes):
         odd = sorted({*classes} ^ {*data.classes}) or ["in another order"]
         raise DataError(f"the model was trained on other classes than {data.name} has: {', '.join(odd[:5])}")
+
+
+def check_unseen(record: dict[str, Any] | None, held_out: Sequence[str]) -> None:
+    """Make sure that a model was not trained on classes that are left out, by the training record of its artifact.
+
+    Raises:
+        DataError: it was.
+    """
+    seen = [name for name in held_out if name in (record or {}).get("classes", ())]
+    if seen:
+        before = (record or {}).get("held_out_classes", ())
+        raise DataError(
+            f"{option('hold_out_classes')}: leaves out {', '.join(held_out[:5])}, but the model was trained on "
+            f"{', '.join(seen[:5])}. Its training left out {', '.join(before[:5]) or 'no classes'}."
+        )
 
 
 def check_mixup(settings: Settings) -> None:

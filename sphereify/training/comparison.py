@@ -30,6 +30,11 @@ from sphereify.training.run import finetune
 from sphereify.training.run_folder import RunFolder, state_file
 from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import WITHOUT_EFFECT, Settings
+from sphereify.training.verification import Verification, check_identities, verification
+
+TOLD_RATE = 1e-2
+"""The false accept rate whose true accept rate the table of a comparison tells."""
+TAR_COLUMN = f"true accepts at FAR {TOLD_RATE:g}, %"
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Comparison:
     """The accuracy to which steps are counted, in [0, 1]."""
     robustness: list[Robustness] = field(default_factory=list)
     """Accuracies on corrupted images, for each seed, if they were asked for."""
+    verification: list[dict[str, Verification]] = field(default_factory=list)
+    """Results on held-out classes by the name of the variant, for each seed, if they were asked for."""
 
     def markdown(self) -> str:
         """The table in Markdown, a variant in each line."""
@@ -120,7 +127,17 @@ class Comparison:
         """The headings of `rows`."""
         memory = ["peak memory"] if self._on_gpu else []
         corrupted = ["under corruptions, %"] if self.robustness else []
-        return ["", "test accuracy, %", *corrupted, f"steps to {self.reach:.1%}", "images/s", "ratio", *memory]
+        verified = [TAR_COLUMN, "equal error rate, %"] if self.verification else []
+        return [
+            "",
+            "test accuracy, %",
+            *corrupted,
+            *verified,
+            f"steps to {self.reach:.1%}",
+            "images/s",
+            "ratio",
+            *memory,
+        ]
 
     @property
     def _on_gpu(self) -> bool:
@@ -144,6 +161,14 @@ class Comparison:
         shares = [found.networks[name].mean for found in self.robustness]
         return [_mean_and_deviation(shares)] if shares else []
 
+    def _on_held_out_classes(self, name: str) -> list[str]:
+        if not self.verification:
+            return []
+        seeds = [found[name] for found in self.verification]
+        shares = [share for found in seeds if (share := found.tar[TOLD_RATE]) is not None]
+        told = _mean_and_deviation(shares) if len(shares) == len(seeds) else "too few pairs"
+        return [told, _mean_and_deviation([found.eer for found in seeds])]
+
     def _trained_rows(self) -> list[list[str]]:
         base = self.runs[0].images_per_second
         return [
@@ -151,6 +176,7 @@ class Comparison:
                 runs.name,
                 _mean_and_deviation(runs.accuracies),
                 *self._under_corruptions(runs.name),
+                *self._on_held_out_classes(runs.name),
                 "not reached" if (steps := runs.steps_to(self.reach)) is None else f"{steps:.0f}",
                 f"{runs.images_per_second:.0f}",
                 f"{runs.images_per_second / base:.2f}",
@@ -183,6 +209,7 @@ def compare(
     learned: str = NOTHING,
     calibration_images: int = IMAGES,
     corruptions: bool = False,
+    held_out: Data | None = None,
     on_run: Callable[[str, int], None] = lambda name, seed: None,
     on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -203,6 +230,8 @@ def compare(
         calibration_images: number of these images, ≥ 0; 0: weights are copied, without a calibration.
         corruptions: test the trained networks on corrupted images, too, and with them the first variant behind contrast
             standardisation, if it is no conversion; see `robustness`.
+        held_out: images of other classes than those of `data`, in its test part, on which the trained networks are
+            verified; see `sphereify.class_splits.only_classes` and `verification`.
         on_run: called before each run with the name of its variant and its seed.
         on_calibration: called after each calibration with a line on it.
         on_step, on_epoch: called as by `finetune`.
@@ -228,6 +257,8 @@ def compare(
         raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
     if corruptions:
         check_corruptible(data)
+    if held_out is not None:
+        check_identities(held_out)
     kept: dict[str, Any] = {"learned": learned, "calibration_images": calibration_images}
     for variant in variants:  # one that cannot be converted, or trained with these settings, fails before any training
         build_variant(build, variant, settings)
@@ -247,7 +278,14 @@ def compare(
         if variants[0].options is None:
             networks[f"{names[0]}, contrast standardised"] = rival_of(networks[names[0]], data)
         found.append(corrupted_accuracies(networks, data, dataclasses.replace(settings, seed=seed)))
-    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach, found)
+    verified = []
+    for seed in range(settings.seed, settings.seed + seeds):
+        if held_out is None:
+            break
+        networks = {v.name: trained(build, v, folder / f"{v.name}-seed{seed}") for v in variants}
+        seeded = dataclasses.replace(settings, seed=seed)
+        verified.append({name: verification(one, held_out, seeded) for name, one in networks.items()})
+    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach, found, verified)
     _write(comparison, folder)
     return comparison
 
@@ -367,7 +405,13 @@ def _write(comparison: Comparison, folder: Path) -> None:
     curves = {runs.name: [[dataclasses.asdict(e) for e in r.epochs] for r in runs.results] for runs in comparison.runs}
     write_text(folder / "comparison.md", comparison.markdown())
     found = [seed.to_json() for seed in comparison.robustness]
-    results = {"reach": comparison.reach, "runs": curves, **({"robustness": found} if found else {})}
+    verified = [{name: one.to_json() for name, one in seed.items()} for seed in comparison.verification]
+    results = {
+        "reach": comparison.reach,
+        "runs": curves,
+        **({"robustness": found} if found else {}),
+        **({"verification": verified} if verified else {}),
+    }
     write_text(folder / "comparison.json", json.dumps(results, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         from sphereify.plots import plot_comparison

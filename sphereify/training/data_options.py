@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sphereify.errors import UsageError, option
 from sphereify.options import check_options, option_field
@@ -52,6 +52,16 @@ class DataOptions:
         panel=IMAGES,
         at_least=1,
     )
+    hold_out_classes: int | None = option_field(
+        None,
+        "Number of classes to leave out of training, with all their images, to verify embeddings on them. Default: "
+        "none, and where a trained network is tested, those of its training.",
+        panel=IMAGES,
+        at_least=2,
+    )
+    hold_out_seed: int | None = option_field(
+        None, "Random seed by which these classes are chosen; default: the last ones.", panel=IMAGES
+    )
 
     def __post_init__(self) -> None:
         if self.data is None:
@@ -59,46 +69,84 @@ class DataOptions:
                 f"{option('data')}: is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm"
             )
         check_options(self)
+        if self.hold_out_seed is not None and self.hold_out_classes is None:
+            raise UsageError(f"{option('hold_out_seed')}: has no effect without {option('hold_out_classes')}")
 
     def class_count(self, *, test_only: bool = False) -> int:
-        """The number of classes of the data set.
+        """The number of classes to train on.
 
         Args:
             test_only: be content with test images, as `sphereify.datasets.load_data`.
 
         Raises:
             DataError: as `sphereify.datasets.load_data`.
+            UsageError: too many classes are left out.
         """
         from sphereify.datasets import class_count
 
-        return class_count(self.data or "", data_root=self.data_root, test_only=test_only)
+        count = class_count(self.data or "", data_root=self.data_root, test_only=test_only)
+        if self.hold_out_classes is None:
+            return count
+        from sphereify.class_splits import check_count
 
-    def open(self, model: "nn.Module", *, as_trained: bool = False, test_only: bool = False) -> "Data":
-        """The data set, with images prepared as `model` takes them.
+        check_count(count, self.hold_out_classes)
+        return count - self.hold_out_classes
+
+    def open(
+        self, model: "nn.Module", *, as_trained: bool = False, test_only: bool = False, held_out: bool = False
+    ) -> "Data":
+        """The data set, with images prepared as `model` takes them, without the classes that are left out.
 
         Args:
             model: decides the channels, the normalization and, where `img_size` does not say it, the size.
-            as_trained: take the size from the training record of a loaded artifact first.
+            as_trained: take the size, and which classes are left out, from the training record of a loaded artifact
+                where the options do not say it.
             test_only: be content with test images, as `sphereify.datasets.load_data`.
+            held_out: the images of the classes that are left out, as test images, instead of the others. Without such
+                classes, all test images.
 
         Raises:
-            DataError, UsageError: as `sphereify.datasets.load_data`.
+            DataError, UsageError: as `sphereify.datasets.load_data` and `sphereify.class_splits.choose_classes`.
         """
+        from sphereify.class_splits import only_classes, without_classes
+        from sphereify.datasets import choose_images, load_data
+        from sphereify.sources import RECORD_ATTRIBUTE
+
+        data = load_data(
+            self.data or "",
+            **self.preparation(model, as_trained=as_trained),
+            data_root=self.data_root,
+            augment=self.augment,
+            test_only=test_only,
+        )
+        record = getattr(model, RECORD_ATTRIBUTE, None) if as_trained else None
+        if left_out := self._classes_left_out(data, record):
+            data = (only_classes if held_out else without_classes)(data, left_out)
+        counts = {"train": None if held_out else self.train_images, "test": self.test_images}
+        for part, count in counts.items():
+            data = data if count is None else choose_images(data, part, count)
+        return data
+
+    def preparation(self, model: "nn.Module", *, as_trained: bool = False) -> dict[str, Any]:
+        """The arguments of `sphereify.datasets.load_data` for images as `model` takes them; as for `open`."""
         from sphereify.convert.input_channels import input_channels
         from sphereify.convert.model_inputs import data_config
-        from sphereify.datasets import load_data
         from sphereify.sources import RECORD_ATTRIBUTE
 
         record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
         trained = record["image_size"][-1] if record.get("image_size") else None
-        return load_data(
-            self.data or "",
-            channels=input_channels(model),
-            img_size=trained if self.img_size is None else self.img_size,
-            config=data_config(model),
-            data_root=self.data_root,
-            augment=self.augment,
-            train_images=self.train_images,
-            test_images=self.test_images,
-            test_only=test_only,
-        )
+        return {
+            "channels": input_channels(model),
+            "img_size": trained if self.img_size is None else self.img_size,
+            "config": data_config(model),
+        }
+
+    def _classes_left_out(self, data: "Data", record: dict[str, Any] | None) -> tuple[str, ...]:
+        """The classes of `data` to leave out: by the options, or else by a training record of just these classes."""
+        from sphereify.class_splits import choose_classes
+
+        if self.hold_out_classes is not None:
+            return choose_classes(data.classes, self.hold_out_classes, self.hold_out_seed)
+        recorded = (record or {}).get("held_out_classes") or ()
+        is_same = bool(recorded) and {*recorded, *(record or {}).get("classes", ())} == {*data.classes}
+        return tuple(recorded) if is_same else ()

@@ -270,6 +270,7 @@ class TrainingRun:
             "accuracy": now.accuracy,
             "image_size": self.data.image_size,
             "epochs": now.number,
+            **({"held_out_classes": list(self.data.held_out)} if self.data.held_out else {}),
         }
         save_model(model, folder.last, training)
         if now.number == Result(self.state.history, None).best.number:

@@ -16,17 +16,21 @@ CONTENTS = 256
 
 
 def identity_of(data: Data) -> dict[str, Any]:
-    """What tells a data set from others, as plain JSON values: its name and, of folders of images, place and files."""
+    """What tells a data set from others, as plain JSON values: its name, the classes that were left out, if there are
+    any, and, of folders of images, place and files."""
     parts = [_files_of(part) for part in (data.train, data.test)]
+    left_out = {"held_out": list(data.held_out)} if data.held_out else {}
     if any(part is None for part in parts):
-        return {"name": data.name, "places": None, "files": None}
+        return {"name": data.name, "places": None, "files": None, **left_out}
     places = [os.path.realpath(root) for root, _ in parts]  # type: ignore[misc]
-    return {"name": data.name, "places": places, "files": _fingerprint(data.classes, parts)}
+    return {"name": data.name, "places": places, "files": _fingerprint(data.classes, parts), **left_out}
 
 
 def is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """True if two identities are those of one data set: in the same place or with the same files, if it consists of
-    files; else of the same name."""
+    files; else of the same name. The same classes must have been left out."""
+    if before.get("held_out") != now.get("held_out"):
+        return False
     if not (before.get("files") and now["files"]):
         return bool(before.get("name") == now["name"])
     return before["places"] == now["places"] or before["files"] == now["files"]

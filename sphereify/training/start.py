@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +12,14 @@ from torch import nn
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
-from sphereify.datasets import Data
+from sphereify.datasets import Data, ImageFiles
 from sphereify.errors import DataError, UsageError, invalid, option
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
-from sphereify.training.checks import check_classes, check_trained
+from sphereify.training.checks import check_classes, check_trained, check_unseen
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
+from sphereify.training.pairs import Pairs, read_pairs
 from sphereify.training.recipe import with_radius
 from sphereify.training.teacher import Original, open_teacher
 
@@ -78,6 +80,7 @@ def start(
                 raise UsageError(f"{option(name)}: does not go with the artifact {spec}, which is converted already")
         model = open_model(spec, source)
         data = images.open(model)
+        check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
         followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
         return Start(model, data, followed, trained=_is_trained(model))
     if calibration_images < 0:
@@ -139,3 +142,75 @@ def open_to_test(spec: str, images: DataOptions, source: SourceOptions | None = 
     data = images.open(model, as_trained=True, test_only=True)
     check_trained(model, data, "weights", "weights")
     return model, data
+
+
+@dataclass(frozen=True)
+class ToVerify:
+    """A network, the images that its embeddings tell apart, and the pairs of these."""
+
+    model: nn.Module
+    data: Data
+    """With the images in its test part."""
+    pairs: Pairs | None = None
+    """Pairs from a list; None: those of the classes of `data`."""
+    note: str = ""
+    """A sentence on identities that the network was trained on; empty if none are known."""
+
+
+def open_to_verify(
+    spec: str, images: DataOptions, source: SourceOptions | None = None, pairs: Path | None = None
+) -> ToVerify:
+    """A network and the images to verify it on.
+
+    The identities are the classes that the options leave out, or else those that the network's training left out, or
+    else all classes of the data, which need not be those of the network.
+
+    Args:
+        spec, source: as for `open_model`; weights may be of any number of classes.
+        images: the data set; a folder for a list of pairs, which may have images at any depth.
+        pairs: list of pairs, see `read_pairs`.
+
+    Raises:
+        UsageError: no such model, options that do not go together, or as `choose_classes`.
+        DataError: no such data, or classes that the network was trained on among those that are left out.
+        ArtifactError: a file that cannot be read or does not fit.
+    """
+    source = source or SourceOptions()
+    if not is_saved(spec) and source.weights is not None and source.num_classes is None:
+        find_model(spec)
+        # Embeddings need no classifier: weights of any number of classes fill all else of a network for two.
+        source = dataclasses.replace(source, num_classes=2) if accepts(spec, "num_classes") else source
+    model = open_model(spec, source)
+    record = getattr(model, RECORD_ATTRIBUTE, None)
+    listed = None
+    if pairs is None:
+        data = images.open(model, as_trained=True, test_only=True, held_out=True)
+    else:
+        data, listed = _of_list(pairs, images, model)
+    if images.hold_out_classes is not None:
+        check_unseen(record, data.classes)
+    seen = [name for name in data.classes if name in (record or {}).get("classes", ())]
+    note = f"the model was trained on {len(seen)} of the {len(data.classes)} identities" if seen else ""
+    return ToVerify(model, data, listed, note)
+
+
+def _of_list(file: Path, images: DataOptions, model: nn.Module) -> tuple[Data, Pairs]:
+    """The images of a list of pairs, with the folders that hold them as classes, and the pairs."""
+    if images.test_images is not None:
+        raise UsageError(f"{option('test_images')}: does not go with {option('pairs')}, which names the images")
+    folder = Path(images.data or "")
+    if not folder.is_dir():
+        raise UsageError(f"{option('pairs')}: needs a folder as {option('data')}, got {images.data!r}")
+    files, pairs = read_pairs(file, folder)
+    listed = ImageFiles(files, **images.preparation(model, as_trained=True))
+    names = sorted({path.parent.name for path in files})
+    if images.hold_out_classes is not None:
+        left_out = images.open(model, test_only=True, held_out=True).classes
+        others = [name for name in names if name not in left_out]
+        if others:
+            raise DataError(
+                f"{option('pairs')}: {file} names images of {', '.join(others[:5])}, but "
+                f"{option('hold_out_classes')} leaves out {', '.join(left_out[:5])} only"
+            )
+    nothing: Any = []
+    return Data(f"{folder}, pairs of {file.name}", nothing, listed, names, listed.image_size), pairs

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from sphereify import finetune
+from sphereify.class_splits import without_classes
 from sphereify.datasets import load_data
 from sphereify.errors import UsageError
 from sphereify.training import Settings
@@ -54,6 +55,21 @@ def test_a_repaired_image_in_the_same_place_changes_nothing(data):
     before = identity(data)
     Image.new("RGB", (8, 8)).save(data / "train" / "a" / "0.png")
     assert is_same(before, identity(data))
+
+
+@pytest.mark.parametrize("spec", ["data", "digits"])
+def test_data_without_other_classes_is_other_data(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("data") / part / label for part in ("train", "val") for label in "abcd"):
+        place.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(place / "0.png")
+    data = load_data(spec, img_size=8)
+    first, last = data.classes[:2], data.classes[-2:]
+    identities = [identity_of(without_classes(data, some)) for some in (first, last)]
+    assert is_same(identities[0], identity_of(without_classes(load_data(spec, img_size=8), first)))
+    assert not is_same(*identities)
+    assert not is_same(identities[0], identity_of(data))
+    assert not is_same(identity_of(data), identities[0])
 
 
 @pytest.mark.parametrize("change", ["name", "class", "content", "fewer", "more"])

@@ -1,0 +1,65 @@
+"""Transforms of timm and torchvision that prepare images for a model."""
+
+from typing import Any
+
+from sphereify.errors import UsageError, first_line, option
+
+SMALL = 64
+"""Largest size in pixels of images that are shifted rather than cropped at random, and that may stay in memory."""
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+
+def make_transform(
+    size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None, shift: bool = True
+) -> Any:
+    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    mean, deviation = normalization_of(channels, config)
+    gray = [transforms.Grayscale()] if channels == 1 else []
+    if size <= SMALL:
+        shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
+        moves = [*shifts, transforms.RandomHorizontalFlip()] if training else []
+        moves += [_augmentation(augment, size, mean)] if training and augment else []
+        steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
+        return transforms.Compose([*gray, *steps])
+    jitter = 0.0 if channels == 1 else 0.4
+    if augment:
+        _augmentation(augment, size, mean)  # fails now if timm does not know it
+    photographs = create_transform(
+        (channels, size, size),
+        is_training=training,
+        mean=mean,
+        std=deviation,
+        interpolation=config.get("interpolation") or "bicubic",
+        color_jitter=jitter,
+        auto_augment=augment,
+        crop_pct=config.get("crop_pct"),
+        crop_mode=config.get("crop_mode"),
+    )
+    return transforms.Compose([*gray, photographs])
+
+
+def normalization_of(channels: int, config: dict[str, Any]) -> Normalization:
+    """The normalization that the configuration of a model names; for one channel, the means over the three."""
+    mean, deviation = (tuple(config.get(name, (0.5,) * 3)) for name in ("mean", "std"))
+    if channels == 1:
+        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
+    return mean, deviation
+
+
+def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in mean)}
+    try:
+        return makers.get(augment.split("-")[0], auto_augment_transform)(augment, settings)
+    except Exception as error:  # timm checks with asserts
+        raise UsageError(
+            f"{option('augment')}: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 "
+            f"({first_line(error)})"
+        ) from error
