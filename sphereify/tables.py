@@ -200,4 +200,5 @@ def robustness_table(found: Robustness) -> Table:
 def _operator(decision: Decision) -> str:
     k = "" if decision.k is None else f" k={decision.k:g}"
     shared = f"/{decision.share_k}" if decision.share_k not in (None, "filter") else ""
-    return f"{decision.operator or ''}{k}{shared}"
+    magnitude = "" if decision.magnitude is None else f", {decision.magnitude}"
+    return f"{decision.operator or ''}{k}{shared}{magnitude}"

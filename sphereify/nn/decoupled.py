@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.errors import UsageError, option
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 from sphereify.nn.geometry import Projection, resolve
 from sphereify.nn.magnitudes import SPHERE, Magnitude
@@ -87,6 +88,11 @@ class Decoupled(nn.Module):
         """
         return self.magnitude.of(norms, None if rho is None else rho * self._mean(norms))
 
+    def usual_size(self, norms: Tensor) -> Tensor:
+        """The same with one ρ for all filters: the geometric mean of theirs."""
+        rho = self.magnitude_radius
+        return self.size(norms, rho.detach().log().mean().exp().to(norms.dtype) if isinstance(rho, Tensor) else rho)
+
     def _mean(self, norms: Tensor) -> Tensor:
         """The mean patch norm: of each input and group, or the running one."""
         if self.magnitude.mean == "input":
@@ -101,6 +107,20 @@ class Decoupled(nn.Module):
     def _magnitude_repr(self) -> str:
         """The magnitude for `extra_repr`; empty for the paper's."""
         return "" if self.magnitude.is_sphere else f", magnitude={self.magnitude}"
+
+
+def check_complete(model: nn.Module, what: str) -> None:
+    """Make sure that no layer is between the original and what it is to become, which only a training knows.
+
+    Raises:
+        UsageError: one is.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "morph", 1.0) != 1.0:
+            raise UsageError(
+                f"{what}: {name or type(model).__name__} is still between the original and its own function "
+                f"({module.morph:.0%} of the way); train to the end of {option('morph')}"
+            )
 
 
 def decoupled(
