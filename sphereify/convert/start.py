@@ -73,8 +73,10 @@ class Filters:
         return self.gains(math.sqrt(self.fan_in))
 
 
-def start_beta(beta: Tensor, filters: Filters) -> None:
-    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS.
+def start_beta(beta: Tensor, filters: Filters, patches: float | None = None) -> None:
+    """Start β where the output is nearly the inner product that was there before.
+
+    It is so for patches of the length `patches`; by default for inputs of unit RMS.
 
     The filters then have the gradient that they had, too. So have filters of zeros, which g(θ) divides by √ε and not by
     0: with a β of √(ε·fan_in) such a layer is the zero map until it is trained. With a β of 0 nothing in it would move.
@@ -82,7 +84,8 @@ def start_beta(beta: Tensor, filters: Filters) -> None:
     if filters.weight is not None and not filters.is_unchanged:
         with torch.no_grad():
             lengths = filters.lengths().clamp_min(math.sqrt(filters.eps))
-            beta.copy_(lengths * math.sqrt(filters.fan_in) / filters.usual_gains())
+            patches = patches or math.sqrt(filters.fan_in)
+            beta.copy_(lengths * patches / filters.gains(patches))
 
 
 def start_classes(weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sphereify import choices
 from sphereify.errors import UsageError, choose
+from sphereify.nn.decoupled import mixed
 from sphereify.nn.functional import Operator, sphere_linear
 from sphereify.nn.layers import adopted
 from sphereify.nn.merged_filters import HasDirections
@@ -51,6 +52,7 @@ class AngularHead(HasDirections):
         `AngularLoss`; all else is a plain tensor for `F.cross_entropy`. Logits are fp32 under autocast.
 
     Attributes:
+        morph: t of `sphereify.nn.decoupled`, in [0, 1]; below 1 the scores are still partly those of the plain layer.
         training_logits: True if a margin head computes logits in training. Without, `AngularLoss(..., chunk_size=…)`
             never needs all of them at once: for very many classes.
 
@@ -63,6 +65,7 @@ class AngularHead(HasDirections):
 
     weight: Any
     bias: Any
+    morph: float = 1.0
     training_logits: bool
 
     def __init__(
@@ -150,12 +153,23 @@ class AngularHead(HasDirections):
         precise = accumulate_dtype(x.dtype)
         with no_autocast(x.device.type):
             features = x.to(precise)
-            logits = sphere_linear(features, weight.to(precise), operator, None, eps)
-            logits = logits * (self.scale if self.kind == "s-softmax" else length_of(features, eps))
+            weight = weight.to(precise)
+            logits = sphere_linear(features, weight, operator, None, eps)
+            scale = self.scale if self.kind == "s-softmax" else length_of(features, eps)
+            if self.morph < 1:
+                logits, scale = self._between(logits, scale, features, weight, eps)
+            logits = logits * scale
             if bias is not None:
                 shift = bias.to(precise)  # in place, since logits of very many classes are large
                 logits = logits + shift if torch.compiler.is_compiling() else logits.add_(shift)
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
+
+    def _between(self, g: Tensor, scale: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
+        """g and the scale on the way from the plain layer, whose scores are ‖w‖·‖x‖·cos θ."""
+        t = self.morph
+        g = mixed(g, lambda: sphere_linear(x, weight, CosineOperator(), None, eps), self)
+        lengths = length_of(weight, eps).squeeze(-1)
+        return g * lengths.pow(1 - t), length_of(x, eps).pow(1 - t) * scale**t
 
     def target_logit(self, x: Tensor, targets: Tensor, annealing: Tensor | float = 0.0) -> Tensor:
         """The score of each sample's own class, in training: with the margin, if this head has one.

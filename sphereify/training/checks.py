@@ -16,6 +16,7 @@ from sphereify.nn import AngularHead
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
+from sphereify.training.morph import check_morph
 from sphereify.training.objective import logits_of
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
@@ -38,6 +39,8 @@ def check_run(
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
     check_mixup(model, settings)
+    if settings.morph:
+        check_morph(model)
     _check_amount(data, processes)
     if settings.fsdp and processes.world == 1:
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
