@@ -4,9 +4,9 @@
     python -m benchmarks.magnitudes --data CIFAR10 --scratch -o out/magnitudes # CNN-9 from scratch, resumable, hours
 
 The ResNet-20 of `plain_networks.py`, converted to cosine with each magnitude and calibrated on training images without
-labels: accuracy on clean test images, at a fifth of the contrast, and under seven corruptions, of random test images; and
-the processor time of a training step beside that of the original, in rounds that take turns. Finished rows are kept in a
-JSON file. `finetuning.py` has the variants that start as the original and move away from it (`morph`).
+labels: accuracy on clean test images, at a fifth of the contrast, and under seven corruptions, of random test images;
+and the processor time of a training step beside that of the original, in rounds that take turns. Finished rows are kept
+in a JSON file. `finetuning.py` has the variants that start as the original and move away from it (`morph`).
 """
 
 import argparse

@@ -84,9 +84,7 @@ def _without_lengths(solution: Fit, lengths: Tensor) -> Fit:
     )
 
 
-def _current_scale(
-    pair: LayerPair, weight: Tensor, bias: Tensor | None, part: slice
-) -> tuple[Tensor, Tensor] | None:
+def _current_scale(pair: LayerPair, weight: Tensor, bias: Tensor | None, part: slice) -> tuple[Tensor, Tensor] | None:
     """The factor of h·g and γ of the layer as it is, up to the point where its output is compared; None where a norm
     hides them."""
     layer, norm = pair.layer, pair.new_norm

@@ -25,7 +25,10 @@ class Rows:
     size: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Rows":
-        added, size = None if self.added is None else self.added[part], None if self.size is None else self.size[:, part]
+        added, size = (
+            None if self.added is None else self.added[part],
+            None if self.size is None else self.size[:, part],
+        )
         return Rows(self.unit[:, part], self.target[part], self.weight[part], added, size)
 
     @property

@@ -1,8 +1,8 @@
 """The regression of a given output on the directions of a layer's inputs, through the layer's operator and magnitude.
 
-β·h(‖x‖)·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos; then, in
-rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count only where
-the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it goes.
+β·h(‖x‖)·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos;
+then, in rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count only
+where the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it goes.
 """
 
 from collections.abc import Callable, Iterator
@@ -261,7 +261,9 @@ class _Problem:
                 residual = self._residual(rows, prediction) * slope * w
                 n += float(w.sum())
                 grouped = by_group(residual, self.groups)
-                gradient = gradient + rows.features.mT @ grouped - solver.mean.unsqueeze(2) * grouped.sum(1, keepdim=True)
+                gradient = (
+                    gradient + rows.features.mT @ grouped - solver.mean.unsqueeze(2) * grouped.sum(1, keepdim=True)
+                )
                 weight = weight + (slope.square() * self._counts(rows, prediction) * w).sum(0)
             step = solver.solve(gradient / n)
             filters = _unit(filters + step * (rate / (weight / n).clamp_min(1e-12)).unsqueeze(1))

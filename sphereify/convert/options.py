@@ -71,8 +71,8 @@ class ConversionOptions:
     )
     magnitude: str = option_field(
         "sphere",
-        f"Function h(‖x‖) of the patch's length that multiplies g(θ): {listed(choices.MAGNITUDES)}. sphere is 1, linear "
-        "with --weighted and the cosine operator is the original layer.",
+        f"Function h(‖x‖) of the patch's length that multiplies g(θ): {listed(choices.MAGNITUDES)}. sphere is 1, "
+        "linear with --weighted and the cosine operator is the original layer.",
         panel=ANGLES,
         choices=choices.MAGNITUDES,
         python_help=f"Function h(‖x‖) of the patch's length that multiplies g(θ): {listed(choices.MAGNITUDES)}. sphere "
@@ -166,7 +166,8 @@ class ConversionOptions:
         panel=WHERE,
         command_line="--override",
         python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …, '
-        '"magnitude": …, "weighted": …} or "keep"}. The first match wins, and it wins over include, exclude, skip_shortcuts and skip_depthwise.',
+        '"magnitude": …, "weighted": …} or "keep"}. The first match wins, and it wins over include, exclude, '
+        "skip_shortcuts and skip_depthwise.",
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 

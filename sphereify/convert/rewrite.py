@@ -238,7 +238,9 @@ def _filters_of_call(model: nn.Module, decision: Decision, call: AngularCall) ->
         bias = getattr(submodule(model, decision.name), "bias", None)
         if not isinstance(bias, torch.Tensor) or len(bias) != decision.shape[0]:
             return None
-    return Filters(decision.shape, weight, bias, call.operator, call.groups, call.radius_value, call.magnitude, call.eps)
+    return Filters(
+        decision.shape, weight, bias, call.operator, call.groups, call.radius_value, call.magnitude, call.eps
+    )
 
 
 def _statistics(

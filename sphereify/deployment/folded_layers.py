@@ -6,8 +6,8 @@ With unit filters ŵ, N the norm of the patch, and a following normalization s·
     linear      a·arcsin(ŵ·x / N) + b                                 a = s·β·2/π
     sigmoid     a·(logistic(c·arcsin(ŵ·x / N)) - ½) + b               a = 2·s·β / tanh(π/4k), c = 1/k
 
-Of the magnitudes, filter lengths are a part of a, and a layer that is plain again (magnitude linear, cosine, no radius) is
-torch's own; the others depend on each patch, and such layers are not folded.
+Of the magnitudes, filter lengths are a part of a, and a layer that is plain again (magnitude linear, cosine, no radius)
+is torch's own; the others depend on each patch, and such layers are not folded.
 
 The convolution is one call of torch's; then the output is passed over once, in place. Where a window is one position
 and has fewer channels than there are filters, the input is divided instead, and b added by the convolution itself.

@@ -75,8 +75,8 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
     """Fold a model for inference: the same outputs up to rounding, at about the cost of the network before conversion.
 
     Filter norms, β, γ, a learnable k and a following BatchNorm in evaluation become constants of the layer. Whatever
-    cannot be folded soundly (weights that are computed, functional calls, magnitudes, normalizations that something else
-    reads) stays as it is and is named in `model.folding.left`.
+    cannot be folded soundly (weights that are computed, functional calls, magnitudes, normalizations that something
+    else reads) stays as it is and is named in `model.folding.left`.
 
     How far rounding reaches is a matter of the network: one that amplifies the rounding of fp32, as networks with many
     depthwise convolutions do, differs as much from its own result in float64 as the folded one differs from it.

@@ -1,4 +1,4 @@
-"""Decoupled layers: h(‖x‖)·g(θ), composed of g(θ), the norms of patches and the magnitude h (`sphereify.nn.magnitudes`).
+"""Decoupled layers: h(‖x‖)·g(θ), of g(θ), the norms of patches and a magnitude h (see `sphereify.nn.magnitudes`).
 
 The norms have one channel a group, so what this adds to a layer is a pass over its input and one over its output.
 
@@ -53,6 +53,8 @@ class Decoupled(nn.Module):
     weight: Any
     operator: Any
     eps: float
+    log_magnitude_radius: Any
+    mean_norm: Any
 
     def _set_magnitude(self, magnitude: Magnitude, filters: int, like: Tensor) -> None:
         """Take a magnitude; that of the paper leaves no trace in the state."""
@@ -206,9 +208,7 @@ def _angles(layer: Any, x: Tensor, weight: Tensor, geometry: Sequence[Any], oper
     return function(x, weight, operator or layer.operator, None, *geometry, eps=layer.eps, **pooled)  # type: ignore[no-any-return]
 
 
-def _plain(
-    x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Sequence[Any], beta: Tensor | None
-) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Sequence[Any], beta: Tensor | None) -> Tensor:
     """torch's own function; β·(w·x) + shift."""
     function, channels = PLAIN[weight.dim() - 2], (-1, *[1] * (weight.dim() - 2))
     by_filter = shift is None or shift.shape == weight.shape[:1]

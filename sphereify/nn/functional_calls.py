@@ -182,7 +182,8 @@ class AngularCall(HasRadius, Decoupled):
         return self(Arguments(x, weight, bias), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}{self._radius_repr()}{self._magnitude_repr()}"
+        own = f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
+        return own + self._radius_repr() + self._magnitude_repr()
 
 
 class _Answer(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Magnitudes h(‖x‖): how much of a patch's length an angular layer passes on (Decoupled Networks, CVPR 2018).
 
-A layer then computes h(‖x‖)·g(θ), or in the weighted form ‖w‖·h(‖x‖)·g(θ). With r = ‖x‖ and u = ρ·m, where m is the mean
-norm of patches:
+A layer then computes h(‖x‖)·g(θ), or in the weighted form ‖w‖·h(‖x‖)·g(θ). With r = ‖x‖ and u = ρ·m, where m is the
+mean norm of patches:
 
     sphere      1                                  no length at all: SphereNets
     ball        min(r, u) / u                      bounded
@@ -11,8 +11,8 @@ norm of patches:
     log         log(1 + r)                         unbounded, with a falling slope
     mix         r + β·log(1 + r)
 
-The paper's α is a scale, which SphereNorm's β or a BatchNorm holds. Of ball, tanh and segment ρ is 1 by default; log and
-mix measure r itself, unless they are given a ρ: then they take r / u in its place.
+The paper's α is a scale, which SphereNorm's β or a BatchNorm holds. Of ball, tanh and segment ρ is 1 by default; log
+and mix measure r itself, unless they are given a ρ: then they take r / u in its place.
 """
 
 import math

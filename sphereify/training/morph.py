@@ -1,8 +1,8 @@
 """The way from the original network to its conversion, over a share of the training.
 
 At the start each converted layer computes what the original's did, and at the end of the way its own function; between
-them the exponents of the lengths ‖w‖ and ‖x‖ fall from 1 to what the magnitude says, g(θ) grows out of cos θ, and a pooled
-radius out of 0 (`sphereify.nn.decoupled`). Every step of an optimizer moves all layers by the same small amount.
+them the exponents of the lengths ‖w‖ and ‖x‖ fall from 1 to what the magnitude says, g(θ) grows out of cos θ, and a
+pooled radius out of 0 (`sphereify.nn.decoupled`). Every step of an optimizer moves all layers by the same small amount.
 """
 
 import math
@@ -120,8 +120,8 @@ def check_morph(model: nn.Module) -> None:
 def start_as_original(model: nn.Module, original: nn.Module, batches: Iterable[Tensor]) -> None:
     """Let a converted network compute what the original does, in place, as the start of a training with `morph`.
 
-    BatchNorms get the original's statistics back. β of a layer, which has no effect yet, becomes the factor with which the
-    layer's own function is as large as the original's on some inputs.
+    BatchNorms get the original's statistics back. β of a layer, which has no effect yet, becomes the factor with which
+    the layer's own function is as large as the original's on some inputs.
 
     Args:
         model: from a conversion of `original`, with copied weights.
@@ -142,7 +142,8 @@ def start_as_original(model: nn.Module, original: nn.Module, batches: Iterable[T
         for batch in batches:
             model(batch)
     for (layer, first, last), (weight, norms) in seen.items():
-        setattr(layer, USUAL_NORM, norm := float(torch.stack(norms).mean()))
+        length = float(torch.stack(norms).mean())
+        setattr(layer, USUAL_NORM, length)
         if layer.beta is not None:
             filters = Filters(
                 tuple(weight.shape),
@@ -153,7 +154,7 @@ def start_as_original(model: nn.Module, original: nn.Module, batches: Iterable[T
                 magnitude=layer.magnitude,
                 eps=layer.eps,
             )
-            start_beta(layer.beta[first:last], filters, patches=norm)
+            start_beta(layer.beta[first:last], filters, patches=length)
 
 
 def _layers(network: nn.Module) -> list[Any]:

@@ -118,8 +118,8 @@ class Settings:
     )
     morph: float = option_field(
         0.0,
-        "Share of the training over which the network moves from the original to its conversion, in [0, 1]; 0: it starts "
-        "as the conversion, calibrated where it was trained.",
+        "Share of the training over which the network moves from the original to its conversion, in [0, 1]; 0: it "
+        "starts as the conversion, calibrated where it was trained.",
         panel=TRAINING,
         at_least=0,
         at_most=1,
@@ -180,7 +180,9 @@ class Settings:
 
     def _check_sharding(self) -> None:
         if self.morph and self.compile:
-            raise UsageError(f"{option('morph')}: does not go with {option('compile')}, since each step has other layers")
+            raise UsageError(
+                f"{option('morph')}: does not go with {option('compile')}, since each step has other layers"
+            )
         others = {
             option("morph"): self.morph,
             option("ema"): self.ema,
