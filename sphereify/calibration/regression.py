@@ -1,8 +1,9 @@
 """The regression of a given output on the directions of a layer's inputs, through the layer's operator and magnitude.
 
 β·h(‖x‖)·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos;
-then, in rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count only
-where the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it goes.
+then, in rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count
+only where the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it
+goes.
 """
 
 from collections.abc import Callable, Iterator
