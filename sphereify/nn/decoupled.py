@@ -23,8 +23,8 @@ from sphereify.nn.geometry import Projection, resolve
 from sphereify.nn.magnitudes import SPHERE, Magnitude
 from sphereify.nn.operators import CosineOperator
 from sphereify.nn.passes.reference import normalize_filters, patch_norm
-from sphereify.nn.precision import accumulate_dtype, accumulated, no_autocast
-from sphereify.nn.radius import is_pooled
+from sphereify.nn.precision import accumulate_dtype, accumulated, autocast_is_on, no_autocast
+from sphereify.nn.radius import Radius, is_pooled
 
 ANGULAR: tuple[Any, ...] = (sphere_linear, sphere_conv1d, sphere_conv2d, sphere_conv3d)
 """The angular function by the dimensions of space."""
@@ -148,6 +148,9 @@ def decoupled(
         filters = weight if layer.magnitude.weighted else normalize_filters(weight, layer.eps, weight.dtype)[0]
         return _plain(x, filters, shift, geometry, beta)
     batch, geometry = _batched(x, weight, geometry)
+    if layer.morph == 1 and layer.magnitude.form != "sphere" and _is_product(layer, x, weight):
+        y = _sized_product(layer, batch, weight, shift, geometry, beta, rows)
+        return y if batch.dim() == x.dim() else y.squeeze(0)
     g = _angles(layer, batch, weight, geometry)
     with no_autocast(x.device.type):
         channels = (-1, *[1] * (weight.dim() - 2))
@@ -158,6 +161,36 @@ def decoupled(
             y = y + (shift.to(y.dtype).view(channels) if shift.shape == weight.shape[:1] else shift.to(y.dtype))
         y = y.to(g.dtype)
     return y if batch.dim() == x.dim() else y.squeeze(0)
+
+
+def _is_product(layer: Any, x: Tensor, weight: Tensor) -> bool:
+    """True if g(θ) is the cosine, and x of a precision in which no inner product leaves the range."""
+    precise = x.dtype is weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return type(layer.operator) is CosineOperator and precise and not autocast_is_on(x.device.type)
+
+
+def _sized_product(
+    layer: Any,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    geometry: Sequence[Any],
+    beta: Tensor | None,
+    rows: slice,
+) -> Tensor:
+    """The same for the cosine: inner products with β·ŵ or β·w, times h / N. It makes fewer passes over the output."""
+    channels = (-1, *[1] * (weight.dim() - 2))
+    filters = weight if layer.magnitude.weighted else normalize_filters(weight, layer.eps, weight.dtype)[0]
+    filters = filters if beta is None else filters * beta.view(-1, *[1] * (weight.dim() - 1))
+    y = PLAIN[weight.dim() - 2](x, filters, None, *geometry)  # before the norms, for torch's complaints about shapes
+    norms = _norms(layer, x, weight, geometry)
+    factor = _sizes(layer, norms, weight, rows)
+    if geometry and is_pooled(layer.radius):
+        norms = _norms(layer, x, weight, geometry, layer.radius)
+    factor = factor / norms
+    if shift is None:
+        return y * factor  # type: ignore[no-any-return]
+    return torch.addcmul(shift.view(channels) if shift.shape == weight.shape[:1] else shift, y, factor)
 
 
 def _whole(
@@ -224,10 +257,13 @@ def _plain(x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Sequence[A
 # ---- Norms
 
 
-def patch_norms(x: Tensor, weight: Tensor, geometry: Sequence[Any], eps: float) -> Tensor:
-    """sqrt(‖patch‖² + ε) of a batch: (B, groups, *space) for a convolution, (*, 1) for a linear map. Differentiable."""
+def patch_norms(x: Tensor, weight: Tensor, geometry: Sequence[Any], eps: float, radius: Radius = 0.0) -> Tensor:
+    """sqrt(‖patch‖² + ρ²·m + ε) of a batch, differentiable.
+
+    (B, groups, *space) for a convolution, (*, 1) for a linear map.
+    """
     projection = Projection(*geometry) if geometry else None
-    return patch_norm(x, weight.shape[2:], eps, projection)
+    return patch_norm(x, weight.shape[2:], eps, projection, radius)
 
 
 def filter_norms(weight: Tensor, eps: float) -> Tensor:
@@ -236,9 +272,9 @@ def filter_norms(weight: Tensor, eps: float) -> Tensor:
     return (squares + eps).sqrt()
 
 
-def _norms(layer: Any, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+def _norms(layer: Any, x: Tensor, weight: Tensor, geometry: Sequence[Any], radius: Radius = 0.0) -> Tensor:
     """The patch norms in a shape that broadcasts over the outputs."""
-    norms, filters = patch_norms(x, weight, geometry, layer.eps), len(weight)
+    norms, filters = patch_norms(x, weight, geometry, layer.eps, radius), len(weight)
     if not geometry or norms.shape[1] in (1, filters):
         return norms
     batch, groups, *space = norms.shape
