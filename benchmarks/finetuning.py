@@ -6,7 +6,8 @@
 
 Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a short warm-up, a
 cosine schedule, flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast
-standardisation, the rest are conversions. A finished run is not repeated; the table is made from all of them.
+standardisation, the rest are conversions; those that are "morphed" start as the original and move to the conversion
+over 60 % of the steps. A finished run is not repeated; the table is made from all of them.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import nn
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.files import write_text
 from sphereify.training.corruptions import corrupt
+from sphereify.training.morph import Morph, start_as_original
 from sphereify.training.robustness import ContrastStandardized
 
 VARIANTS = {
@@ -44,6 +46,11 @@ VARIANTS = {
     "calibrated ρ=2, half the rate": ({"radius": 2.0}, True, {"rate": 0.5}),
     "calibrated ρ=4, half the rate": ({"radius": 4.0}, True, {"rate": 0.5}),
     "calibrated ρ=2, decayed filters": ({"radius": 2.0}, True, {"decay": True}),
+    "morphed ρ=0": ({"radius": 0.0}, False, {"morph": 0.6}),
+    "morphed ρ=2": ({"radius": 2.0}, False, {"morph": 0.6}),
+    "morphed ρ=4": ({"radius": 4.0}, False, {"morph": 0.6}),
+    "calibrated tanh ρ=1": ({"magnitude": "tanh"}, True, {}),
+    "morphed tanh ρ=1": ({"magnitude": "tanh"}, False, {"morph": 0.6}),
 }
 CHECKPOINTS = (50, 100, 200)
 PROBES = {"contrast .2": ("contrast", 3), "noise .06": ("noise", 2), "blur .6": ("blur", 2)}
@@ -76,8 +83,11 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
     network = NETWORKS[options.network]()
     network.load_state_dict(torch.load(options.plain / f"{options.network}.pt"))
     network.eval()
-    model = start(variant, network, images, options).to(options.device)
+    model = start(variant, network, images, options)
     settings = VARIANTS[variant][2]
+    if settings.get("morph"):
+        start_as_original(model, network, images.train[:256].split(64))
+    model = model.to(options.device)
     images = Images(*(tensor.to(options.device) for tensor in images))
     accuracies = {"start": accuracy(model, images)}
     teacher = network.to(options.device) if settings.get("teacher") else None
@@ -90,6 +100,7 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
     per_epoch = len(images.train) // 128
     steps, warmup = options.epochs * per_epoch, options.warmup
+    morph = Morph([model], settings.get("morph", 0) * steps)
 
     def schedule(step: int) -> float:
         rise = min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
@@ -114,6 +125,7 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
             optimizer.step()
             scheduler.step()
             step += 1
+            morph.advance(step)
             if step in CHECKPOINTS:
                 accuracies[f"{step} iterations"] = accuracy(model, images)
         accuracies[f"epoch {epoch + 1}"] = accuracy(model, images)
@@ -127,12 +139,22 @@ def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, 
 
 
 def load_images(options: argparse.Namespace) -> Images:
-    """The images, decoded once and kept as bytes in the output folder."""
+    """The images that the options ask for, decoded once and kept as bytes in the output folder."""
     file = options.output / "images.pt"
     if not file.exists():
         images = cifar(options.data)
         torch.save([t.add(1).mul(127.5).round().byte() if t.dim() > 1 else t for t in images], file)
-    return Images(*(t.float().div(127.5).sub(1) if t.dim() > 1 else t for t in torch.load(file)))
+    stored = Images(*torch.load(file))
+    train, test = (
+        torch.randperm(len(all_), generator=torch.Generator().manual_seed(1))[:number] if number else slice(None)
+        for all_, number in ((stored.train, options.train_images), (stored.test, options.test_images))
+    )
+    return Images(
+        stored.train[train].float().div(127.5).sub(1),
+        stored.train_classes[train],
+        stored.test[test].float().div(127.5).sub(1),
+        stored.test_classes[test],
+    )
 
 
 def table(options: argparse.Namespace) -> str:
@@ -174,6 +196,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the run in which the rate rises")
     parser.add_argument("--decay", type=float, default=5e-4)
     parser.add_argument("--adam", action="store_true", help="AdamW in place of SGD with momentum")
+    parser.add_argument("--train-images", type=int, help="number of images to train on; default: all")
+    parser.add_argument("--test-images", type=int, help="number of images to test on; default: all")
     parser.add_argument("--images", type=int, default=2048, help="for the calibration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process")

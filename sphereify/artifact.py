@@ -27,6 +27,7 @@ from sphereify.devices import find_device
 from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option, wrong_type
 from sphereify.files import as_path, replacing
 from sphereify.nn import AngularHead
+from sphereify.nn.decoupled import check_complete
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
 from sphereify.rebuilding import proven_source
@@ -56,6 +57,7 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
+    check_complete(model, "save")
     folder = as_path("path", path)
     folding: Folding | None = getattr(model, FOLDING_ATTRIBUTE, None)
     _check_unchanged(model, plan, folding)

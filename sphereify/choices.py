@@ -4,6 +4,8 @@ The command line prints them without loading torch; the code that acts on them k
 """
 
 OPERATORS = ("linear", "cosine", "sigmoid", "learnable-sigmoid")
+MAGNITUDES = ("sphere", "ball", "tanh", "linear", "segment", "log", "mix")
+MAGNITUDE_MEANS = ("input", "data")
 SHARE_K = ("filter", "layer", "network")
 RESCALE = ("auto", "always", "never")
 NORM = ("keep", "replace")

@@ -217,4 +217,5 @@ def print_verification(out: Console, found: Verification, name: str) -> None:
 def _operator(decision: Decision) -> str:
     k = "" if decision.k is None else f" k={decision.k:g}"
     shared = f"/{decision.share_k}" if decision.share_k not in (None, "filter") else ""
-    return f"{decision.operator or ''}{k}{shared}"
+    magnitude = "" if decision.magnitude is None else f", {decision.magnitude}"
+    return f"{decision.operator or ''}{k}{shared}{magnitude}"

@@ -1,5 +1,8 @@
 """Sets one angular layer, and the normalization behind it, from its rows."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,7 @@ from sphereify.calibration.regression import Fit, fit
 from sphereify.calibration.results import LayerFit
 from sphereify.calibration.rows import Batch, cached, chunks
 from sphereify.nn import LearnableSigmoidOperator
+from sphereify.nn.decoupled import filter_norms
 from sphereify.nn.precision import accumulated
 
 SHORTEST_FILTER = 0.3
@@ -23,6 +27,8 @@ def set_layer(pair: LayerPair, batches: list[Batch]) -> LayerFit:
     bias = call.bias if call is not None else layer.bias
     solvable = not pair.tied and (call is None or _is_part_of_parameter(weight, pair.owner))
     geometry = Geometry.of(pair, call)
+    if layer.magnitude.mean == "data":
+        layer.mean_norm.copy_(torch.stack([geometry.mean_norm(batch.x) for batch in batches]).mean())
     copied = accumulated(weight.flatten(1))
     operator = layer.operator
     whole = part == slice(None)
@@ -33,18 +39,23 @@ def set_layer(pair: LayerPair, batches: list[Batch]) -> LayerFit:
         groups=geometry.groups,
         rectified=all(batch.rectified for batch in batches),
         solve_filters=solvable,
-        start=_current_scale(pair, bias, part),
+        start=_current_scale(pair, weight, bias, part),
         tune_k=whole and not pair.shares_k and isinstance(operator, LearnableSigmoidOperator),
     )
     before, after, rows, unknowns = solution.before, solution.after, solution.rows, solution.unknowns
     if not (solution.filters.isfinite().all() and solution.beta.isfinite().all() and solution.gamma.isfinite().all()):
         return LayerFit(pair.name, before, before, rows, unknowns, "no finite solution: copied")
     if solvable:
-        lengths = copied.norm(dim=1, keepdim=True).clamp_min(SHORTEST_FILTER)
-        weight.copy_((solution.filters * lengths).reshape(weight.shape))
+        lengths = copied.norm(dim=1).clamp_min(SHORTEST_FILTER)
+        if layer.magnitude.weighted and layer.beta is None and pair.norm is None:  # the filters hold β
+            lengths = torch.where(solution.beta > 0, solution.beta, lengths)
+        weight.copy_((solution.filters * lengths.unsqueeze(1)).reshape(weight.shape))
+    if layer.magnitude.weighted:
+        solution = _without_lengths(solution, filter_norms(weight, layer.eps))
     _set_scale(pair, solution, bias, part, batches)
     if layer.beta is None and pair.norm is None:  # nothing in the layer could hold β
-        after = solution.explained(solution.filters, *_current_scale(pair, bias, part))  # type: ignore[misc]
+        scale: Any = _current_scale(pair, weight, bias, part)
+        after = solution.explained(solution.filters, *scale)
     constant = _constant_channels(batches)
     notes = [
         "" if solvable else "filters kept: something else uses them",
@@ -63,12 +74,24 @@ def _is_part_of_parameter(tensor: Tensor, owner: nn.Module) -> bool:
     return any(p.untyped_storage().data_ptr() == storage for p in owner.parameters())
 
 
-def _current_scale(pair: LayerPair, bias: Tensor | None, part: slice) -> tuple[Tensor, Tensor] | None:
-    """β and γ of the layer as it is, up to the point where its output is compared; None where a norm hides them."""
+def _without_lengths(solution: Fit, lengths: Tensor) -> Fit:
+    """The same solution for a layer that multiplies by the lengths of its filters itself."""
+    return replace(
+        solution,
+        beta=solution.beta / lengths,
+        mean=solution.mean * lengths,
+        variance=solution.variance * lengths.square(),
+    )
+
+
+def _current_scale(pair: LayerPair, weight: Tensor, bias: Tensor | None, part: slice) -> tuple[Tensor, Tensor] | None:
+    """The factor of h·g and γ of the layer as it is, up to the point where its output is compared; None where a norm
+    hides them."""
     layer, norm = pair.layer, pair.new_norm
     ones = torch.ones(pair.decision.shape[0], device=next(pair.owner.parameters()).device)[part]
     gamma = bias if bias is not None else layer.gamma[part] if layer.gamma is not None else torch.zeros_like(ones)
     beta = layer.beta[part] if layer.beta is not None else ones
+    beta = beta * filter_norms(weight, layer.eps) if layer.magnitude.weighted else beta
     if gamma.dim() > 1:
         return None
     if layer.beta is None and pair.norm is not None:

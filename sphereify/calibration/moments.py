@@ -1,4 +1,4 @@
-"""Moments of unit patches and targets, summed up over rows that come in chunks."""
+"""Moments of patches and targets, summed up over rows that come in chunks."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,33 @@ class Rows:
         target: (n, filters).
         weight: the weight of an error at each position: (n, 1).
         added: what is added to the layer's output before a ReLU, (n, filters); None if there is no such sum.
+        size: the magnitude h of each patch, which multiplies g(θ): (groups, n, 1); None for 1.
     """
 
     unit: Tensor
     target: Tensor
     weight: Tensor
     added: Tensor | None = None
+    size: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Rows":
-        added = None if self.added is None else self.added[part]
-        return Rows(self.unit[:, part], self.target[part], self.weight[part], added)
+        added, size = (
+            None if self.added is None else self.added[part],
+            None if self.size is None else self.size[:, part],
+        )
+        return Rows(self.unit[:, part], self.target[part], self.weight[part], added, size)
+
+    @property
+    def features(self) -> Tensor:
+        """What the output is linear in where g = cos: unit patches times h, (groups, n, fan_in)."""
+        return self.unit if self.size is None else self.unit * self.size
+
+    def sized(self, g: Tensor) -> Tensor:
+        """h·g for g of shape (n, filters)."""
+        if self.size is None:
+            return g
+        groups = len(self.size)
+        return (by_group(g, groups) * self.size).movedim(0, 1).flatten(1)
 
     def part(self, *, held_out: bool) -> slice:
         """The first seven eighths of the rows, or the held-out rest."""
@@ -77,8 +94,9 @@ class MomentSums:
         """Add rows to the sums."""
         w = rows.weight
         self.count += len(w)
-        wx = rows.unit * w
-        terms = (w, wx, wx.mT @ rows.unit, wx.mT @ by_group(rows.target, self.groups), w * rows.target)
+        x = rows.features
+        wx = x * w
+        terms = (w, wx, wx.mT @ x, wx.mT @ by_group(rows.target, self.groups), w * rows.target)
         for total, values, axis in zip(self._sums, terms, (None, 1, (), (), 0), strict=True):
             total += values if axis == () else values.sum(axis, dtype=torch.float64)
 

@@ -1,8 +1,9 @@
-"""The regression of a given output on the directions of a layer's inputs, through the layer's operator.
+"""The regression of a given output on the directions of a layer's inputs, through the layer's operator and magnitude.
 
-β·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos; then, in
-rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count only where
-the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it goes.
+β·h(‖x‖)·g(θ) + γ is fitted to targets over rows of unit patches: filters first, as the ridge regression for g = cos;
+then, in rounds of one Gauss-Newton step each, filters, β and γ for the operator as it is, and for errors that count
+only where the ReLU behind the layer lets them pass. Each round passes over rows that come in chunks, and sums up as it
+goes.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ class Fit:
     Attributes:
         filters: (filters, fan_in), each of length 1.
         beta, gamma: (filters,)
-        mean, variance: of g over the rows, for each filter.
+        mean, variance: of h·g over the rows, for each filter.
         before: R² of the layer as it was.
         after: R² of the solution.
         rows: number of rows.
@@ -73,7 +74,7 @@ def fit(
     start: tuple[Tensor, Tensor] | None = None,
     tune_k: bool = False,
 ) -> Fit:
-    """Fit β·g(θ) + γ to the targets by least squares.
+    """Fit β·h(‖x‖)·g(θ) + γ to the targets by least squares.
 
     Args:
         chunks: makes an iterator over the rows, the same ones each time.
@@ -217,7 +218,7 @@ class _Problem:
         """Means of g, y, g², g·y and y² for each filter."""
         n, sums = 0.0, torch.zeros(5, len(filters), dtype=torch.float64, device=filters.device)
         for rows, cos in self.rows(filters):
-            g, y = self.operator(cos).double(), rows.target.double()
+            g, y = rows.sized(self.operator(cos)).double(), rows.target.double()
             w = rows.weight if weighted else torch.ones_like(rows.weight)
             n += float(w.sum())
             sums += torch.stack([(w * value).sum(0) for value in (g, y, g * g, g * y, y * y)])
@@ -227,7 +228,7 @@ class _Problem:
         """The weighted sum of squared errors for each filter."""
         total = torch.zeros(len(filters), dtype=torch.float64, device=filters.device)
         for rows, cos in self.rows(filters):
-            residual = self._residual(rows, self.operator(cos) * beta + gamma)
+            residual = self._residual(rows, rows.sized(self.operator(cos)) * beta + gamma)
             total += (rows.weight * residual.double().square()).sum(0)
         return total
 
@@ -236,7 +237,7 @@ class _Problem:
         error, n = 0.0, 0
         y = yy = torch.zeros(len(filters), dtype=torch.float64, device=filters.device)
         for rows, cos in self.rows(filters, held_out=self.holds_out):
-            prediction, target = self.operator(cos) * beta + gamma, rows.target
+            prediction, target = rows.sized(self.operator(cos)) * beta + gamma, rows.target
             if self.rectified:
                 prediction, target = (
                     (value if rows.added is None else value + rows.added).relu() for value in (prediction, target)
@@ -256,12 +257,14 @@ class _Problem:
             for rows, cos in self.rows(filters):
                 g, slope = self._g_and_slope(cos)
                 slope = slope * current.beta
-                prediction = g * current.beta + current.gamma
+                prediction = rows.sized(g) * current.beta + current.gamma
                 w = rows.weight
                 residual = self._residual(rows, prediction) * slope * w
                 n += float(w.sum())
                 grouped = by_group(residual, self.groups)
-                gradient = gradient + rows.unit.mT @ grouped - solver.mean.unsqueeze(2) * grouped.sum(1, keepdim=True)
+                gradient = (
+                    gradient + rows.features.mT @ grouped - solver.mean.unsqueeze(2) * grouped.sum(1, keepdim=True)
+                )
                 weight = weight + (slope.square() * self._counts(rows, prediction) * w).sum(0)
             step = solver.solve(gradient / n)
             filters = _unit(filters + step * (rate / (weight / n).clamp_min(1e-12)).unsqueeze(1))
@@ -279,7 +282,7 @@ class _Problem:
         """β and γ after one Gauss-Newton step."""
         sums = torch.zeros(5, len(filters), dtype=torch.float64, device=filters.device)
         for rows, cos in self.rows(filters):
-            g = self.operator(cos)
+            g = rows.sized(self.operator(cos))
             prediction = g * beta + gamma
             residual = self._residual(rows, prediction).double()
             w = rows.weight

@@ -94,14 +94,16 @@ def rows_at(pair: LayerPair, output: Tensor, positions: Tensor | None) -> Tensor
 def chunks(geometry: Geometry, batches: list[Batch]) -> Iterator[Rows]:
     """The rows of all batches, in chunks of bounded size."""
     for batch, weight in zip(batches, _importance(batches), strict=True):
-        patches, norms = geometry.patches(batch.x), geometry.norms(batch.x)
+        patches, norms, sizes = geometry.patches(batch.x), geometry.norms(batch.x), geometry.sizes(batch.x)
         n, width = len(batch.target), math.prod(geometry.kernel) * (batch.x.shape[1] if geometry.kernel else 1)
         positions = batch.positions if batch.positions is not None else torch.arange(n, device=batch.x.device)
         step = max(256, CHUNK_BYTES // (4 * max(width, patches.shape[-1])))
         for start in range(0, n, step):
             piece = slice(start, start + step)
             unit = geometry.unit(patches, positions[piece], norms)
-            yield Rows(unit, batch.target[piece], weight[piece], None if batch.added is None else batch.added[piece])
+            added = None if batch.added is None else batch.added[piece]
+            size = None if sizes is None else geometry.at(sizes, positions[piece]).unsqueeze(2)
+            yield Rows(unit, batch.target[piece], weight[piece], added, size)
 
 
 def _importance(batches: list[Batch]) -> list[Tensor]:

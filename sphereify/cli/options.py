@@ -204,11 +204,15 @@ def parse_override(text: str) -> tuple[str, dict[str, Any] | str]:
         key, colon, value = part.partition(":")
         if not colon:
             raise UsageError(f"--override: got {part!r} in {text!r}, expected key:value, such as operator:linear")
-        values[key.strip()] = _number_or_word(key.strip(), value.strip())
+        values[key.strip()] = _setting(key.strip(), value.strip())
     return pattern, values
 
 
-def _number_or_word(key: str, text: str) -> float | str:
+def _setting(key: str, text: str) -> float | str | bool:
+    if key == "weighted":
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"--override: {key}: got {text!r}, expected true or false")
+        return text.lower() == "true"
     if key not in _NUMBERS:
         return text
     try:
@@ -217,5 +221,5 @@ def _number_or_word(key: str, text: str) -> float | str:
         raise UsageError(f"--override: {key}: got {text!r}, expected a number") from None
 
 
-_NUMBERS = ("k", "radius")
+_NUMBERS = ("k", "radius", "magnitude_radius", "magnitude_beta")
 """Keys of an override whose value is a number."""

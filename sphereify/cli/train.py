@@ -99,6 +99,7 @@ def finetune(
         teacher_weights=teacher_weights,
         # A checkpoint holds what came of the calibration.
         calibration_images=0 if no_calibrate or resume is not None else calibration_images,
+        morph=settings.morph > 0,
         device=local_device(settings.chosen_device),
     )
     if begun.data.held_out and is_first_process():

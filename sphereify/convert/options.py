@@ -16,6 +16,8 @@ from sphereify.wording import listed
 if TYPE_CHECKING:
     import torch
 
+    from sphereify.nn.magnitudes import Magnitude
+
     OperatorLike = str | Callable[[torch.Tensor], torch.Tensor]
 else:
     OperatorLike = str | Callable
@@ -27,7 +29,9 @@ Overrides = Mapping[str, Mapping[str, Any] | str] | None
 ANGLES, WHERE = "Angular layers", "Which layers"
 BEFORE = {"margin": 4.0, "scale": 30.0}
 """Values that options written by earlier versions name where none was given, whatever the head."""
-SETTINGS = ("operator", "k", "rescale", "radius")
+MAGNITUDE = ("magnitude", "weighted", "magnitude_radius", "magnitude_mean", "magnitude_beta")
+"""Options of a magnitude that an override may set, too."""
+SETTINGS = ("operator", "k", "rescale", "radius", *MAGNITUDE)
 """Options that an override may set for single layers."""
 
 
@@ -67,6 +71,41 @@ class ConversionOptions:
     )
     learn_radius: bool = option_field(
         False, "Learn the radius of each convolution, starting from the given one.", panel=ANGLES
+    )
+    magnitude: str = option_field(
+        "sphere",
+        f"Function h(‖x‖) of the patch's length that multiplies g(θ): {listed(choices.MAGNITUDES)}. sphere is 1, "
+        "linear with --weighted and the cosine operator is the original layer.",
+        panel=ANGLES,
+        choices=choices.MAGNITUDES,
+        python_help=f"Function h(‖x‖) of the patch's length that multiplies g(θ): {listed(choices.MAGNITUDES)}. sphere "
+        "is 1, linear with `weighted` and the cosine operator is the original layer.",
+    )
+    weighted: bool = option_field(False, "Multiply by the length ‖w‖ of the filter, too.", panel=ANGLES)
+    magnitude_radius: float | None = option_field(
+        None,
+        "ρ > 0 of ball, tanh and segment (default: 1), in units of the mean patch norm; log and mix measure lengths in "
+        "these units where it is given.",
+        panel=ANGLES,
+        above=0,
+        usual="0.5 to 2",
+    )
+    magnitude_mean: str = option_field(
+        "input",
+        f"Origin of the mean patch norm: {listed(choices.MAGNITUDE_MEANS)}. input: of each input by itself; data: a "
+        "running mean over the training, as always in linear maps.",
+        panel=ANGLES,
+        choices=choices.MAGNITUDE_MEANS,
+    )
+    learn_magnitude_radius: bool = option_field(
+        False, "Learn ρ of the magnitude, one for each filter, starting from the given one.", panel=ANGLES
+    )
+    magnitude_beta: float | None = option_field(
+        None,
+        "β ≥ 0: slope of segment beyond ρ (default: 0.5), weight of the logarithm in mix (default: 1).",
+        panel=ANGLES,
+        at_least=0,
+        usual="0.1 to 1",
     )
     skip_shortcuts: bool = option_field(
         False, "Keep 1×1 convolutions on residual shortcuts, as SphereResNet-v2 does.", panel=WHERE
@@ -149,11 +188,13 @@ class ConversionOptions:
     )
     overrides: Overrides = option_field(
         None,
-        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never,radius:2; first match wins; repeatable.",
+        "PATTERN=keep or PATTERN=operator:linear,k:0.3,rescale:never,radius:2,magnitude:tanh; first match wins; "
+        "repeatable.",
         panel=WHERE,
         command_line="--override",
-        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …} or '
-        '"keep"}. The first match wins, and it wins over include, exclude, skip_shortcuts and skip_depthwise.',
+        python_help='Settings for single layers: {pattern: {"operator": …, "k": …, "rescale": …, "radius": …, '
+        '"magnitude": …, "weighted": …} or "keep"}. The first match wins, and it wins over include, exclude, '
+        "skip_shortcuts and skip_depthwise.",
     )
     eps: float = option_field(choices.DEFAULT_EPS, "ε > 0, added to both squared norms.", panel=ANGLES, above=0)
 
@@ -161,6 +202,7 @@ class ConversionOptions:
         check_options(self)
         self._check_head()
         self._check_operators()
+        self.magnitude_of({})
         if self.learn_radius and not self.radius:
             raise UsageError(
                 f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
@@ -199,6 +241,25 @@ class ConversionOptions:
             make_operator(self.head_operator, k=self.k_of(self.head_operator), option_name="head_operator")
         k = operator.k if self.k is None and is_built_in(operator) else self.k
         object.__setattr__(self, "k", k if k is None or isinstance(k, (int, float)) else float(k.detach().mean()))
+
+    def magnitude_of(self, setting: Mapping[str, Any]) -> "Magnitude":
+        """The magnitude of layers with these overrides. Another form takes its own ρ and β where they give none.
+
+        Raises:
+            UsageError: a word or a number that is not valid, or that the form does not have.
+        """
+        from sphereify.nn.magnitudes import Magnitude
+
+        form = choices.canonical(str(setting.get("magnitude", self.magnitude)))
+        own = form == self.magnitude
+        return Magnitude(
+            form,
+            setting.get("weighted", self.weighted),
+            setting.get("magnitude_radius", self.magnitude_radius if own else None),
+            setting.get("magnitude_mean", self.magnitude_mean if own else "input"),
+            self.learn_magnitude_radius if own else False,
+            setting.get("magnitude_beta", self.magnitude_beta if own else None),
+        )
 
     def k_of(self, operator: OperatorLike) -> float | None:
         """The k for an operator at some place: that of the conversion if it is the same operator, else its default."""
@@ -280,10 +341,18 @@ def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
         setting["rescale"] = choices.canonical(str(setting["rescale"]))
         if setting["rescale"] not in choices.RESCALE:
             raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
-    if "radius" in setting:
-        about = options_of(ConversionOptions)["radius"]
-        if not about.allows(setting["radius"]):
-            raise UsageError(f"{place}: radius: got {setting['radius']!r}, expected {about.expected}")
+    for name in ("radius", "magnitude_radius", "magnitude_beta"):
+        about = options_of(ConversionOptions)[name]
+        if name in setting and not about.allows(setting[name]):
+            raise UsageError(f"{place}: {name}: got {setting[name]!r}, expected {about.expected}")
+    for name in ("magnitude", "magnitude_mean"):
+        if name in setting:
+            setting[name] = choices.canonical(str(setting[name]))
+            words = options_of(ConversionOptions)[name].choices
+            if setting[name] not in words:
+                raise choose(f"{place}: {name}", value[name], words)
+    if not isinstance(setting.get("weighted", False), bool):
+        raise UsageError(f"{place}: weighted: got {setting['weighted']!r}, expected true or false")
     if "operator" in setting:
         from sphereify.nn.operators import make_operator
 
@@ -302,6 +371,12 @@ class ConversionKeywords(TypedDict, total=False):
     share_k: str
     radius: float | None
     learn_radius: bool
+    magnitude: str
+    weighted: bool
+    magnitude_radius: float | None
+    magnitude_mean: str
+    learn_magnitude_radius: bool
+    magnitude_beta: float | None
     skip_shortcuts: bool
     skip_depthwise: bool
     head: str

@@ -12,6 +12,7 @@ from sphereify.convert.copies import skeletons
 from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UnsupportedModelError
+from sphereify.nn.magnitudes import Magnitude
 from sphereify.wording import count
 
 KEPT_SHORTCUT = "1×1 convolution on a residual shortcut"
@@ -44,6 +45,8 @@ class Decision:
     """Pooled radius ρ of a convolution, or its start; 0 is the paper's operator."""
     learn_radius: bool = False
     """True if ρ is a parameter of the layer."""
+    magnitude: Magnitude | None = None
+    """Magnitude h(‖x‖) that multiplies g(θ); None is the paper's, 1."""
     rescale: bool = False
     """True if the layer gets SphereNorm's β and γ."""
     eps: float | None = None
@@ -141,6 +144,7 @@ class ConversionPlan:
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
         radii = [f"ρ={d.radius:g}" if d.radius else "" for d in self.decisions]
+        radii = [f"{radius} {d.magnitude or ''}".strip() for d, radius in zip(self.decisions, radii, strict=True)]
         room = max(map(len, radii), default=0)
         room += room > 0
         lines = [
@@ -175,7 +179,7 @@ class ConversionPlan:
             "inputs": self.inputs,
             "notes": self.notes,
             "details": self.details,
-            "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
+            "decisions": [_plain(decision) for decision in self.decisions],
         }
         return json.dumps(plain, indent=1)
 
@@ -216,6 +220,14 @@ def _observed(model: nn.Module, inputs: Inputs) -> Observation:
     raise does_not_run("verify", model, failed[0].arguments, failed[0].error)
 
 
+def _plain(decision: Decision) -> dict[str, Any]:
+    """A decision as plain JSON values. One without a magnitude says nothing of it, as before there were any."""
+    plain = dataclasses.asdict(decision)
+    if plain["magnitude"] is None:
+        del plain["magnitude"]
+    return plain
+
+
 def _decision(plain: dict[str, Any], version: int) -> Decision:
     """A decision from its JSON, of this or an earlier version of the format."""
     fields = {**plain, "aliases": tuple(plain["aliases"]), "shape": tuple(plain["shape"])}
@@ -223,4 +235,6 @@ def _decision(plain: dict[str, Any], version: int) -> Decision:
         fields["output_read_only"] = fields.pop("only_read")
     if (call := plain["call"]) is not None:
         fields["call"] = Call(**{**call, "shape": tuple(call["shape"])})
+    if (magnitude := plain.get("magnitude")) is not None:
+        fields["magnitude"] = Magnitude(**magnitude)
     return Decision(**fields)

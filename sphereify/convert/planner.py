@@ -23,7 +23,7 @@ from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
 from sphereify.errors import NoEffectError, UnsupportedModelError, UsageError, option
 from sphereify.head_numbers import HEAD_NUMBERS, head_number
-from sphereify.nn import AngularHead, LearnableSigmoidOperator
+from sphereify.nn import AngularHead, LearnableSigmoidOperator, Magnitude
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns
@@ -217,14 +217,16 @@ class _Planner:
             numbers: dict[str, Any] = {name: head_number(name, kind, value) for name, value in given.items()}
             gradient = None if self.options.margin_gradient == "true" else self.options.margin_gradient
             return replace(decision, reason=HEAD_REASONS[kind], head=kind, margin_gradient=gradient, **numbers)
-        rescale, drops_norm, reason = self._rescale(site, setting)
+        magnitude, rows = self._magnitude(site, setting)
+        rescale, drops_norm, reason = self._rescale(site, setting, magnitude)
         radius, without = self._radius(site, setting)
-        lost = "" if radius else FEW_INPUTS.get(site.fan_in, "")
+        lost = "" if radius or magnitude.form != "sphere" else FEW_INPUTS.get(site.fan_in, "")
         return replace(
             decision,
-            reason="; ".join(filter(None, (reason, without, lost))),
+            reason="; ".join(filter(None, (reason, without, rows, lost))),
             radius=radius,
             learn_radius=self.options.learn_radius and radius > 0,
+            magnitude=None if magnitude.is_sphere else magnitude,
             rescale=rescale,
             drops_norm=drops_norm,
             eps=self.options.eps,
@@ -340,7 +342,20 @@ class _Planner:
             return 0.0, f"{CAUSAL}, {site.causal}"
         return float(asked), ""
 
-    def _rescale(self, site: Site, setting: Any) -> tuple[bool, bool, str]:
+    def _magnitude(self, site: Site, setting: Any) -> tuple[Magnitude, str]:
+        """The magnitude of a site, and the reason why its ρ is relative to the data although it was not asked for."""
+        try:
+            asked = self.options.magnitude_of(setting)
+        except UsageError as error:  # an override gives a number alone, and the form does not take it
+            raise UsageError(f"{option('overrides')}: {site.name}: {error}") from None
+        rows = asked.of_rows()
+        if rows != asked and site.kind == "linear":
+            return rows, "a linear map has no patches: ρ of its magnitude is relative to the data"
+        if rows != asked and site.causal and "magnitude_mean" not in setting:
+            return rows, f"ρ of its magnitude is relative to the data: causal, {site.causal}"
+        return asked, ""
+
+    def _rescale(self, site: Site, setting: Any, magnitude: Magnitude) -> tuple[bool, bool, str]:
         """True if the layer gets β and γ, True if the following norm is dropped, and the reason."""
         policy = setting.get("rescale", self.options.rescale)
         if self.options.norm == "replace" and site.norm and site.owns_norm and policy != "never":
@@ -353,6 +368,8 @@ class _Planner:
             return False, False, "no rescaling"
         if site.norm:
             return False, False, f"{site.norm} rescales"
+        if magnitude.keeps_scale:
+            return False, False, "both lengths are kept: no rescaling"
         if site.foreign_norm:
             return True, False, f"{site.foreign_norm} normalizes along another axis: SphereNorm rescaling"
         return True, False, "no norm follows: SphereNorm rescaling"

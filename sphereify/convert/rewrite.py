@@ -25,6 +25,7 @@ from sphereify.head_numbers import HEAD_NUMBERS
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
+from sphereify.nn.magnitudes import SPHERE
 from sphereify.nn.operators import CLASSES, make_operator
 
 TWINS: dict[str, Any] = {
@@ -167,6 +168,8 @@ def _make_twin(plain: nn.Module, decision: Decision, operators: _Operators) -> n
         values = {name: getattr(decision, name) for name in names if getattr(decision, name) is not None}
         return AngularHead.from_linear(plain, kind=decision.head, operator=operator, **values)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"operator": operator, "rescale": decision.rescale, "eps": decision.eps}
+    if decision.magnitude is not None:
+        settings["magnitude"] = decision.magnitude
     if decision.kind != "linear":
         settings |= {"radius": decision.radius, "learn_radius": decision.learn_radius}
     twin: AngularLayer = TWINS[decision.kind](plain, **settings)
@@ -194,6 +197,7 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
         eps=decision.eps or DEFAULT_EPS,
         radius=decision.radius,
         learn_radius=decision.learn_radius,
+        magnitude=decision.magnitude or SPHERE,
         columns=decision.call.transposed,
         groups=decision.call.groups,
         device=weight.device,
@@ -202,13 +206,25 @@ def _make_call(model: nn.Module, decision: Decision, operators: _Operators) -> A
     call.train(owner.training)
     filters = weight.detach().t() if decision.call.transposed else weight
     if call.beta is not None and tuple(filters.shape) == decision.shape:
-        start_beta(call.beta, Filters(decision.shape, filters, None, operator, radius=call.radius_value, eps=call.eps))
+        start_beta(
+            call.beta,
+            Filters(
+                decision.shape,
+                filters,
+                None,
+                operator,
+                radius=call.radius_value,
+                magnitude=call.magnitude,
+                eps=call.eps,
+            ),
+        )
     return call
 
 
 def _filters_of(twin: Any) -> Filters:
     radius, groups = getattr(twin, "radius_value", 0.0), getattr(twin, "groups", 1)
-    return Filters(tuple(twin.weight.shape), twin.weight, twin.bias, twin.operator, groups, radius, twin.eps)
+    shape = tuple(twin.weight.shape)
+    return Filters(shape, twin.weight, twin.bias, twin.operator, groups, radius, twin.magnitude, twin.eps)
 
 
 def _filters_of_call(model: nn.Module, decision: Decision, call: AngularCall) -> Filters | None:
@@ -223,7 +239,9 @@ def _filters_of_call(model: nn.Module, decision: Decision, call: AngularCall) ->
         bias = getattr(submodule(model, decision.name), "bias", None)
         if not isinstance(bias, torch.Tensor) or len(bias) != decision.shape[0]:
             return None
-    return Filters(decision.shape, weight, bias, call.operator, call.groups, call.radius_value, call.eps)
+    return Filters(
+        decision.shape, weight, bias, call.operator, call.groups, call.radius_value, call.magnitude, call.eps
+    )
 
 
 def _statistics(

@@ -1,7 +1,8 @@
 """Start values of a converted layer and of the BatchNorm behind it, from the weights alone: no data is seen.
 
 For filters of random directions cos θ has mean 0 and variance 1 / fan_in, with a pooled radius ρ 1 / (fan_in·(1+ρ²)).
-Most angles lie near π/2, where g(θ) is nearly cos θ times the slope of g there.
+Most angles lie near π/2, where g(θ) is nearly cos θ times the slope of g there. A magnitude is taken at the mean length
+of patches.
 """
 
 import math
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sphereify.nn.operators import is_built_in
+from sphereify.nn.magnitudes import SPHERE, Magnitude
+from sphereify.nn.operators import CosineOperator, is_built_in
 
 FEW_CHANNELS = 4
 """Channels of a filter that sees an image, or in a depthwise convolution one channel of features."""
@@ -19,7 +21,7 @@ FEW_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters of a layer or call that is converted, and the g(θ) that they get."""
+    """The filters of a layer or call that is converted, and the h(‖x‖)·g(θ) that they get."""
 
     shape: tuple[int, ...]
     """Filters first, as `weight`."""
@@ -29,6 +31,7 @@ class Filters:
     operator: Any
     groups: int = 1
     radius: float = 0.0
+    magnitude: Magnitude = SPHERE
     eps: float = 0.0
 
     @property
@@ -46,21 +49,43 @@ class Filters:
         assert self.weight is not None
         return ~self.weight.detach().flatten(1).any(1)
 
-    def slopes(self) -> Any:
-        """The factor from w·x / (‖w‖·‖x‖) to g(θ) for a patch of usual length: a number, or one for each filter."""
-        return _slope_at_right_angles(self.operator, self.shape[0]) / math.sqrt(1 + self.radius**2)
+    @property
+    def is_unchanged(self) -> bool:
+        """True if the layer computes what it did before the conversion."""
+        return self.magnitude.keeps_scale and type(self.operator) is CosineOperator and not self.radius
+
+    def gains(self, patches: Any) -> Any:
+        """The factor from w·x / (‖w‖·‖x‖) to the output, for patches of the length `patches`.
+
+        Both are a number, or one for each filter.
+        """
+        gains = _slope_at_right_angles(self.operator, self.shape[0]) / math.sqrt(1 + self.radius**2)
+        if self.magnitude.form != "sphere":
+            is_number = not isinstance(patches, Tensor)
+            sizes = self.magnitude.at_mean(torch.tensor(patches, device="cpu") if is_number else patches)
+            gains = gains * (float(sizes) if is_number else sizes)
+        if self.magnitude.weighted and self.weight is not None:
+            gains = gains * (self.lengths() ** 2 + self.eps).sqrt()
+        return gains
+
+    def usual_gains(self) -> Any:
+        """The same for inputs of unit RMS."""
+        return self.gains(math.sqrt(self.fan_in))
 
 
-def start_beta(beta: Tensor, filters: Filters) -> None:
-    """Start β where β·g(θ) is nearly the inner product that was there before, for inputs of unit RMS.
+def start_beta(beta: Tensor, filters: Filters, patches: float | None = None) -> None:
+    """Start β where the output is nearly the inner product that was there before.
+
+    It is so for patches of the length `patches`; by default for inputs of unit RMS.
 
     The filters then have the gradient that they had, too. So have filters of zeros, which g(θ) divides by √ε and not by
     0: with a β of √(ε·fan_in) such a layer is the zero map until it is trained. With a β of 0 nothing in it would move.
     """
-    if filters.weight is not None:
+    if filters.weight is not None and not filters.is_unchanged:
         with torch.no_grad():
             lengths = filters.lengths().clamp_min(math.sqrt(filters.eps))
-            beta.copy_(lengths * math.sqrt(filters.fan_in) / filters.slopes())
+            patches = patches or math.sqrt(filters.fan_in)
+            beta.copy_(lengths * patches / filters.gains(patches))
 
 
 def start_classes(weight: Tensor) -> None:
@@ -107,13 +132,13 @@ def statistics_behind(norm: Any, filters: Filters, beta: Tensor | None) -> Stati
     A fresh BatchNorm gets those of filters of random directions. One with trained statistics gets those with which it
     scales and shifts each channel as before, if patches are as long as the statistics suggest.
     """
-    if not has_statistics(norm) or norm.running_mean.is_meta:
+    if not has_statistics(norm) or norm.running_mean.is_meta or (filters.is_unchanged and beta is None):
         return None
     with torch.no_grad():
         scale: Any = 1.0 if beta is None else beta.float()
         shift: Any = 0.0 if filters.bias is None else filters.bias.float()
         zeros = torch.zeros_like(norm.running_mean, dtype=torch.float32)
-        fresh = Statistics(zeros + shift, zeros + (scale * filters.slopes()) ** 2 / filters.fan_in)
+        fresh = Statistics(zeros + shift, zeros + (scale * filters.usual_gains()) ** 2 / filters.fan_in)
         if not is_trained(norm):
             return fresh
         if filters.weight is None:
@@ -134,7 +159,7 @@ def take_over_norm(beta: Tensor, shift: Tensor, norm: Any, filters: Filters) -> 
             beta.copy_(scale / _factors(norm, filters))
         else:
             moved = torch.zeros_like(beta, dtype=torch.float32)
-            beta.copy_(norm.weight.float() * math.sqrt(filters.fan_in) / filters.slopes())
+            beta.copy_(norm.weight.float() * math.sqrt(filters.fan_in) / filters.usual_gains())
         shift.copy_(moved if norm.bias is None else norm.bias.float() + moved)
 
 
@@ -152,7 +177,7 @@ def _factors(norm: Any, filters: Filters) -> Tensor:
     sums = (squares.view(filters.groups, -1) * tells).sum(1, keepdim=True)
     grouped = (sums / tells.sum(1, keepdim=True).clamp_min(1)).expand_as(tells)
     patches = (grouped.reshape(-1) * filters.fan_in / _alignment(filters.shape) + filters.eps).sqrt()
-    return filters.slopes() / (lengths * patches)
+    return filters.gains(patches) / (lengths * patches)
 
 
 def _alignment(shape: tuple[int, ...]) -> float:

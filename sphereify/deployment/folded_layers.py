@@ -6,6 +6,9 @@ With unit filters ŵ, N the norm of the patch, and a following normalization s·
     linear      a·arcsin(ŵ·x / N) + b                                 a = s·β·2/π
     sigmoid     a·(logistic(c·arcsin(ŵ·x / N)) - ½) + b               a = 2·s·β / tanh(π/4k), c = 1/k
 
+Of the magnitudes, filter lengths are a part of a, and a layer that is plain again (magnitude linear, cosine, no radius)
+is torch's own; the others depend on each patch, and such layers are not folded.
+
 The convolution is one call of torch's; then the output is passed over once, in place. Where a window is one position
 and has fewer channels than there are filters, the input is divided instead, and b added by the convolution itself.
 """
@@ -24,6 +27,7 @@ from sphereify.errors import UnsupportedModelError
 from sphereify.head_numbers import HEAD_NUMBERS
 from sphereify.nn import passes
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
+from sphereify.nn.decoupled import filter_norms
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, project, resolve
 from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
 from sphereify.nn.layers import (
@@ -58,6 +62,9 @@ Layer = TypeVar("Layer", bound="FoldedLayer")
 ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "hardswish": F.hardswish}
 """Activations that can be part of a folded layer, by name; each takes `inplace`."""
 
+PLAIN = "plain"
+"""The curve of a layer that has become an inner product again."""
+
 
 class Affine(NamedTuple):
     """y -> scale·y + shift for each channel; both of shape (channels,), in float64."""
@@ -74,7 +81,8 @@ class FoldedLayer(nn.Module):
         bias: b of shape (filters,), or None.
         scale: a of shape (filters,), or None where it is 1 or part of the weight.
         sharpness: c of the sigmoid, of shape (filters,) or (1,), else None.
-        curve: the operator's name, or "own" for an operator object of the user's, which stays as it is.
+        curve: the operator's name, "own" for an operator object of the user's, which stays as it is, or "plain" for an
+            inner product that nothing divides.
         activation: a name of `ACTIVATIONS` that comes behind it all, or None.
 
     Gradients flow to the input. `train()` is refused with an `UnsupportedModelError`.
@@ -224,6 +232,8 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
 
     @one_node
     def forward(self, input: Tensor) -> Tensor:
+        if self.curve == PLAIN:
+            return self._activated(super().forward(input))
         padded, padding = self._padded(input)
         kernel = self.weight.shape[2:]
         x, projection = resolve(padded, kernel, self.stride, padding, self.dilation, self.groups)
@@ -316,6 +326,8 @@ class FoldedLinear(FoldedLayer, nn.Linear):
                 f"a BatchNorm was folded into this linear map, which takes (B, {self.in_features}) then, and got "
                 f"{tuple(input.shape)}"
             )
+        if self.curve == PLAIN:
+            return self._activated(super().forward(input))
         dtype = compute_dtype(input, self.weight)
         rows = input if input.dim() > 1 else input.unsqueeze(0)
         rows = self._fit_into(dtype, rows)
@@ -430,7 +442,12 @@ def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
     if affine is not None:
         shift = affine.shift if shift is None else affine.scale * shift + affine.shift
         scale = affine.scale if scale is None else affine.scale * scale
+    if layer.magnitude.weighted:
+        lengths = filter_norms(layer.weight.detach().double(), layer.eps)
+        scale = lengths if scale is None else lengths * scale
     twin._fold(layer.operator, scale, shift)
+    if layer.is_plain:
+        twin.curve = PLAIN
     return twin
 
 

@@ -23,6 +23,7 @@ from sphereify.deployment.comparison import check_outputs
 from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
 from sphereify.errors import PlanMismatchError, UsageError
 from sphereify.nn import AngularHead
+from sphereify.nn.decoupled import Decoupled, check_complete
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name
 from sphereify.nn.layers import AngularLayer
 from sphereify.wording import count
@@ -78,8 +79,8 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
     """Fold a model for inference: the same outputs up to rounding, at about the cost of the network before conversion.
 
     Filter norms, β, γ, a learnable k and a following BatchNorm in evaluation become constants of the layer. Whatever
-    cannot be folded soundly (weights that are computed, functional calls, normalizations that something else reads)
-    stays as it is and is named in `model.folding.left`.
+    cannot be folded soundly (weights that are computed, functional calls, magnitudes, normalizations that something
+    else reads) stays as it is and is named in `model.folding.left`.
 
     How far rounding reaches is a matter of the network: one that amplifies the rounding of fp32, as networks with many
     depthwise convolutions do, differs as much from its own result in float64 as the folded one differs from it.
@@ -114,6 +115,7 @@ def fold(model: nn.Module, example_inputs: Inputs = None, *, inplace: bool = Fal
     if is_folded(model):
         raise UsageError(f"fold: this {type(model).__name__} is folded already")
     check_model(model)
+    check_complete(model, "fold")
     folding = _plan_folding(model, example_inputs)
     if example_inputs is not None:
         check_outputs(model, lambda network: apply_folding(network, folding), example_inputs)
@@ -194,6 +196,8 @@ def _reason_to_leave(layer: nn.Module) -> str:
         return f"{class_name(layer)} is a subclass and may compute something else"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
+    if isinstance(layer, Decoupled) and layer.magnitude.form != "sphere" and not layer.is_plain:
+        return f"its magnitude ({layer.magnitude.form}) depends on the length of each patch"
     if "weight" not in layer._parameters or _computes_weights(layer):
         return "its weight is computed in each pass"
     return ""

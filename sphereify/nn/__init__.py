@@ -4,6 +4,7 @@ from sphereify.nn.annealing import MarginAnnealing
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.layers import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.nn.losses import AngularLoss
+from sphereify.nn.magnitudes import Magnitude
 from sphereify.nn.metric_loss import as_metric_loss
 from sphereify.nn.operators import (
     AngularOperator,
@@ -25,6 +26,7 @@ __all__ = [
     "HypersphericalEnergy",
     "LearnableSigmoidOperator",
     "LinearOperator",
+    "Magnitude",
     "MarginAnnealing",
     "OrthogonalityPenalty",
     "SigmoidOperator",

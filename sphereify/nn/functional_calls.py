@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from sphereify.errors import UnsupportedModelError, option
 from sphereify.nn.attention import Project, attend
+from sphereify.nn.decoupled import Decoupled, decoupled
 from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear, writable
+from sphereify.nn.magnitudes import SPHERE, Magnitude
 from sphereify.nn.radius import HasRadius
 from sphereify.nn.tracing import node_of, one_node, tracer_of
 
@@ -113,7 +115,7 @@ ANGULAR: dict[str, Callable[..., Tensor]] = {
 """The angular function of each kind, which takes the place of torch's."""
 
 
-class AngularCall(HasRadius):
+class AngularCall(HasRadius, Decoupled):
     """The operator, β and γ of one functional call.
 
     Args:
@@ -122,7 +124,7 @@ class AngularCall(HasRadius):
         operator: an operator object.
         rescale: learn `beta` and, unless the call passes a bias, `gamma`.
         has_bias: the call passes a bias, which then is γ.
-        eps, radius, learn_radius: as `SphereConv2d`; a linear map has no radius.
+        eps, radius, learn_radius, magnitude: as `SphereConv2d`; a linear map has no radius.
         columns: the filters are the columns of the weight that is passed.
         groups: number of groups of the convolution.
     """
@@ -141,6 +143,7 @@ class AngularCall(HasRadius):
         eps: float,
         radius: float = 0.0,
         learn_radius: bool = False,
+        magnitude: Magnitude = SPHERE,
         columns: bool = False,
         groups: int = 1,
         device: Any = None,
@@ -156,6 +159,7 @@ class AngularCall(HasRadius):
         self.eps = eps
         ones = torch.ones(filters, device=device, dtype=dtype)
         self._set_radius(radius, learn_radius, ones)
+        self._set_magnitude(magnitude, filters, ones)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         self.register_parameter("gamma", nn.Parameter(torch.zeros_like(ones)) if rescale and not has_bias else None)
 
@@ -165,6 +169,8 @@ class AngularCall(HasRadius):
         beta, gamma = (None if values is None else values[rows] for values in (self.beta, self.gamma))
         # A call may pass a bias where none was passed when the model was converted.
         shift = call.bias if gamma is None else gamma if call.bias is None else gamma + call.bias
+        if self.is_decoupled:
+            return decoupled(self, call.x, call.weight, shift, call.geometry, beta, rows)
         pooled = {"radius": self.radius} if call.geometry else {}
         y = ANGULAR[self.kind](
             call.x, call.weight, self.operator, shift, *call.geometry, eps=self.eps, beta=beta, **pooled
@@ -176,7 +182,8 @@ class AngularCall(HasRadius):
         return self(Arguments(x, weight, bias), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}{self._radius_repr()}"
+        own = f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
+        return own + self._radius_repr() + self._magnitude_repr()
 
 
 class _Answer(TorchFunctionMode):

@@ -9,6 +9,7 @@ from sphereify import choices
 from sphereify.errors import UsageError, choose
 from sphereify.head_numbers import HEAD_NUMBERS, head_number
 from sphereify.nn import margins
+from sphereify.nn.decoupled import mixed
 from sphereify.nn.functional import Operator, sphere_linear
 from sphereify.nn.layers import adopted
 from sphereify.nn.merged_filters import HasDirections
@@ -67,6 +68,7 @@ class AngularHead(HasDirections):
         `AngularLoss`; all else is a plain tensor for `F.cross_entropy`. Logits are fp32 under autocast.
 
     Attributes:
+        morph: t of `sphereify.nn.decoupled`, in [0, 1]; below 1 the scores are still partly those of the plain layer.
         training_logits: True if a margin head computes logits in training. Without, `AngularLoss(..., chunk_size=…)` or
             `sampled_classes=…` never needs all of them at once: for very many classes.
         common_bias: b of sphereface2, of shape (1,), else None. It starts where positives and negatives are in balance.
@@ -81,6 +83,7 @@ class AngularHead(HasDirections):
     weight: Any
     bias: Any
     common_bias: Any
+    morph: float = 1.0
     training_logits: bool
     margin: float
     scale: float
@@ -203,16 +206,27 @@ class AngularHead(HasDirections):
         precise = accumulate_dtype(x.dtype)
         with no_autocast(x.device.type):
             features = x.to(precise)
-            g = sphere_linear(features, weight.to(precise), operator, None, eps)
+            weight = weight.to(precise)
+            g = sphere_linear(features, weight, operator, None, eps)
             if self.kind == "sphereface2":
                 spread = similarity(g, self.similarity_power)
                 logits = (with_value(g, spread) if detached else spread) * self.scale + self.common_bias.to(precise)
             else:
-                logits = g * (self.scale if self.has_scale else length_of(features, eps))
+                scale = self.scale if self.has_scale else length_of(features, eps)
+                if self.morph < 1:
+                    g, scale = self._between(g, scale, features, weight, eps)
+                logits = g * scale
             if bias is not None:
                 shift = bias.to(precise)  # in place, since logits of very many classes are large
                 logits = logits + shift if torch.compiler.is_compiling() else logits.add_(shift)
         return logits if x.dtype is not self.weight.dtype else logits.to(x.dtype)
+
+    def _between(self, g: Tensor, scale: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
+        """g and the scale on the way from the plain layer, whose scores are ‖w‖·‖x‖·cos θ."""
+        t = self.morph
+        g = mixed(g, lambda: sphere_linear(x, weight, CosineOperator(), None, eps), self)
+        lengths = length_of(weight, eps).squeeze(-1)
+        return g * lengths.pow(1 - t), length_of(x, eps).pow(1 - t) * scale**t
 
     def target_logit(self, x: Tensor, targets: Tensor, annealing: Tensor | float = 0.0) -> Tensor:
         """The score of each sample's own class, in training: with the margin, if this head has one.

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.choices import DEFAULT_EPS
-from sphereify.errors import UsageError, wrong_type
+from sphereify.errors import UsageError, option, wrong_type
+from sphereify.nn.decoupled import Decoupled, decoupled
 from sphereify.nn.functional import (
     Operator,
     sphere_conv1d,
@@ -22,6 +23,7 @@ from sphereify.nn.functional import (
     sphere_linear,
     writable,
 )
+from sphereify.nn.magnitudes import Magnitude, make_magnitude
 from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import make_operator
 from sphereify.nn.radius import HasRadius, check_radius
@@ -32,20 +34,18 @@ Ints = int | tuple[int, ...]
 """One number for all dimensions of space, or one for each."""
 
 
-class AngularLayer(HasDirections):
-    """The operator, ε, and SphereNorm's β and γ of an angular layer."""
+class AngularLayer(HasDirections, Decoupled):
+    """The operator, ε, the magnitude, and SphereNorm's β and γ of an angular layer."""
 
     plain_class: ClassVar[type[nn.Module]]
     """torch's layer that it replaces."""
-    operator: Any
     beta: nn.Parameter | None
     gamma: nn.Parameter | None
-    weight: Any
     bias: Any
     output_read_only: bool
     """True if nothing changes the output in place, because a normalization alone reads it; it is then not copied."""
 
-    def _make_angular(self, operator: str | Operator, rescale: bool, eps: float) -> None:
+    def _make_angular(self, operator: str | Operator, rescale: bool, eps: float, magnitude: Magnitude) -> None:
         if not eps > 0:
             raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
         filters = self.weight.shape[0]
@@ -55,6 +55,7 @@ class AngularLayer(HasDirections):
         self.operator = g
         self.eps = eps
         self.output_read_only = False
+        self._set_magnitude(magnitude, filters, self.weight)
         ones = torch.ones(filters, device=self.weight.device, dtype=self.weight.dtype)
         self.register_parameter("beta", nn.Parameter(ones) if rescale else None)
         # A bias is γ already; a second number added to the same channel would be trained twice as fast.
@@ -67,7 +68,14 @@ class AngularLayer(HasDirections):
         return self.beta is not None
 
     @classmethod
-    def _adopt(cls: type[Layer], plain: nn.Module, operator: str | Operator, rescale: bool, eps: float) -> Layer:
+    def _adopt(
+        cls: type[Layer],
+        plain: nn.Module,
+        operator: str | Operator,
+        rescale: bool,
+        eps: float,
+        magnitude: Magnitude,
+    ) -> Layer:
         """An angular layer with the parameters, hooks, flags and attributes of a plain one.
 
         The whole state is taken over rather than a list of names, so that attributes of the user's come along.
@@ -76,7 +84,7 @@ class AngularLayer(HasDirections):
             raise wrong_type(cls.__name__, plain, f"a torch.nn.{cls.plain_class.__name__}")
         layer = cls.__new__(cls)
         layer.__dict__.update(adopted(plain))
-        layer._make_angular(operator, rescale, eps)
+        layer._make_angular(operator, rescale, eps, magnitude)
         return layer
 
     @property
@@ -92,7 +100,7 @@ class AngularLayer(HasDirections):
     def extra_repr(self) -> str:
         # An operator that is a module is listed as a child of this one.
         operator = "" if isinstance(self.operator, nn.Module) else f", operator={_name_of(self.operator)}"
-        return f"{super().extra_repr()}{operator}, rescale={self.rescale}, eps={self.eps:g}"
+        return f"{super().extra_repr()}{operator}, rescale={self.rescale}, eps={self.eps:g}{self._magnitude_repr()}"
 
 
 def _name_of(function: Any) -> str:
@@ -149,11 +157,13 @@ class _SphereConv(AngularLayer, HasRadius, ConvGeometry):
         rescale: bool = False,
         radius: float = 0.0,
         learn_radius: bool = False,
+        magnitude: str | Magnitude = "sphere",
+        weighted: bool = False,
         eps: float = DEFAULT_EPS,
     ):
         geometry: tuple[Any, ...] = (kernel_size, stride, padding, dilation, groups)
         super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
-        self._make_angular(operator, rescale, eps)
+        self._make_angular(operator, rescale, eps, make_magnitude(magnitude, weighted))
         self._set_radius(radius, learn_radius, self.weight)
 
     @classmethod
@@ -165,18 +175,21 @@ class _SphereConv(AngularLayer, HasRadius, ConvGeometry):
         rescale: bool = False,
         radius: float = 0.0,
         learn_radius: bool = False,
+        magnitude: str | Magnitude = "sphere",
+        weighted: bool = False,
         eps: float = DEFAULT_EPS,
     ) -> Layer:
         """The angular twin of torch's convolution `conv`, with the same parameters, hooks, mode and attributes.
 
-        Nothing is copied, so an optimizer of `conv` trains the twin, except for its k, β, γ and ρ.
+        Nothing is copied, so an optimizer of `conv` trains the twin, except for its k, β, γ, ρ and that of its
+        magnitude.
 
         Raises:
-            UsageError: an unknown operator, eps ≤ 0, or a radius that is not valid.
+            UsageError: an unknown operator or magnitude, eps ≤ 0, or a radius that is not valid.
             ArgumentTypeError: not a convolution of as many dimensions.
         """
         check_radius(radius, learn_radius)
-        layer: Any = cls._adopt(conv, operator, rescale, eps)
+        layer: Any = cls._adopt(conv, operator, rescale, eps, make_magnitude(magnitude, weighted))
         layer._set_radius(radius, learn_radius, layer.weight)
         return layer  # type: ignore[no-any-return]
 
@@ -184,6 +197,8 @@ class _SphereConv(AngularLayer, HasRadius, ConvGeometry):
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
+        if self.is_decoupled:
+            return decoupled(self, input, self.weight, self._shift, geometry, self.beta)
         y = type(self)._sphere_conv(
             input, self.weight, self.operator, self._shift, *geometry, self.eps, self.beta, self.radius
         )
@@ -212,13 +227,17 @@ class SphereConv2d(_SphereConv, nn.Conv2d):
         radius: ρ ≥ 0, the pooled radius (see `sphereify.nn.radius`). 0 is the paper's operator; with a larger ρ patches
             keep their relative lengths within an input. Usual: 1 to 4.
         learn_radius: learn ρ, starting at `radius`, as `log_radius`.
+        magnitude: h(‖x‖), which multiplies g(θ): a name from `sphereify.choices.MAGNITUDES`, or a
+            `sphereify.nn.Magnitude` with numbers of your own. "sphere" is 1.
+        weighted: multiply by ‖w‖ as well. With "linear" and the cosine operator that is a plain convolution.
         eps: > 0, added to both squared norms.
 
     Shape:
-        (B, C, H, W) or (C, H, W) -> as `torch.nn.Conv2d`. Values lie in [-1, 1] before bias and rescaling.
+        (B, C, H, W) or (C, H, W) -> as `torch.nn.Conv2d`. Values of g lie in [-1, 1] before magnitude, bias and
+        rescaling.
 
     Raises:
-        UsageError: an unknown operator, eps ≤ 0, or a radius that is not valid.
+        UsageError: an unknown operator or magnitude, eps ≤ 0, or a radius that is not valid.
 
     >>> SphereConv2d(3, 8, 3, padding=1, operator="linear")(torch.zeros(1, 3, 5, 5)).shape
     torch.Size([1, 8, 5, 5])
@@ -240,13 +259,14 @@ class SphereLinear(AngularLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        operator, rescale, eps: as `SphereConv2d`, with β, γ of shape (out_features,).
+        operator, rescale, weighted, eps: as `SphereConv2d`, with β, γ of shape (out_features,).
+        magnitude: as `SphereConv2d`. An input is a single row, so a ρ is relative to the running mean of the data.
 
     Shape:
         (*, in_features) -> (*, out_features)
 
     Raises:
-        UsageError: an unknown operator or eps ≤ 0.
+        UsageError: an unknown operator or magnitude, or eps ≤ 0.
     """
 
     plain_class = nn.Linear
@@ -261,10 +281,12 @@ class SphereLinear(AngularLayer, nn.Linear):
         *,
         operator: str | Operator = "cosine",
         rescale: bool = False,
+        magnitude: str | Magnitude = "sphere",
+        weighted: bool = False,
         eps: float = DEFAULT_EPS,
     ):
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._make_angular(operator, rescale, eps)
+        self._make_angular(operator, rescale, eps, _of_rows(magnitude, weighted))
 
     @classmethod
     def from_linear(
@@ -273,11 +295,28 @@ class SphereLinear(AngularLayer, nn.Linear):
         *,
         operator: str | Operator = "cosine",
         rescale: bool = False,
+        magnitude: str | Magnitude = "sphere",
+        weighted: bool = False,
         eps: float = DEFAULT_EPS,
     ) -> "SphereLinear":
         """The angular twin of `linear`, with the same parameters; see `SphereConv2d.from_conv`."""
-        return cls._adopt(linear, operator, rescale, eps)
+        return cls._adopt(linear, operator, rescale, eps, _of_rows(magnitude, weighted))
 
     @one_node
     def forward(self, input: Tensor) -> Tensor:
+        if self.is_decoupled:
+            return decoupled(self, input, self.weight, self._shift, (), self.beta)
         return self._own(sphere_linear(input, self.weight, self.operator, self._shift, self.eps, self.beta))
+
+
+def _of_rows(magnitude: str | Magnitude, weighted: bool) -> Magnitude:
+    """The magnitude of a linear map: by name it is relative to the data."""
+    if isinstance(magnitude, str):
+        return make_magnitude(magnitude, weighted).of_rows()
+    made = make_magnitude(magnitude, weighted)
+    if made != made.of_rows():
+        raise UsageError(
+            f"{option('magnitude')}: ρ is relative to the mean norm of each input, but an input of a linear map is one "
+            f"row; take {option('mean', 'data')}"
+        )
+    return made

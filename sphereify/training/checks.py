@@ -16,6 +16,7 @@ from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
+from sphereify.training.morph import check_morph
 from sphereify.training.objective import energy_of, logits_of, margin_head
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
@@ -41,6 +42,8 @@ def check_run(
     check_sampling(model, settings, teacher)
     if settings.terms.mhe:
         energy_of(settings.terms).check(model, "mhe_dimensions")
+    if settings.morph:
+        check_morph(model)
     _check_amount(data, processes)
     if settings.fsdp and processes.world == 1:
         raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")

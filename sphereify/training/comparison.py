@@ -16,13 +16,14 @@ from torch import nn
 from sphereify import choices
 from sphereify.artifact import load
 from sphereify.conversion import sphereify
-from sphereify.datasets import Data
+from sphereify.datasets import Data, training_images
 from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.files import write_text
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.checks import check_mixup, check_sampling
 from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
+from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.recipe import with_recipe
 from sphereify.training.results import Epoch, Result, Step
 from sphereify.training.robustness import Robustness, check_corruptible, corrupted_accuracies, rival_of
@@ -315,12 +316,17 @@ def train_once(
     """
     folder = RunFolder(output)
     model = build_variant(build, variant, settings)
-    calibrated = variant.options is not None and learned != NOTHING and calibration_images > 0
+    if variant.options is None:
+        settings = dataclasses.replace(settings, morph=0.0)  # the original stays what it is
+    calibrated = variant.options is not None and learned != NOTHING and calibration_images > 0 and not settings.morph
     kept = {"learned": learned, "calibration_images": calibration_images} if calibrated else {}
     _check_same_variant(folder, {**_identity(model, data, variant, settings), **kept})
     if folder.summary.is_file():
         return _read_result(folder)
     resume = bool(checkpoints(folder.checkpoints))
+    if settings.morph:
+        original = build_variant(build, Variant("original", None), settings)
+        start_as_original(model, original, training_images(data, LENGTH_IMAGES))
     if calibrated and not resume:
         original = build_variant(build, Variant("original", None), settings)
         device = settings.chosen_device

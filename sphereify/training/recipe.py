@@ -61,9 +61,9 @@ def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, An
 
     Args:
         plain: the network before its conversion. One without a convolution that may pool gets no radius.
-        conversion: keyword arguments of `sphereify`.
+        conversion: keyword arguments of `sphereify`. With a magnitude of their own they get no radius.
     """
-    if conversion.get("radius") is not None:
+    if conversion.get("radius") is not None or conversion.get("magnitude", "sphere") != "sphere":
         return dict(conversion)
     pooled = {**conversion, "radius": GENTLE_RADIUS}
     try:

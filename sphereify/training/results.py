@@ -45,6 +45,8 @@ class Epoch:
     """Learned radius ρ of each layer that has one."""
     energy: dict[str, float] = field(default_factory=dict)
     """Hyperspherical energy of each layer."""
+    morph: float = 1.0
+    """Share of the way from the original network to its conversion; 1 without `Settings.morph`."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Result:
 
     @property
     def best(self) -> Epoch:
-        """The first epoch of the highest accuracy."""
-        return max(self.epochs, key=lambda epoch: (epoch.accuracy, -epoch.number))
+        """The first epoch of the highest accuracy, of those in which the network was what it was to become."""
+        return max(self.epochs, key=lambda epoch: (epoch.morph == 1, epoch.accuracy, -epoch.number))
 
     @property
     def accuracy(self) -> float:

@@ -251,12 +251,14 @@ class TrainingRun:
                 k=learned_k(state.tested),
                 radius=learned_radii(state.tested),
                 energy=energies(state.tested),
+                morph=state.morph.share,
             )
         )
         state.start_next_epoch()
         if self.folder is not None:
             whole = state.tested if self.shards is None else self.shards.whole()
-            if whole is not None and self.processes.writes:
+            # A model on its way from the original is no artifact yet.
+            if whole is not None and self.processes.writes and state.history[-1].morph == 1:
                 self._save_models(whole, self.folder)
             self._save_checkpoint()
         if self.record is not None:

@@ -114,6 +114,15 @@ class Settings:
     warmup_head_epochs: int = option_field(
         0, "Epochs at the start in which only k, ρ, β, γ and the head train.", panel=TRAINING, at_least=0
     )
+    morph: float = option_field(
+        0.0,
+        "Share of the training over which the network moves from the original to its conversion, in [0, 1]; 0: it "
+        "starts as the conversion, calibrated where it was trained.",
+        panel=TRAINING,
+        at_least=0,
+        at_most=1,
+        usual="0.6",
+    )
     teacher_weight: float = option_field(
         0.5,
         "Share of the loss that follows the teacher, in [0, 1]; no effect without one.",
@@ -168,7 +177,12 @@ class Settings:
             )
 
     def _check_sharding(self) -> None:
+        if self.morph and self.compile:
+            raise UsageError(
+                f"{option('morph')}: does not go with {option('compile')}, since each step has other layers"
+            )
         others = {
+            option("morph"): self.morph,
             option("ema"): self.ema,
             option("amp", "fp16"): self.amp == "fp16",
             option("warmup_head_epochs"): self.warmup_head_epochs,

@@ -12,13 +12,14 @@ from torch import nn
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
-from sphereify.datasets import Data, ImageFiles
+from sphereify.datasets import Data, ImageFiles, training_images
 from sphereify.errors import DataError, UsageError, invalid, option
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
+from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.pairs import Pairs, read_pairs
 from sphereify.training.recipe import with_radius
 from sphereify.training.teacher import Original, open_teacher
@@ -49,6 +50,7 @@ def start(
     teacher: str | None = None,
     teacher_weights: str | Path | None = None,
     calibration_images: int = IMAGES,
+    morph: bool = False,
     device: str | torch.device | None = None,
 ) -> Start:
     """Open a network and its images for `finetune`.
@@ -65,6 +67,7 @@ def start(
         conversion: how to convert a plain model.
         teacher, teacher_weights: as for `open_teacher`.
         calibration_images: number of these images, ≥ 0; 0: the weights are copied, without a calibration.
+        morph: True to start as the original instead, for `Settings.morph`.
         device: where the calibration runs; default: on the CPU.
 
     Raises:
@@ -78,6 +81,11 @@ def start(
         for name, value in vars(conversion).items():
             if value != getattr(usual, name):
                 raise UsageError(f"{option(name)}: does not go with the artifact {spec}, which is converted already")
+        if morph:
+            raise UsageError(
+                f"{option('morph')}: starts from the original network, and the artifact {spec} is converted already; "
+                f"give the plain model, with {option('pretrained')} or {option('weights')}"
+            )
         model = open_model(spec, source)
         data = images.open(model)
         check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
@@ -92,7 +100,10 @@ def start(
     keywords = dict(conversion.keywords())
     model = sphereify(plain, inplace=True, **(keywords if learned == NOTHING else with_radius(plain, keywords)))
     kept, untrained = None, untrained_part(plain)
-    if learned != NOTHING and calibration_images:
+    if morph:
+        check_classes(model, data)
+        start_as_original(model, original.model, training_images(data, LENGTH_IMAGES))
+    elif learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)

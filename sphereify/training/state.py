@@ -11,6 +11,7 @@ from sphereify.datasets import Data
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import training_batches
 from sphereify.training.meter import Meter
+from sphereify.training.morph import Morph
 from sphereify.training.objective import Objective
 from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.randomness import random_state, set_random_state
@@ -36,6 +37,9 @@ class RunState:
         self.scheduler = make_schedule(self.optimizer, settings, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
+        networks = [model] if self.ema is None else [model, self.ema.module]
+        self.morph = Morph(networks, settings.morph * settings.epochs * self.steps_per_epoch)
+        self.morph.at(0)
         self.meter = Meter(device)
         self.epoch = 0
         """Epochs that are complete."""
@@ -112,6 +116,7 @@ class RunState:
         self.objective.load_state_dict(saved["objective"])
         self.epoch, self.step, self.batches.start = saved["epoch"], saved["step"], saved["batch"]
         self.meter.restore(saved["meter"][self.processes.rank])
+        self.morph.at(self.step)
         self.history = [Epoch(**row) for row in saved["history"]]
         set_random_state(saved["random"][self.processes.rank])
 

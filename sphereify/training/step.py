@@ -124,6 +124,7 @@ class TrainingStep:
         state.step += 1
         if state.ema is not None:
             state.ema.update(self.model, state.step)
+        state.morph.advance(state.step)
 
 
 def _mixup(settings: Settings, classes: int) -> Any:

@@ -112,6 +112,19 @@ OPTIONS = {
     "norm": (["--norm", "replace"], {"norm": "replace"}),
     "radius": (["--radius", "2"], {"radius": 2.0}),
     "learn_radius": (["--radius", "2", "--learn-radius"], {"radius": 2.0, "learn_radius": True}),
+    "magnitude": (["--magnitude", "log"], {"magnitude": "log"}),
+    "weighted": (["--weighted"], {"weighted": True}),
+    "magnitude_radius": (
+        ["--magnitude", "tanh", "--magnitude-radius", "0.5"], {"magnitude": "tanh", "magnitude_radius": 0.5}),
+    "magnitude_mean": (
+        ["--magnitude", "ball", "--magnitude-mean", "data"], {"magnitude": "ball", "magnitude_mean": "data"}),
+    "learn_magnitude_radius": (
+        ["--magnitude", "tanh", "--learn-magnitude-radius"], {"magnitude": "tanh", "learn_magnitude_radius": True}),
+    "magnitude_beta": (
+        ["--magnitude", "mix", "--magnitude-beta", "0.5"], {"magnitude": "mix", "magnitude_beta": 0.5}),
+    "overrides with a magnitude": (
+        ["--override", "b=magnitude:tanh,weighted:true"],
+        {"overrides": {"b": {"magnitude": "tanh", "weighted": True}}}),
     "overrides with a radius": (["--override", "b=radius:2"], {"overrides": {"b": {"radius": 2.0}}}),
     "eps": (["--eps", "0.01"], {"eps": 0.01}),
     "include": (["--include", "a"], {"include": "a"}),

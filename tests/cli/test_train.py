@@ -106,7 +106,7 @@ def test_each_option_of_finetune_reaches_the_training(run, artifact, begun):
     code, out, _ = run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")
     assert code == 0
     assert begun["settings"] == Settings(**SETTINGS, terms=Terms(**TERMS))
-    assert SETTINGS.keys() | {"fsdp"} == options_of(Settings).keys()
+    assert SETTINGS.keys() | {"fsdp", "morph"} == options_of(Settings).keys()
     assert TERMS.keys() | DETERMINANT.keys() == options_of(Terms).keys()
     assert not [name for name, value in (SETTINGS | TERMS).items() if name != "device"
                 and value in (getattr(Settings(), name, None), getattr(Terms(), name, None))]  # fmt: skip
@@ -119,6 +119,16 @@ def test_options_of_another_energy_reach_the_training(run, artifact, begun):
     given = words(DETERMINANT)
     assert run("finetune", artifact, "--data", "digits", "--img-size", 24, *given, "-o", "out")[0] == 0
     assert begun["settings"].terms == Terms(**DETERMINANT)
+
+
+def test_a_morph_begins_with_the_original_and_reaches_the_training(run, begun, own, artifact):
+    code, _, _ = run("finetune", f"{own}:small", "--data", "digits", "--morph", 0.5, "--radius", 1, "-o", "out")
+    assert code == 0
+    assert begun["settings"].morph == 0.5
+    assert begun["model"][0].morph == 0
+    code, _, err = run("finetune", artifact, "--data", "digits", "--morph", 0.5, "-o", "other")
+    assert code == 2
+    assert "--morph: starts from the original network, and the artifact" in err
 
 
 def test_the_seed_of_finetune_is_that_of_the_weights_of_a_plain_model_too(run, begun, own):

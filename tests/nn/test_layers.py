@@ -488,6 +488,8 @@ def test_signature_is_that_of_torchs_layer_with_the_options_of_an_angular_one(di
         "operator",
         "rescale",
         *(["radius", "learn_radius"] if "conv" in CLASSES[dim].__name__.lower() else []),
+        "magnitude",
+        "weighted",
         "eps",
     ]
     assert list(parameters) == [*plain, *own]
