@@ -21,12 +21,20 @@ from tests.training.small import CPU, dropout_net, images, net, state, usual
         ({"mhe_s": 2.0, "mhe_distance": "angular"}, {"s": 2.0, "distance": "angular"}),
         ({"mhe_hidden": 0.0, "mhe_output": 3.0}, {"hidden_weight": 0.0, "output_weight": 3.0}),
         ({"mhe_half_space": True}, {"half_space": True}),
+        ({"mhe_energy": "separation", "mhe_distance": "angular"}, {"energy": "separation", "distance": "angular"}),
+        ({"mhe_energy": "determinant", "mhe_gamma": 2.0}, {"energy": "determinant", "gamma": 2.0}),
+        (
+            {"mhe_energy": "compressive", "mhe_dimensions": 5, "mhe_projections": 3},
+            {"energy": "compressive", "dimensions": 5, "projections": 3},
+        ),
     ],
 )
 def test_the_energy_of_the_objective_is_the_one_asked_for(terms, options):
     model, output, targets = net(head="keep"), torch.randn(4, 3), torch.arange(4) % 3
     plain = Objective(model, Terms())(output, targets)
+    torch.manual_seed(0)
     total = Objective(model, Terms(mhe=0.25, **terms))(output, targets)
+    torch.manual_seed(0)
     torch.testing.assert_close(total - plain, 0.25 * HypersphericalEnergy(**options)(model))
 
 
