@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -198,3 +199,14 @@ def test_options_go_to_json_and_overrides_come_from_the_command_line():
     assert json.loads(options.to_json())["magnitude"] == "tanh"
     assert ConversionOptions.from_json(options.to_json()) == options
     assert copy.deepcopy(options) == options
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"])
+def test_networks_of_timm_stay_themselves_to_the_last_digit(name):
+    torch.manual_seed(0)
+    net, x = timm.create_model(name).eval(), torch.randn(2, 3, 160, 160)
+    model = sphereify(net, magnitude="linear", weighted=True, head="keep").eval()
+    assert len(model.conversion_plan.converted) > 10
+    with torch.no_grad():
+        assert torch.equal(model(x), net(x))

@@ -165,6 +165,20 @@ def test_where_the_operator_is_not_cosine_the_general_way_agrees_with_the_plain_
     torch.testing.assert_close(made(x), F.conv2d(x, made.weight, made.bias, **GEOMETRY), **CLOSE)
 
 
+@pytest.mark.parametrize("form", MAGNITUDES)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_cosine_as_one_product_is_cosine_as_any_operator_with_a_pooled_radius_too(form, rescale):
+    x, outputs = normal(2, 4, 6, 7), []
+    for operator in ("cosine", lambda cos: cos):
+        made = layer_of(form, operator, weighted=rescale, rescale=rescale, radius=1.5)
+        if rescale:
+            with torch.no_grad():
+                made.beta.copy_(normal(6, seed=4))
+        outputs.append(made(x))
+    torch.testing.assert_close(*outputs, **CLOSE)
+    assert (outputs[0] - layer_of(form, weighted=rescale, rescale=rescale)(x)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("form", ["ball", "tanh", "log", "mix"])
 def test_in_units_of_the_input_its_length_does_not_matter(form):
     made, x = layer_of(Magnitude(form, radius=1.5), bias=False), 100 * normal(2, 4, 6, 7)
