@@ -93,7 +93,8 @@ def test_in_eval_mode_it_returns_logits_that_are_saved_and_folded(kind, operator
 
 
 @pytest.mark.parametrize("kind", grid(KINDS, lambda kind: kind == "sphereface2"))
-@pytest.mark.parametrize("name", ["model.pt2", pytest.param("model.onnx", marks=pytest.mark.export)])
+@pytest.mark.export
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
 def test_an_exported_file_is_checked_against_the_model(kind, name, tmp_path):
     model = sphereify(plain(), head=kind, **KINDS[kind]).eval()
     export(model, tmp_path / name, example_inputs=inputs())

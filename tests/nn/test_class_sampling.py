@@ -8,6 +8,7 @@ import torch
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, as_metric_loss
 from sphereify.nn.class_blocks import chunks, sample
+from tests.nn.grids import grid
 from tests.nn.loss_oracle import build
 from tests.nn.oracle import normal
 
@@ -43,7 +44,7 @@ def test_of_few_classes_all_are_taken():
 
 
 @pytest.mark.parametrize("gradient", ["true", "detached"])
-@pytest.mark.parametrize("smoothing", [0, 0.2])
+@pytest.mark.parametrize("smoothing", [pytest.param(0, marks=pytest.mark.exhaustive), 0.2])
 def test_loss_and_gradient_of_sphereface2_are_those_of_all_classes_in_expectation(smoothing, gradient):
     head = build("sphereface2", "cosine", scale=4, sizes=(6, 20), bias=True, margin_gradient=gradient)
     x, y = normal(4, 6).requires_grad_(), torch.tensor([3, 0, 3, 19])
@@ -60,7 +61,9 @@ def test_loss_and_gradient_of_sphereface2_are_those_of_all_classes_in_expectatio
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", ["ga-softmax", "arcface", "cosface", "w-softmax"])
+@pytest.mark.parametrize(
+    "kind", grid(["ga-softmax", "arcface", "cosface", "w-softmax"], lambda kind: kind == "arcface")
+)
 def test_the_sum_of_a_softmax_is_that_of_all_classes_in_expectation(kind):
     scale = {} if kind in ("ga-softmax", "w-softmax") else {"scale": 3}
     head = build(kind, "linear", sizes=(6, 20), **scale)

@@ -114,7 +114,7 @@ def test_the_best_epoch_is_one_of_the_conversion():
     assert Result(epochs, None).best.number == 3
 
 
-@pytest.mark.parametrize("ema", [None, 0.8])
+@pytest.mark.parametrize("ema", [None, pytest.param(0.8, marks=pytest.mark.exhaustive)])
 def test_a_run_that_crashed_on_the_way_goes_on_bit_by_bit(tmp_path, ema):
     runs = []
     for at in (None, 5):

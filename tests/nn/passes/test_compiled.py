@@ -238,6 +238,7 @@ def test_the_library_is_compiled_once_and_kept(monkeypatch, fresh):
     assert list(fresh.iterdir()) == [kept]
 
 
+@pytest.mark.exhaustive
 def test_where_no_cache_can_be_kept_each_process_compiles(monkeypatch, tmp_path, fresh):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPHEREIFY_CACHE", str(tmp_path / "file" / "cache"))
