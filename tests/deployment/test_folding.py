@@ -11,7 +11,7 @@ from torch import nn
 
 from sphereify import fold, load, save, sphereify
 from sphereify.choices import HEAD_KINDS, OPERATORS
-from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer
+from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer, folded
 from sphereify.errors import ArtifactError, PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, SigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.training import Settings, finetune
@@ -430,3 +430,25 @@ def test_tangents_go_through_a_folded_model(operator):
             model(torch.autograd.forward_ad.make_dual(x, direction))
         ).tangent
     torch.testing.assert_close(tangent.flatten(), by_rows.flatten(2)[0] @ direction.flatten(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (SphereConv2d(8, 8, 3, groups=8), (1, 2, 6, 6)),
+        (SphereConv2d(8, 8, 1, groups=8), (1, 2, 6, 6)),
+        (SphereConv2d(4, 8, 3), (1, 4, 1, 2)),
+        (SphereLinear(8, 4), (2, 6)),
+    ],
+    ids=["channels", "channels of one place", "size", "features"],
+)
+def test_inputs_that_do_not_fit_a_folded_layer_get_torchs_words(layer, shape):
+    with pytest.raises(RuntimeError, match="to have 8 channels|greater than actual input|shapes cannot be multiplied"):
+        folded(layer)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("operator", ["cosine", "linear", "sigmoid"])
+def test_weights_of_a_folded_layer_that_are_asked_for_gradients_get_them(operator):
+    layer = folded(SphereConv2d(4, 8, 3, operator=operator)).requires_grad_(True)
+    layer(torch.randn(2, 4, 6, 6)).square().sum().backward()
+    assert layer.weight.grad.abs().sum() > 0

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sphereify.nn import arcsine
 from sphereify.nn.functional import sphere_conv2d, sphere_linear
-from sphereify.nn.operators import CURVES, LinearOperator, SigmoidOperator
+from sphereify.nn.operators import CURVES, LearnableSigmoidOperator, LinearOperator, SigmoidOperator
 from sphereify.nn.passes import compiled, cpu, library, self_check
 from sphereify.nn.precision import CHANNELS_LAST
 from tests.nn.oracle import normal
@@ -173,6 +174,55 @@ def test_other_dtypes_and_layouts_are_served_by_the_other_passes(called):
     with torch.no_grad():
         sphere_conv2d(x, weight.transpose(2, 3), LinearOperator())
     assert not called
+
+
+@pytest.mark.parametrize("change", [torch._neg_view, lambda t: torch._efficientzerotensor(t.shape)])
+def test_tensors_that_are_not_what_lies_in_memory_are_served_by_others(change, called):
+    x, weight = (tensor.detach() for tensor in operands())
+    bias = normal(3, seed=2).float()
+
+    def results():
+        outputs = [
+            sphere_conv2d(change(x), weight, LinearOperator()),
+            sphere_conv2d(x, change(weight), LinearOperator()),
+            sphere_conv2d(x, weight, LinearOperator(), change(bias)),
+        ]
+        for each in (x, weight):
+            each.requires_grad_()
+        y = sphere_conv2d(x, weight, LinearOperator())
+        gradients = torch.autograd.grad(y, [x, weight], change(y.detach()))
+        for each in (x, weight):
+            each.requires_grad_(False)
+        return [*outputs, *gradients]
+
+    got = results()
+    assert "curve" in called
+    with compiled.enabled(False):
+        for one, other in zip(got, results(), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["bias", "beta", "k"])
+def test_constants_on_another_device_are_refused(name, called):
+    x, weight = (tensor.detach() for tensor in operands())
+    operator = LearnableSigmoidOperator(3)
+    options = {name: torch.ones(3, device="meta")} if name != "k" else {}
+    with pytest.raises(RuntimeError, match="same device"):
+        sphere_conv2d(x, weight, operator.to("meta") if name == "k" else operator, **options)
+
+
+def test_a_weight_on_another_device_is_left_to_torch(called):
+    x, weight = (tensor.detach() for tensor in operands())
+    with suppress(RuntimeError):  # torch 2.14 answers with zeros
+        sphere_conv2d(x, weight.to("meta"), LinearOperator())
+    assert not called
+
+
+def test_an_epsilon_in_a_tensor_is_the_number(called):
+    x, weight = (tensor.detach() for tensor in operands())
+    got, expected = (sphere_conv2d(x, weight, LinearOperator(), eps=eps) for eps in (torch.tensor(0.5), 0.5))
+    assert "curve" in called
+    assert torch.equal(got, expected)
 
 
 def test_switched_off_they_serve_nothing(called):
