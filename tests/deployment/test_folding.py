@@ -443,7 +443,7 @@ def test_tangents_go_through_a_folded_model(operator):
     ids=["channels", "channels of one place", "size", "features"],
 )
 def test_inputs_that_do_not_fit_a_folded_layer_get_torchs_words(layer, shape):
-    with pytest.raises(RuntimeError, match="to have 8 channels|greater than actual input|shapes cannot be multiplied"):
+    with pytest.raises(RuntimeError, match=r"to have 8 channels|greater than actual input|shapes cannot be multiplied"):
         folded(layer)(torch.randn(shape))
 
 

@@ -274,7 +274,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_a_compiler_that_fails_is_quoted_in_one_warning(monkeypatch, fresh):
-    monkeypatch.setattr(library, "compiler", lambda: sys.executable)
+    monkeypatch.setattr(library, "compiler", lambda: (sys.executable,))
     outcome_without(monkeypatch, r"\(compilation\).*python.* ended with [12]: ")
     assert not list(fresh.iterdir())
 
@@ -292,6 +292,54 @@ def test_where_no_cache_can_be_kept_each_process_compiles(monkeypatch, tmp_path,
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPHEREIFY_CACHE", str(tmp_path / "file" / "cache"))
     assert set(library.load()) == set(library.FUNCTIONS)
+
+
+def test_a_library_that_is_not_whole_is_compiled_again(monkeypatch, fresh):
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
+    library.load()
+    (kept,) = fresh.iterdir()
+    whole = kept.read_bytes()
+    for part in (b"", whole[:100], whole[: len(whole) // 2], whole[:-1], whole[:-32]):
+        kept.unlink()  # it is loaded, and a loaded file must not be cut
+        kept.write_bytes(part)
+        assert not library._is_whole(kept)
+    kept.write_bytes(whole[: len(whole) // 2])
+    library.load.cache_clear()
+    assert set(library.load()) == set(library.FUNCTIONS)
+    assert library._is_whole(kept)
+
+
+@pytest.mark.parametrize("value", ["env g++", "g++ -g0", " g++ ", ""])
+def test_the_compiler_may_have_arguments(monkeypatch, fresh, value):
+    monkeypatch.setenv("CXX", value)
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
+    monkeypatch.setattr(library, "compiler", library.compiler.__wrapped__)
+    assert set(library.load()) == set(library.FUNCTIONS)
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_a_compiler_that_is_named_and_missing_is_none(monkeypatch):
+    for value in ("no-such-compiler", "no-such-ccache g++"):
+        monkeypatch.setenv("CXX", value)
+        assert library.compiler.__wrapped__() is None
+
+
+@pytest.mark.processes
+def test_the_source_is_given_in_utf8_whatever_the_locale_is(fresh):
+    code = "from sphereify.nn.passes import library; library.FLAGS += ('-O0',); print(len(library.load()))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{len(library.FUNCTIONS)}\n", done.stderr
+
+
+def test_the_folder_is_no_part_of_the_working_folder(monkeypatch):
+    monkeypatch.setenv("SPHEREIFY_CACHE", "here")
+    assert library._folder().is_absolute()
+    monkeypatch.delenv("SPHEREIFY_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a home
+    with pytest.raises(FileNotFoundError, match="no folder for caches"):
+        library._folder()
 
 
 @pytest.mark.processes
