@@ -184,11 +184,18 @@ def test_the_activation_in_a_norm_of_timms_is_part_of_the_layer(activation, expe
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_hook_on_the_activation_keeps_it_apart():
+@pytest.mark.parametrize("way", ["hook", "hook before", "forward"])
+def test_what_is_attached_to_the_activation_keeps_it_apart(way):
     norm = timm.layers.BatchNormAct2d(6)
     model = sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval()
     calls = []
-    model[1].act.register_forward_hook(lambda *_: calls.append(1))
+    act = model[1].act
+    if way == "hook":
+        act.register_forward_hook(lambda *_: calls.append(1))
+    elif way == "hook before":
+        act.register_forward_pre_hook(lambda *_: calls.append(1))
+    else:
+        act.forward = lambda x: calls.append(1) or x
     folded = fold(model)
     assert folded[0].activation is None
     folded(torch.randn(2, 3, 6, 6))
