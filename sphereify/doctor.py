@@ -122,8 +122,8 @@ def _version(package: str) -> str:
 
 def _compiler(variable: str, *names: str) -> str | None:
     """The path of the compiler that an environment variable names, or of the first of these that is there."""
-    named = os.environ.get(variable)
-    return next(filter(None, map(shutil.which, [named] if named else names)), None)
+    named = os.environ.get(variable, "").split()  # with arguments
+    return next(filter(None, map(shutil.which, named[:1] or names)), None)
 
 
 # ---- One maker on one device

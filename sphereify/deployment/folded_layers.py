@@ -168,22 +168,26 @@ class FoldedLayer(nn.Module):
 
     def _is_served_by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         """True if compiled loops (`nn.passes.compiled`) can do all that surrounds the products."""
-        if self.curve == "own" or is_traced_for_onnx() or (torch.is_grad_enabled() and x.requires_grad):
+        if self.curve == "own" or is_traced_for_onnx():
+            return False
+        constants = (value for value in (self.bias, self.scale, self.sharpness) if value is not None)
+        tensors = (x, weight, *constants)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
         with torch.no_grad():
-            return runs_eagerly(x, weight) and passes.serves(compiled, x, weight, projection)
+            return runs_eagerly(*tensors) and passes.serves(compiled, x, weight, projection)
 
     @torch.no_grad()
     def _by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> Tensor:
         """The outputs with one pass over x and one over the products."""
         kernel, radius = weight.shape[2:], getattr(self, "radius", 0.0)
-        norm = compiled.patch_norm(x, kernel, self.eps, projection, radius)
         narrow = projection is None or (projection.groups == 1 and is_identity(kernel, projection))
         if self.curve == "cosine" and narrow and weight.shape[1] < weight.shape[0]:
-            x = x / norm
+            x = x / compiled.patch_norm(x, kernel, self.eps, projection, radius)
             y = convolve(x, weight, self.bias, projection) if projection else F.linear(x, weight, self.bias)
             return self._activated(y)
-        dot = project(x, weight, projection)
+        dot = project(x, weight, projection)  # before the norms, for torch's complaints about shapes
+        norm = compiled.patch_norm(x, kernel, self.eps, projection, radius)
         constants = (self.sharpness, projection, self.scale, self.bias)
         return compiled.folded(dot, norm, self.curve, *constants, self.activation)
 

@@ -155,7 +155,9 @@ def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
 def _activation(behind: nn.Module) -> str | None:
     """The name of the activation that is all that is left of a normalization, if a folded layer can have it."""
     parts = list(behind.children())
-    return ACTIVATIONS.get(type(parts[0])) if len(parts) == 1 and not parts[0]._forward_hooks else None
+    if len(parts) != 1 or parts[0]._forward_hooks or parts[0]._forward_pre_hooks or "forward" in vars(parts[0]):
+        return None
+    return ACTIVATIONS.get(type(parts[0]))
 
 
 def _module(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:

@@ -216,7 +216,10 @@ def _angular(
             cos = _sphere_map(x, weight, projection, None, None, None, radius, "cosine", eps)
             return reference.rescale(operator(cos), beta, bias, projection)
         # The filters of a linear map are its last dimension, those of a convolution dimension 1.
-        k = broadcast_k(operator.k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
+        k = operator.k
+        if isinstance(k, Tensor) and k.numel() not in (1, weight.shape[0]):
+            raise UsageError(f"operator: got {k.numel()} values of k, expected 1 or {weight.shape[0]}, one a filter")
+        k = broadcast_k(k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
         return _sphere_map(x, weight, projection, k, beta, bias, radius, operator.name, eps)
 
 

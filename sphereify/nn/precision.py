@@ -102,12 +102,16 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """True if a tensor has plain numbers in memory: it is of no subclass and not wrapped by torch.func or autograd.
+    """True if a tensor is what lies in its memory: it is of no subclass and not wrapped by torch.func or autograd.
 
     Autograd wraps gradients that it computes for a batch at once: `is_grads_batched`, `jacobian(vectorize=True)`.
+    Sparse tensors, zeros without memory, and tensors that are the negative of what is stored are not plain either.
     """
     return (
         type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )

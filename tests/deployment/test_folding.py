@@ -11,7 +11,7 @@ from torch import nn
 
 from sphereify import fold, load, save, sphereify
 from sphereify.choices import HEAD_KINDS, OPERATORS
-from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer
+from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer, folded
 from sphereify.errors import ArtifactError, PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, SigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.training import Settings, finetune
@@ -184,11 +184,18 @@ def test_the_activation_in_a_norm_of_timms_is_part_of_the_layer(activation, expe
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_hook_on_the_activation_keeps_it_apart():
+@pytest.mark.parametrize("way", ["hook", "hook before", "forward"])
+def test_what_is_attached_to_the_activation_keeps_it_apart(way):
     norm = timm.layers.BatchNormAct2d(6)
     model = sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval()
     calls = []
-    model[1].act.register_forward_hook(lambda *_: calls.append(1))
+    act = model[1].act
+    if way == "hook":
+        act.register_forward_hook(lambda *_: calls.append(1))
+    elif way == "hook before":
+        act.register_forward_pre_hook(lambda *_: calls.append(1))
+    else:
+        act.forward = lambda x: calls.append(1) or x
     folded = fold(model)
     assert folded[0].activation is None
     folded(torch.randn(2, 3, 6, 6))
@@ -430,3 +437,25 @@ def test_tangents_go_through_a_folded_model(operator):
             model(torch.autograd.forward_ad.make_dual(x, direction))
         ).tangent
     torch.testing.assert_close(tangent.flatten(), by_rows.flatten(2)[0] @ direction.flatten(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (SphereConv2d(8, 8, 3, groups=8), (1, 2, 6, 6)),
+        (SphereConv2d(8, 8, 1, groups=8), (1, 2, 6, 6)),
+        (SphereConv2d(4, 8, 3), (1, 4, 1, 2)),
+        (SphereLinear(8, 4), (2, 6)),
+    ],
+    ids=["channels", "channels of one place", "size", "features"],
+)
+def test_inputs_that_do_not_fit_a_folded_layer_get_torchs_words(layer, shape):
+    with pytest.raises(RuntimeError, match=r"to have 8 channels|greater than actual input|shapes cannot be multiplied"):
+        folded(layer)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("operator", ["cosine", "linear", "sigmoid"])
+def test_weights_of_a_folded_layer_that_are_asked_for_gradients_get_them(operator):
+    layer = folded(SphereConv2d(4, 8, 3, operator=operator)).requires_grad_(True)
+    layer(torch.randn(2, 4, 6, 6)).square().sum().backward()
+    assert layer.weight.grad.abs().sum() > 0

@@ -10,7 +10,7 @@ from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn.functional import sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear
 from sphereify.nn.layers import SphereConv2d
-from sphereify.nn.operators import make_operator
+from sphereify.nn.operators import LearnableSigmoidOperator, make_operator
 from tests.nn import oracle
 from tests.nn.oracle import normal
 
@@ -403,3 +403,12 @@ def conv2d(x=(1, 2, 4, 4), w=(3, 2, 3, 3), x_dtype=torch.float32, w_dtype=torch.
 def test_wrong_call_is_refused_with_what_arrived_and_what_to_do(call, text):
     with pytest.raises(UsageError, match=text):
         call()
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_a_k_for_each_filter_of_another_number_is_refused(count):
+    operator = LearnableSigmoidOperator(count)
+    with pytest.raises(UsageError, match=f"{count} values of k, expected 1 or 8"):
+        sphere_conv2d(normal(1, 4, 5, 5).float(), normal(8, 4, 3, 3).float(), operator)
+    with pytest.raises(UsageError, match=f"{count} values of k, expected 1 or 8"):
+        sphere_linear(normal(3, 4).float(), normal(8, 4).float(), operator)

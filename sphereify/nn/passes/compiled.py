@@ -47,6 +47,7 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         serves()
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
+        and weight.device.type == "cpu"
         and cpu.usable(x, weight, projection)
         and (x.is_contiguous() if projection is None else _is_dense(weight))
         and not _is_watched()
@@ -96,12 +97,19 @@ def _call(name: str, *arguments: Any) -> None:
 
     Raises:
         KernelFailure: the library cannot be compiled or loaded.
+        RuntimeError: a tensor lies on another device.
     """
     try:
         function = library.load()[name]
     except (OSError, RuntimeError) as error:
         raise KernelFailure("compilation") from error
-    function(*[a.data_ptr() if type(a) in TENSORS else a for a in arguments], torch.get_num_threads())
+    function(*[_address(a) if type(a) in TENSORS else a for a in arguments], torch.get_num_threads())
+
+
+def _address(tensor: Tensor) -> int:
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found cpu and {tensor.device}")
+    return tensor.data_ptr()
 
 
 TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -158,7 +166,7 @@ def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[T
     if weight.dtype is not torch.float32 or dtype is not torch.float32 or not _is_dense(weight):
         return cpu.normalize_filters(weight, eps, dtype)
     unit, norm = torch.empty_like(weight), weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
-    _call("normalize_filters", weight, len(weight), weight.numel() // len(weight), eps, unit, norm)
+    _call("normalize_filters", weight, len(weight), weight.numel() // len(weight), float(eps), unit, norm)
     return unit, norm
 
 
@@ -168,6 +176,7 @@ def patch_norm(
     """sqrt(‖patch‖² + ρ²·m + ε): (B, groups, H', W') for a convolution, (*, 1) for a linear map."""
     if x.dtype is not torch.float32:
         return cpu.patch_norm(x, kernel, eps, projection, radius)
+    eps = float(eps)  # of a tensor the library would get the address
     if projection is None:
         norm = x.new_empty(*x.shape[:-1], 1)
         _call("sum_squares", x, False, norm.numel(), x.shape[-1], 1, True, eps, norm)

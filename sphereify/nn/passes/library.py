@@ -1,12 +1,14 @@
 """The shared library of `kernels.cpp`: compiled once on a machine for its processor, and kept in the user's cache.
 
-It takes about three seconds and the C++ compiler that CXX names, or g++. The folder is SPHEREIFY_CACHE, or `sphereify`
-in XDG_CACHE_HOME or ~/.cache; where it cannot be written, each process compiles for itself.
+It takes about three seconds and the C++ compiler that CXX names, with its arguments, or g++. The folder is
+SPHEREIFY_CACHE, or `sphereify` in XDG_CACHE_HOME or ~/.cache; where it cannot be written, each process compiles for
+itself. A library that is not whole, after a full disk or a failed copy, is compiled again.
 """
 
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,9 +51,15 @@ FUNCTIONS = {
 
 
 @cache
-def compiler() -> str | None:
-    """The path of the C++ compiler, or None where there is none or another system than Linux."""
-    return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None
+def compiler() -> tuple[str, ...] | None:
+    """The path of the C++ compiler, and the arguments that CXX gives it; None where there is none, or not on Linux.
+
+    CXX is read as make does: "ccache g++", "g++ -m64".
+    """
+    named = os.environ.get("CXX", "").split()
+    program, *arguments = named or ["g++"]
+    found = shutil.which(program) if sys.platform == "linux" else None
+    return None if found is None else (found, *arguments)
 
 
 @cache
@@ -67,9 +75,10 @@ def load() -> dict[str, Callable[..., None]]:
     name = f"kernels-{hashlib.sha256(repr((source, flags)).encode()).hexdigest()[:16]}.so"
     try:
         path = _folder() / name
-        if not path.exists():
+        if not _is_whole(path):
             with replacing(path) as aside:
                 _compile(source, flags, aside)
+                aside.write_bytes(_sealed(aside.read_bytes()))
         return _opened(path)
     except OSError:  # a folder that cannot be written, or from which nothing may be executed
         with tempfile.TemporaryDirectory() as folder:
@@ -88,19 +97,44 @@ def _source() -> str:
 
 
 def _folder() -> Path:
+    """The folder of libraries.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
     if folder := os.environ.get("SPHEREIFY_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sphereify"
+        return Path(os.path.expanduser(folder)).absolute()
+    caches = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if not caches.is_absolute():
+        raise FileNotFoundError(f"no folder for caches: {caches}")
+    return caches / "sphereify"
+
+
+SEAL = hashlib.sha256().digest_size
+
+
+def _sealed(content: bytes) -> bytes:
+    """A library with its hash behind it, where the loader does not look."""
+    return content + hashlib.sha256(content).digest()
+
+
+def _is_whole(path: Path) -> bool:
+    """True if a library is there as `_sealed` made it: the loader does not check, and may crash on a part of one."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return len(content) > SEAL and _sealed(content[:-SEAL]) == content
 
 
 def _compile(source: str, flags: tuple[str, ...], path: Path) -> None:
     found = compiler()
     if found is None:
         raise FileNotFoundError("no C++ compiler")
-    command = [found, *flags, "-x", "c++", "-", "-o", str(path)]
-    done = subprocess.run(command, input=source, text=True, capture_output=True, check=False)
+    command = [*found, *flags, "-x", "c++", "-", "-o", str(path)]
+    # In UTF-8 whatever the locale is, which may not have the letters of the comments.
+    done = subprocess.run(command, input=source, encoding="utf-8", errors="replace", capture_output=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{found} ended with {done.returncode}: {done.stderr.strip()}")
+        raise RuntimeError(f"{shlex.join(found)} ended with {done.returncode}: {done.stderr.strip()}")
 
 
 def _opened(path: Path) -> dict[str, Callable[..., None]]:

@@ -269,7 +269,8 @@ _trusted: set[tuple[Passes, Kind]] = set()
 def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
     """True if a maker agrees with the reference for such tensors, which is found out before the first use.
 
-    False while a CUDA graph is captured before that, since a check reads results: the check is left to a later call.
+    False while a CUDA graph is captured before that, since a check reads results, and where no thread can be started,
+    as when the interpreter ends: the check is left to a later call.
 
     Raises:
         KernelFailure: a kernel disagrees, or could not be compiled or launched.
@@ -282,7 +283,11 @@ def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection 
     # In a thread of its own no mode of the caller holds: autocast, inference mode, a default device, a mode that counts
     # or records operations.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(check, maker, kind).result()
+        try:
+            checked = thread.submit(check, maker, kind)
+        except RuntimeError:
+            return False
+        checked.result()
     _trusted.add((maker, kind))
     return True
 

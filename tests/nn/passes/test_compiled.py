@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sphereify.nn import arcsine
 from sphereify.nn.functional import sphere_conv2d, sphere_linear
-from sphereify.nn.operators import CURVES, LinearOperator, SigmoidOperator
+from sphereify.nn.operators import CURVES, LearnableSigmoidOperator, LinearOperator, SigmoidOperator
 from sphereify.nn.passes import compiled, cpu, library, self_check
 from sphereify.nn.precision import CHANNELS_LAST
 from tests.nn.oracle import normal
@@ -175,6 +176,55 @@ def test_other_dtypes_and_layouts_are_served_by_the_other_passes(called):
     assert not called
 
 
+@pytest.mark.parametrize("change", [torch._neg_view, lambda t: torch._efficientzerotensor(t.shape)])
+def test_tensors_that_are_not_what_lies_in_memory_are_served_by_others(change, called):
+    x, weight = (tensor.detach() for tensor in operands())
+    bias = normal(3, seed=2).float()
+
+    def results():
+        outputs = [
+            sphere_conv2d(change(x), weight, LinearOperator()),
+            sphere_conv2d(x, change(weight), LinearOperator()),
+            sphere_conv2d(x, weight, LinearOperator(), change(bias)),
+        ]
+        for each in (x, weight):
+            each.requires_grad_()
+        y = sphere_conv2d(x, weight, LinearOperator())
+        gradients = torch.autograd.grad(y, [x, weight], change(y.detach()))
+        for each in (x, weight):
+            each.requires_grad_(False)
+        return [*outputs, *gradients]
+
+    got = results()
+    assert "curve" in called
+    with compiled.enabled(False):
+        for one, other in zip(got, results(), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["bias", "beta", "k"])
+def test_constants_on_another_device_are_refused(name, called):
+    x, weight = (tensor.detach() for tensor in operands())
+    operator = LearnableSigmoidOperator(3)
+    options = {name: torch.ones(3, device="meta")} if name != "k" else {}
+    with pytest.raises(RuntimeError, match="same device"):
+        sphere_conv2d(x, weight, operator.to("meta") if name == "k" else operator, **options)
+
+
+def test_a_weight_on_another_device_is_left_to_torch(called):
+    x, weight = (tensor.detach() for tensor in operands())
+    with suppress(RuntimeError):  # torch 2.14 answers with zeros
+        sphere_conv2d(x, weight.to("meta"), LinearOperator())
+    assert not called
+
+
+def test_an_epsilon_in_a_tensor_is_the_number(called):
+    x, weight = (tensor.detach() for tensor in operands())
+    got, expected = (sphere_conv2d(x, weight, LinearOperator(), eps=eps) for eps in (torch.tensor(0.5), 0.5))
+    assert "curve" in called
+    assert torch.equal(got, expected)
+
+
 def test_switched_off_they_serve_nothing(called):
     with compiled.enabled(False):
         step(*operands())
@@ -224,7 +274,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_a_compiler_that_fails_is_quoted_in_one_warning(monkeypatch, fresh):
-    monkeypatch.setattr(library, "compiler", lambda: sys.executable)
+    monkeypatch.setattr(library, "compiler", lambda: (sys.executable,))
     outcome_without(monkeypatch, r"\(compilation\).*python.* ended with [12]: ")
     assert not list(fresh.iterdir())
 
@@ -243,6 +293,54 @@ def test_where_no_cache_can_be_kept_each_process_compiles(monkeypatch, tmp_path,
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPHEREIFY_CACHE", str(tmp_path / "file" / "cache"))
     assert set(library.load()) == set(library.FUNCTIONS)
+
+
+def test_a_library_that_is_not_whole_is_compiled_again(monkeypatch, fresh):
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
+    library.load()
+    (kept,) = fresh.iterdir()
+    whole = kept.read_bytes()
+    for part in (b"", whole[:100], whole[: len(whole) // 2], whole[:-1], whole[:-32]):
+        kept.unlink()  # it is loaded, and a loaded file must not be cut
+        kept.write_bytes(part)
+        assert not library._is_whole(kept)
+    kept.write_bytes(whole[: len(whole) // 2])
+    library.load.cache_clear()
+    assert set(library.load()) == set(library.FUNCTIONS)
+    assert library._is_whole(kept)
+
+
+@pytest.mark.parametrize("value", ["env g++", "g++ -g0", " g++ ", ""])
+def test_the_compiler_may_have_arguments(monkeypatch, fresh, value):
+    monkeypatch.setenv("CXX", value)
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
+    monkeypatch.setattr(library, "compiler", library.compiler.__wrapped__)
+    assert set(library.load()) == set(library.FUNCTIONS)
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_a_compiler_that_is_named_and_missing_is_none(monkeypatch):
+    for value in ("no-such-compiler", "no-such-ccache g++"):
+        monkeypatch.setenv("CXX", value)
+        assert library.compiler.__wrapped__() is None
+
+
+@pytest.mark.processes
+def test_the_source_is_given_in_utf8_whatever_the_locale_is(fresh):
+    code = "from sphereify.nn.passes import library; library.FLAGS += ('-O0',); print(len(library.load()))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{len(library.FUNCTIONS)}\n", done.stderr
+
+
+def test_the_folder_is_no_part_of_the_working_folder(monkeypatch):
+    monkeypatch.setenv("SPHEREIFY_CACHE", "here")
+    assert library._folder().is_absolute()
+    monkeypatch.delenv("SPHEREIFY_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a home
+    with pytest.raises(FileNotFoundError, match="no folder for caches"):
+        library._folder()
 
 
 @pytest.mark.processes

@@ -97,3 +97,16 @@ def test_the_reference_serves_while_a_graph_is_captured_before_the_check(monkeyp
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert with_passes(lambda passes, *_: passes, normal(1, 2), normal(1, 2), None) is cpu
+
+
+def test_where_no_thread_can_be_started_the_check_is_left_to_a_later_call(monkeypatch):
+    monkeypatch.setattr(self_check, "_trusted", set())
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+        patch.setattr(self_check.ThreadPoolExecutor, "submit", refuse)
+        assert not self_check.is_trusted(cpu, x, weight, None)
+    assert self_check.is_trusted(cpu, x, weight, None)
