@@ -91,7 +91,7 @@ def _same(rebuilt: tuple[Any, ...], original: tuple[Any, ...]) -> bool:
     return rebuilt[:-1] == original[:-1] and settings[0] == settings[1]
 
 
-_NO_SETTING = {"training", "grad_checkpointing", "output_read_only", CALIBRATED_ATTRIBUTE}
+_NO_SETTING = {"training", "training_logits", "grad_checkpointing", "output_read_only", CALIBRATED_ATTRIBUTE}
 """Attributes that change without making another network."""
 
 

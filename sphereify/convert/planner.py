@@ -27,7 +27,7 @@ from sphereify.nn import AngularHead, LearnableSigmoidOperator, Magnitude
 from sphereify.nn.operators import is_built_in, make_operator
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns
-from sphereify.wording import count, shortened
+from sphereify.wording import count, listed, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,6 +37,9 @@ EXCLUDED, OVERRIDDEN, NOT_INCLUDED = BY_PATTERN = (
     "an override keeps it",
     "no include pattern matches",
 )
+
+OF_HEADS = ("operator", "k")
+"""Settings of an override that a classifier takes."""
 
 ONE_INPUT = "fan-in 1: the angle to a single number is its sign, and its size would be lost"
 FEW_INPUTS = {
@@ -124,6 +127,7 @@ class _Planner:
         if not any(d.action == "convert" for d in decisions) and not any(site.angular for site in self.graph.sites):
             raise UsageError(_nothing_to_convert(decisions))
         self._check_radius(decisions)
+        self._check_head_settings(decisions)
         return ConversionPlan(
             class_name(self.model),
             decisions,
@@ -159,6 +163,17 @@ class _Planner:
                         f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name}: the pattern "
                         f"matches no convolution that is converted, and nothing else has patches to pool"
                     )
+
+    def _check_head_settings(self, decisions: list[Decision]) -> None:
+        """Make sure that what is asked for by name is not the classifier's alone, which has none of it."""
+        for pattern, setting in self.settings.items():
+            odd = next((name for name in setting if name not in OF_HEADS), None) if isinstance(setting, dict) else None
+            matched = [d for d in decisions if self.overrides.match((d.name, *d.aliases)) == pattern]
+            if odd is not None and matched and all(decision.head for decision in matched):
+                raise UsageError(
+                    f"{option('overrides')}[{pattern!r}]: {odd} has no effect on the classifier {matched[0].name}, "
+                    f"whose kind is {option('head', matched[0].head)}; it takes {listed(OF_HEADS)}"
+                )
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""

@@ -388,9 +388,11 @@ def answer_call(owner: nn.Module, parameter: str | None, call: AngularCall) -> N
 
 
 def angular_weights(owner: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that an owner's angular calls use as filters, so that only their direction matters."""
-    for key in getattr(owner, CALLS) if answers_calls(owner) else ():
+    """The parameters that an owner's angular calls use as filters of which only the direction matters."""
+    for key, call in getattr(owner, CALLS).items() if answers_calls(owner) else ():
         weight = weight_of_call(owner, key)
+        if call.magnitude.weighted:
+            continue
         if isinstance(weight, nn.Parameter):
             yield weight
         else:  # computed from what the owner and its parametrizations hold

@@ -38,17 +38,26 @@ def check_run(
         raise wrong_type("teacher", teacher, "a torch.nn.Module, as open_teacher returns it")
     if teacher is not None:
         check_classes(teacher, data, "the teacher")
+    check_model(model, settings, teacher)
+    _check_amount(data, processes)
+    if settings.fsdp and processes.world == 1:
+        raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
+    with frozen(model, settings.freeze):
+        _check_optimizer(model, data, settings, processes)
+
+
+def check_model(model: nn.Module, settings: Settings, teacher: nn.Module | None = None) -> None:
+    """Make sure that settings go with a model, its head and its filters, which takes no data.
+
+    Raises:
+        NoEffectError, UsageError: they do not.
+    """
     check_mixup(settings)
     check_sampling(model, settings, teacher)
     if settings.terms.mhe:
         energy_of(settings.terms).check(model, "mhe_dimensions")
     if settings.morph:
         check_morph(model)
-    _check_amount(data, processes)
-    if settings.fsdp and processes.world == 1:
-        raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
-    with frozen(model, settings.freeze):
-        _check_optimizer(model, data, settings, processes)
 
 
 def check_arguments(model: object, data: object, settings: object = None) -> None:

@@ -21,7 +21,7 @@ from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.files import write_text
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
-from sphereify.training.checks import check_mixup, check_sampling
+from sphereify.training.checks import check_model
 from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.recipe import with_recipe
@@ -316,8 +316,7 @@ def train_once(
     """
     folder = RunFolder(output)
     model = build_variant(build, variant, settings)
-    if variant.options is None:
-        settings = dataclasses.replace(settings, morph=0.0)  # the original stays what it is
+    settings = _settings_of(variant, settings)
     calibrated = variant.options is not None and learned != NOTHING and calibration_images > 0 and not settings.morph
     kept = {"learned": learned, "calibration_images": calibration_images} if calibrated else {}
     _check_same_variant(folder, {**_identity(model, data, variant, settings), **kept})
@@ -393,9 +392,15 @@ def build_variant(build: Callable[[], nn.Module], variant: Variant, settings: Se
     model = build()
     if variant.options is not None:
         model = sphereify(model, inplace=True, **variant.options)
-    check_mixup(settings)
-    check_sampling(model, settings, None)
+    check_model(model, _settings_of(variant, settings))
     return model
+
+
+def _settings_of(variant: Variant, settings: Settings) -> Settings:
+    """The settings of a variant: the original stays what it is, and its classifier computes all scores."""
+    if variant.options is not None:
+        return settings
+    return dataclasses.replace(settings, morph=0.0, terms=dataclasses.replace(settings.terms, sampled_classes=None))
 
 
 def _fingerprint(model: nn.Module) -> int:

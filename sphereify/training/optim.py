@@ -1,6 +1,7 @@
 """The optimizer and its schedule: which parameters decay, how fast each layer learns, and when the rate changes."""
 
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from sphereify.errors import UsageError, first_line, invalid, option, wrong_type
 from sphereify.nn import AngularHead
+from sphereify.nn.decoupled import Decoupled
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
 from sphereify.training.recipe import recipe
@@ -21,8 +23,9 @@ def param_groups(
 
     Without: filters of angular layers and class weights of angular heads (their length has no meaning, so decay only
     changes the step size), k, ρ, β, γ, every parameter of fewer than two dimensions (biases, norms), and what the
-    model's own `no_weight_decay()` names, as timm's transformers do. Parameters that do not require a gradient are left
-    out; a shared one is listed once.
+    model's own `no_weight_decay()` names, as timm's transformers do. Filters of layers with a weighted magnitude, which
+    multiply by their length, decay as those of plain layers do. Parameters that do not require a gradient are left out;
+    a shared one is listed once.
 
     Args:
         weight_decay: ≥ 0, of the decayed group.
@@ -61,10 +64,17 @@ def _undecayed(model: nn.Module) -> set[str]:
         id(parameter)
         for module in model.modules()
         if isinstance(module, (AngularLayer, AngularHead, AngularCall))
-        for parameter in module.parameters()
+        for parameter in _scale_free(module)
     } | {id(parameter) for module in model.modules() for parameter in angular_weights(module)}
     named = {id(p) for p in _named_by(model)}
     return {n for n, p in model.named_parameters() if p.dim() < 2 or id(p) in scale_free | named}
+
+
+def _scale_free(module: Any) -> Iterable[nn.Parameter]:
+    """The parameters of an angular module, without the filters whose lengths its magnitude multiplies by."""
+    if not (isinstance(module, Decoupled) and module.magnitude.weighted):
+        return module.parameters()
+    return module.operator.parameters() if isinstance(module.operator, nn.Module) else ()
 
 
 def _named_by(module: nn.Module) -> list[nn.Parameter]:

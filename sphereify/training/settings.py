@@ -71,7 +71,7 @@ class Settings:
     )
     weight_decay: float | None = option_field(
         None,
-        "Weight decay of plain weights; angular weights have none, since their length has no effect. Default: 0.05, "
+        "Weight decay of weights whose length counts: plain ones, and filters of a weighted magnitude. Default: 0.05, "
         "and 5e-4 with sgd for a network that is trained already.",
         panel=TRAINING,
         at_least=0,

@@ -10,6 +10,7 @@ from torch import nn
 from sphereify import ConversionPlan, apply_plan, export, fold, load, plan_conversion, save, sphereify
 from sphereify.choices import OPERATORS
 from sphereify.convert.options import ConversionOptions
+from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularOutput
 from tests.nn.grids import grid
 
@@ -33,6 +34,15 @@ def inputs(count=6, seed=1):
 def settings(head):
     names = ("kind", "margin", "scale", "margin_gradient", "similarity_power", "positive_weight")
     return {name: getattr(head, name) for name in names}
+
+
+@pytest.mark.parametrize("setting", [{"magnitude": "tanh"}, {"weighted": True}, {"k": 0.2, "rescale": "always"}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_classifier_does_not_have_is_refused_by_its_name(kind, setting):
+    text = rf"overrides\['4'\]: {list(setting)[-1]} has no effect on the classifier 4, whose kind is head='{kind}'"
+    with pytest.raises(UsageError, match=text):
+        plan_conversion(plain(), head=kind, operator="sigmoid", overrides={"4": setting})
+    assert plan_conversion(plain(), head=kind, operator="sigmoid", overrides={"*": setting}).decisions[1].head == kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

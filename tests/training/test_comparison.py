@@ -65,11 +65,13 @@ def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
     [
         (both(operator="cosin"), {}, None, "operator: got 'cosin'"),
         (
-            both(head="a-softmax"),
+            both(head="w-softmax"),
             {"terms": Terms(sampled_classes=0.5)},
             None,
             "sampled_classes=0.5: needs a head with a margin, such as head='cosface'",
         ),
+        (both(head="arcface"), {"morph": 0.5}, None, "morph: the head is arcface, whose margin"),
+        (both(), {"terms": Terms(mhe=1, mhe_energy="compressive", mhe_dimensions=99)}, None, "mhe_dimensions=99"),
         (both(), {}, 95, "reach: got 95, expected an accuracy above 0 and at most 1"),
     ],
 )
@@ -77,6 +79,14 @@ def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path, va
     with pytest.raises(UsageError, match=text):
         compare(linear_net, images(), variants, usual(epochs=1, **settings), output=tmp_path, reach=reach)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_classes_are_sampled_where_a_head_has_a_margin_and_the_original_computes_all(tmp_path):
+    settings = usual(epochs=1, terms=Terms(sampled_classes=0.5))
+    compare(linear_net, images(), both(head="arcface"), settings, output=tmp_path)
+    files = {name: tmp_path / f"{name}-seed0" / "variant.json" for name in ("plain", "cosine")}
+    sampled = {name: json.loads(file.read_text())["terms"]["sampled_classes"] for name, file in files.items()}
+    assert sampled == {"plain": None, "cosine": 0.5}
 
 
 @pytest.mark.usefixtures("pictures")

@@ -1,10 +1,11 @@
 """Runs with margins that are sums, binary tasks, sampled classes and mixed images."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from sphereify import sphereify
+from sphereify import load, sphereify
 from sphereify.choices import MARGIN_HEADS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularLoss, HypersphericalEnergy
@@ -29,6 +30,15 @@ def test_a_run_learns_to_tell_patterns_apart(kind, gradient):
     assert result.epochs[-1].loss < (0.9 if kind == "sphereface2" else 0.5) * result.epochs[0].loss
     assert evaluate(model, data).top1 > 0.9
     assert isinstance(model.eval()(torch.zeros(1, 2, 6, 6)), torch.Tensor)
+
+
+def test_what_was_trained_with_sampled_classes_is_loaded_by_its_name_as_any_other(tmp_path):
+    torch.manual_seed(0)
+    model = sphereify(timm.create_model("test_resnet", num_classes=3, in_chans=2), head="arcface")
+    finetune(model, images(8), usual(epochs=1, terms=Terms(sampled_classes=0.5)), output=tmp_path / "run")
+    loaded = load(tmp_path / "run" / "last")
+    x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_only_margins_that_multiply_the_angle_come_in_step_by_step():

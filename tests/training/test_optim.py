@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from sphereify import param_groups, sphereify
 from sphereify.errors import UsageError
-from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv2d, SphereLinear
+from sphereify.nn import AngularHead, LearnableSigmoidOperator, Magnitude, SphereConv2d, SphereLinear
 from tests.convert.models import Casting
 
 DECAYED = {"stem.weight", "fc.weight"}
@@ -47,6 +47,24 @@ def test_only_plain_weights_are_decayed():
     assert {"conv.weight", "conv.operator.p", "conv.beta", "conv.gamma", "linear.bias", "head.operator.p"} <= set(kept)
     assert {"pooled.weight", "pooled.log_radius"} <= set(kept)
     assert {"linear.weight", "head.weight", "head.bias", "stem.bias", "norm.weight", "layernorm.bias"} <= set(kept)
+
+
+def test_filters_whose_lengths_count_are_decayed_as_plain_ones_are():
+    weighted = Magnitude("tanh", weighted=True)
+    model = make_model()
+    model["conv"] = SphereConv2d(4, 4, 3, operator="learnable-sigmoid", rescale=True, bias=False, magnitude=weighted)
+    model["linear"] = SphereLinear(4, 4, operator=lambda cos: cos, magnitude="tanh", weighted=True)
+    model["pooled"] = SphereConv2d(4, 4, 3, magnitude=Magnitude("tanh", learned=True))
+    (_, decayed), (_, kept) = by_name(model, param_groups(model, weight_decay=0.1))
+    assert set(decayed) == DECAYED | {"conv.weight", "linear.weight"}
+    assert {"conv.operator.p", "conv.beta", "pooled.weight", "pooled.log_magnitude_radius"} <= set(kept)
+
+
+def test_a_conversion_that_computes_what_the_original_does_has_its_groups():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), Casting(), nn.ReLU(), nn.Linear(6, 3))
+    model = sphereify(plain, magnitude="linear", weighted=True, head="keep", example_inputs=torch.randn(2, 3, 3, 3))
+    assert {decision.name for decision in model.conversion_plan.converted} >= {"0", "3.weight"}
+    assert by_name(model, param_groups(model, 0.1)) == by_name(plain, param_groups(plain, 0.1))
 
 
 def test_every_trained_parameter_is_listed_exactly_once():
