@@ -46,7 +46,8 @@ inline float polynomial(const float (&coefficients)[N], float x) {
 // 2/π·arcsin c, for c in [-1, 1]; see arcsine.py.
 inline float arcsin_in_right_angles(float c) {
     const float m = std::fabs(c), s = std::sqrt(1 - m);
-    return std::copysign(m + s * ((s - 1) - m * polynomial(ARCSINE, m)), c);
+    const float fall = m < .25f ? -m / (1 + s) : s - 1;  // s - 1, which loses the digits of a small m
+    return std::copysign(m + s * (fall - m * polynomial(ARCSINE, m)), c);
 }
 
 // sin(π/2·share), for a share in [-1, 1].

@@ -381,7 +381,9 @@ def test_compiled_curves_err_by_rounding(name):
     cos = torch.cat([cos, -cos]).view(-1, 4)
     g, _ = compiled.curve(cos.clone(), torch.ones(len(cos), 1), name, 0.3, None, None, None)
     exact = CURVES[name].value(cos.double(), 0.3)
-    assert (g.double() - exact).abs().max() < {"linear": 0.7e-7, "sigmoid": 2.5e-7}[name]
+    assert (g.double() - exact).abs().max() < {"linear": 0.6e-7, "sigmoid": 2.7e-7}[name]
+    if name == "linear":  # small cosines keep their digits
+        assert ((g.double() - exact) / exact)[exact != 0].abs().max() < 6e-7
     folded = compiled.folded(cos.clone(), torch.ones(len(cos), 1), "linear", None, None, None, None)
     assert (folded.double() - cos.double().asin()).abs().max() < 1.7e-7
 
