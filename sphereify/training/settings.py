@@ -117,7 +117,7 @@ class Settings:
     morph: float = option_field(
         0.0,
         "Share of the training over which the network moves from the original to its conversion, in [0, 1]; 0: it "
-        "starts as the conversion, calibrated where it was trained.",
+        "starts as the conversion, calibrated where it was trained. For networks that are trained.",
         panel=TRAINING,
         at_least=0,
         at_most=1,
