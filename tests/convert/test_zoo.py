@@ -271,6 +271,7 @@ def test_a_compiled_network_computes_the_same_without_graph_breaks(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.zoo
 @compiling("test_byobnet", "test_convnext", "test_mambaout", "test_nfnet", "test_vit")
 def test_another_batch_size_is_compiled_once_more_and_then_no_more(name):
     model = sphereify(build_by_name(name), operator="linear").train()

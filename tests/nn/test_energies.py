@@ -330,7 +330,13 @@ def test_the_determinant_of_many_filters_is_summed_over_random_parts(monkeypatch
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", CASES, ids=KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(case, id=kind, marks=[pytest.mark.exhaustive] if case.get("distance") == "angular" else [])
+        for kind, case in zip(KINDS, CASES, strict=True)
+    ],
+)
 def test_many_filters_need_bounded_memory_forward_and_backward(monkeypatch, options):
     monkeypatch.setattr(blocks, "ROOM", 1 << 12)
     count = 300

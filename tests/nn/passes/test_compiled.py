@@ -78,7 +78,7 @@ def test_linear_maps_equal_the_reference_in_float64(shape, which, data):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("groups", [1, 2, 24])
+@pytest.mark.parametrize("groups", [1, 24, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_large_tensors_shared_by_several_threads_equal_the_reference_in_float64(layout, groups):
     x = normal(2, 24, 45, 33).contiguous(memory_format=layout)
     rescaled = {"bias": torch.linspace(-1, 1, 48), "beta": torch.linspace(0.5, -2, 48)}
