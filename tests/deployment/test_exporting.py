@@ -175,6 +175,7 @@ def test_the_runtime_fuses_activations_and_residuals_as_it_does_in_the_original(
     assert operators["Add"] == 3  # those of ε, to one channel of each angular layer
 
 
+@pytest.mark.export
 def test_arcsin_of_zero_is_zero_and_of_a_rounded_one_a_number(tmp_path):
     torch.manual_seed(0)
     layer = nn.Sequential(SphereLinear(4, 6, bias=False, operator="linear")).eval()
@@ -294,6 +295,7 @@ def test_functional_calls_and_computed_weights_export(format, tmp_path):
         assert_same(RUNTIMES[format](path, x), model, x)
 
 
+@pytest.mark.export
 def test_two_inputs_share_the_batch(tmp_path):
     class Pair(nn.Module):
         def __init__(self):

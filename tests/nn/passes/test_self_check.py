@@ -20,6 +20,7 @@ def test_each_pass_of_the_protocol_is_compared():
     assert set(self_check.PASSES) == set(METHODS)
 
 
+@pytest.mark.triton
 @needs_triton
 def test_a_broken_kernel_is_found_before_its_first_use():
     run_kernels("broken and (epilogue or correct)", "1", file="kernels_self_check.py")
