@@ -97,6 +97,7 @@ class FoldedLayer(nn.Module):
     eps: float
     curve: str
     activation: str | None
+    _map: Any
 
     def _fold(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
         """Become scale·g(θ) + shift, both of shape (filters,) or None for 1 and 0, from the layer that this copies."""
@@ -165,6 +166,13 @@ class FoldedLayer(nn.Module):
         # tanh(u) = 2·logistic(2u) - 1, where the logistic function takes a sixth of the time.
         logistic = angle.mul_(sharpness if len(sharpness) == 1 else sharpness.view(channels)).sigmoid_()
         return logistic - 0.5 if logistic.requires_grad else logistic.sub_(0.5)
+
+    def _outputs(self, x: Tensor, projection: Projection | None) -> Tensor:
+        """The outputs for x in the dtype of the products: by compiled loops, or by `_map` of the class."""
+        weight = cast(self.weight, x.dtype)
+        if self._is_served_by_kernels(x, weight, projection):
+            return self._by_kernels(x, weight, projection)
+        return self._activated(cast(self._map(x, weight, projection), x.dtype))
 
     def _is_served_by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         """True if compiled loops (`nn.passes.compiled`) can do all that surrounds the products."""
@@ -244,11 +252,7 @@ class _FoldedConv(FoldedLayer, ConvGeometry):
         dtype = compute_dtype(x, self.weight)
         x = self._fit_into(dtype, x)
         with no_autocast(x.device.type):
-            weight = cast(self.weight, dtype)
-            if self._is_served_by_kernels(x, weight, projection):
-                y = self._by_kernels(x, weight, projection)
-            else:
-                y = self._activated(cast(self._map(x, weight, projection), dtype))
+            y = self._outputs(x, projection)
         return y if input.dim() == len(kernel) + 2 else y.squeeze(0)
 
     def _map(self, x: Tensor, weight: Tensor, projection: Projection) -> Tensor:
@@ -336,14 +340,10 @@ class FoldedLinear(FoldedLayer, nn.Linear):
         rows = input if input.dim() > 1 else input.unsqueeze(0)
         rows = self._fit_into(dtype, rows)
         with no_autocast(rows.device.type):
-            weight = cast(self.weight, dtype)
-            if self._is_served_by_kernels(rows, weight, None):
-                y = self._by_kernels(rows, weight, None)
-            else:
-                y = self._activated(cast(self._map(rows, weight), dtype))
+            y = self._outputs(rows, None)
         return y if input.dim() > 1 else y.squeeze(0)
 
-    def _map(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _map(self, x: Tensor, weight: Tensor, projection: None) -> Tensor:
         if is_traced_for_onnx():
             return onnx_layers.rows(self, x, weight)
         precise = accumulate_dtype(x.dtype)

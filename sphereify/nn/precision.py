@@ -101,6 +101,11 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() in CHANNELS_LAST and tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """True if the elements of a tensor fill its memory in one of the two layouts, contiguous or channels_last."""
+    return tensor.is_contiguous() or is_channels_last(tensor)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """True if a tensor is what lies in its memory: it is of no subclass and not wrapped by torch.func or autograd.
 

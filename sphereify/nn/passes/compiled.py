@@ -26,7 +26,7 @@ from sphereify.nn.operators import SIN_FLOOR
 from sphereify.nn.passes import cpu, library
 from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.switch import KernelFailure, Switch
-from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
+from sphereify.nn.precision import CHANNELS_LAST, is_channels_last, is_dense
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 # ---- When they are used
@@ -49,13 +49,9 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         and weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and cpu.usable(x, weight, projection)
-        and (x.is_contiguous() if projection is None else _is_dense(weight))
+        and (x.is_contiguous() if projection is None else is_dense(weight))
         and not _is_watched()
     )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or is_channels_last(tensor)
 
 
 def _is_watched() -> bool:
@@ -163,7 +159,7 @@ def _window(size: Ints, outputs: Ints, inner: int, kernel: Ints, projection: Pro
 
 def normalize_filters(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(w / N in `dtype`, N) with N = sqrt(‖w‖² + ε) of shape (O, 1, …)."""
-    if weight.dtype is not torch.float32 or dtype is not torch.float32 or not _is_dense(weight):
+    if weight.dtype is not torch.float32 or dtype is not torch.float32 or not is_dense(weight):
         return cpu.normalize_filters(weight, eps, dtype)
     unit, norm = torch.empty_like(weight), weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
     _call("normalize_filters", weight, len(weight), weight.numel() // len(weight), float(eps), unit, norm)
@@ -247,19 +243,8 @@ def folded(
     dot, norm = dot.contiguous(memory_format=layout), norm.contiguous(memory_format=layout)
     count = 0 if sharpness is None else sharpness.numel()
     sharpness, scale, shift = _floats(sharpness), _floats(scale), _floats(shift)
-    _call(
-        "folded",
-        shape[0],
-        CURVES[curve],
-        *shape[1:],
-        dot,
-        norm,
-        sharpness,
-        count,
-        scale,
-        shift,
-        ACTIVATIONS[activation],
-    )
+    constants = (sharpness, count, scale, shift, ACTIVATIONS[activation])
+    _call("folded", shape[0], CURVES[curve], *shape[1:], dot, norm, *constants)
     return dot
 
 
@@ -343,7 +328,7 @@ def subtract_radial(
 
 def filter_gradient(v: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
     """(v - ŵ (ŵ·v)) / N in the dtype of the weight, N of `normalize_filters`; v may be overwritten."""
-    if not _are_floats(v, weight, norm) or not _is_dense(weight):
+    if not _are_floats(v, weight, norm) or not is_dense(weight):
         return cpu.filter_gradient(v, weight, norm)
     v = v if v.stride() == weight.stride() else torch.empty_like(weight).copy_(v)
     _call("filter_gradient", v, weight, norm, len(weight), weight.numel() // len(weight))

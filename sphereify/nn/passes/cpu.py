@@ -14,7 +14,7 @@ from sphereify.nn.operators import CURVES, SIN_FLOOR, clip
 from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.reference import rescaled
 from sphereify.nn.passes.views import View
-from sphereify.nn.precision import accumulate_dtype, is_channels_last
+from sphereify.nn.precision import accumulate_dtype, is_channels_last, is_dense
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 BLOCK = 2**18
@@ -26,12 +26,7 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
 
     They cut x as it lies in memory, so it must be dense.
     """
-    return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and weight.numel() > 0
-        and (projection is None or x.is_contiguous() or is_channels_last(x))
-    )
+    return x.device.type == "cpu" and x.numel() > 0 and weight.numel() > 0 and (projection is None or is_dense(x))
 
 
 # ---- Forward

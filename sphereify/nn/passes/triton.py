@@ -25,7 +25,7 @@ from sphereify.nn.geometry import Projection, is_identity, output_size
 from sphereify.nn.operators import SIN_FLOOR
 from sphereify.nn.passes.protocol import CurveGradients
 from sphereify.nn.passes.switch import KernelFailure, Switch
-from sphereify.nn.precision import is_channels_last, runs_eagerly
+from sphereify.nn.precision import is_channels_last, is_dense, runs_eagerly
 from sphereify.nn.radius import Radius, is_pooled, pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +63,8 @@ def usable(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
         runs_eagerly(x, weight)
         and x.device == weight.device
         and all(t.dtype in DTYPES and t.numel() > 0 for t in (x, weight))
-        and _is_dense(weight)
-        and (x.is_contiguous() if projection is None else len(projection.stride) < 3 and _is_dense(x))
+        and is_dense(weight)
+        and (x.is_contiguous() if projection is None else len(projection.stride) < 3 and is_dense(x))
         and _is_small(x, weight, projection)
         and _has_triton()
     )
@@ -88,10 +88,6 @@ def _interpreted() -> bool:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or is_channels_last(tensor)
 
 
 def _is_small(x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
