@@ -89,6 +89,19 @@ def test_separation_is_the_mean_energy_between_a_samples_class_and_the_others(ki
         torch.testing.assert_close(loss(head(x), TARGETS).detach(), expected, **EXACT, msg=str(options))
 
 
+def test_separation_of_probabilities_is_that_of_the_classes_in_their_shares():
+    head, x = fixture("w-softmax", "cosine")
+    ones, others = (F.one_hot(classes, head.num_classes).to(x.dtype) for classes in (TARGETS, TARGETS.roll(1)))
+
+    def apart(targets):
+        return AngularLoss(head, separation=0.3)(head(x), targets) - AngularLoss(head)(head(x), targets)
+
+    torch.testing.assert_close(apart(ones), apart(TARGETS), **EXACT)
+    mixed = 0.7 * apart(TARGETS) + 0.3 * apart(TARGETS.roll(1))
+    assert mixed > 0.01
+    torch.testing.assert_close(apart(0.7 * ones + 0.3 * others), mixed, **EXACT)
+
+
 @pytest.mark.parametrize("share", grid([0.25, 0, 1, "of each sample"], lambda share: isinstance(share, str)))
 @pytest.mark.parametrize(("kind", "operator"), HEADS)
 def test_mixup_is_the_mixture_of_two_losses(kind, operator, share):
