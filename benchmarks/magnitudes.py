@@ -56,6 +56,11 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }
 """Name -> options of the conversion."""
+SCRATCH = (
+    *("sphere", "sphere, radius 2", "ball, ρ = 1", "ball, ρ = 2", "tanh, ρ = 1", "tanh, ρ = 2", "segment, ρ = 1"),
+    *("log", "mix", "linear", "linear, weighted", "tanh, ρ = 1, of the data", "tanh, ρ = 1, radius 2"),
+)
+"""The rows that are trained from scratch."""
 ROUNDS, BATCH = 7, 64
 
 
@@ -123,8 +128,7 @@ def scratch(argv: list[str]) -> None:
         build = partial(cnn, filters=wide((64, 96, 128), scale.width), features=wide((256,), scale.width)[0])
         common = options_of("cosine", "softmax") or {}
         plain = Cell("CNN-9", "plain", build, None, terms_of("plain"))
-        rows = [name for name in ROWS if name != "linear, weighted"]
-        return [plain, *(Cell("CNN-9", n, build, {**common, **ROWS[n]}, terms_of("cosine")) for n in rows)]
+        return [plain, *(Cell("CNN-9", n, build, {**common, **ROWS[n]}, terms_of("cosine")) for n in SCRATCH)]
 
     run(replace(EXPERIMENT, name="magnitudes", about=__doc__, cells=cells), argv)
 

@@ -172,9 +172,12 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
 
 
 def _train_all(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """Train the networks, several at a time on request; returns the outcomes of each cell, one for each seed."""
+    """Train the networks, several at a time on request; returns the outcomes of each cell, one for each seed.
+
+    Every cell is trained with the first seed before one is with the second, so that a run cut short compares all cells.
+    """
     work = [(cell, seed, scale, args.data, args.output / "runs", args.workers)
-            for cell in cells for seed in range(scale.seeds)]  # fmt: skip
+            for seed in range(scale.seeds) for cell in cells]  # fmt: skip
     if args.jobs > 1:
         _in_processes(work, args.jobs)
     outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell in cells}
