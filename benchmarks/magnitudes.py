@@ -1,6 +1,7 @@
 """What each magnitude h(‖x‖) keeps of a trained network, and what it costs; and the magnitudes from scratch.
 
     python -m benchmarks.magnitudes --data CIFAR10 --plain data/plain          # the table, resumable, half an hour
+    python -m benchmarks.magnitudes --data CIFAR10 --cost --results cost.json  # only the cost of a step
     python -m benchmarks.magnitudes --data CIFAR10 --scratch -o out/magnitudes # CNN-9 from scratch, resumable, hours
 
 The ResNet-20 of `plain_networks.py`, converted to cosine with each magnitude and calibrated on training images without
@@ -73,23 +74,26 @@ def table(options: argparse.Namespace) -> None:
     images = cifar10(options.data)
     drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
     batches = list(images.train[drawn].split(128))
-    tests = Tests(images, options)
+    tests = None if options.cost else Tests(images, options)
     for name, conversion in {"original": None, **{name: ROWS[name] for name in options.rows}}.items():
         if name in rows:
             continue
         model = network
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"cost": 1.0}
         if conversion is not None:
             model = sphereify(network, operator=options.operator, **conversion)
-            row["r2"] = mean(calibrate(model, network, batches).r2)
-        row |= {**tests.of(model), "cost": 1.0 if conversion is None else cost(model, network, images.train[:BATCH])}
+            row["cost"] = cost(model, network, images.train[:BATCH])
+        if tests is not None:
+            if conversion is not None:
+                row["r2"] = mean(calibrate(model, network, batches).r2)
+            row |= tests.of(model)
         rows[name] = row
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
     print("\n| magnitude | clean | contrast .2 | seven corruptions | R² | training step |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
-        shares = [f"{row[key]:.1%}" for key in ("clean", "contrast .2", "mean")]
+        shares = [f"{row[key]:.1%}" if key in row else "" for key in ("clean", "contrast .2", "mean")]
         r2 = f"{row['r2']:.3f}" if "r2" in row else ""
         print(f"| {name} | {' | '.join(shares)} | {r2} | {row['cost']:.2f} |")
 
@@ -142,6 +146,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("data/magnitudes.json"), help="finished rows")
     parser.add_argument("--operator", default="cosine")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--cost", action="store_true", help="only the cost of a step, without any calibration")
     parser.add_argument("--images", type=int, default=2048, help="for the calibration")
     parser.add_argument("--clean-images", type=int, default=4000)
     parser.add_argument("--test-images", type=int, default=1000, help="for each corruption")
