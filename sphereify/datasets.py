@@ -71,9 +71,9 @@ def load_data(
         augment: automatic augmentation by timm of the training images, such as "rand-m9-mstd0.5".
         shift: shift training images of up to 64 pixels by up to an eighth, as in CIFAR-10+; otherwise they are only
             mirrored.
-        color_jitter: strength x of random changes of brightness, contrast and saturation of the training images, each by
-            a factor from 1 - x to 1 + x, in [0, 1]; default: 0.4 for RGB images above 64 pixels without `augment`, else
-            0.
+        color_jitter: strength x, in [0, 1], of random changes of brightness, contrast and saturation of training
+            images, each by a factor from 1 - x to 1 + x; default: 0.4 for RGB images above 64 pixels without
+            `augment`, else 0.
         train_images, test_images: size of a fixed random choice from each part; default: all images.
         in_memory: read and decode each image once, now, and keep its pixels; for images of up to 64 pixels.
         test_only: be content with the test images of a folder, in val/ (or test/) or in the folder itself, if it has no

@@ -14,7 +14,7 @@ FILTERS, FEATURES = (64, 96, 128), 256
 """Filters in each stage and features of the papers' networks."""
 GROUPS = 8
 """Largest number of groups of a GroupNorm."""
-CIFAR10_CONTRAST = 0.43
+CIFAR10_CONTRAST = 0.41
 """Mean standard deviation of a training image of CIFAR-10, normalized to [-1, 1], around the means of its channels."""
 ANGULAR: dict[str, Any] = {"operator": "cosine", "head": "keep"}
 """Options of a conversion to the cosine operator that keeps the softmax."""

@@ -113,12 +113,18 @@ class Cell:
     rates: tuple[float, ...] = ()
     """Learning rates to choose from: each is tried with the first seed, and all seeds take the one that was best in the
     last test during training."""
+    seeds: int | None = None
+    """Number of seeds, if it is less than that of the scale."""
     measure: Callable[[nn.Module, Data, int], dict[str, Any]] | None = None
     """Function that measures the trained network on the test images; it takes the seed, too, and can be pickled."""
 
     @property
     def name(self) -> str:
         return f"{self.panel}: {self.label}"
+
+    def seeds_of(self, scale: Scale) -> int:
+        """The number of seeds with which the network is trained."""
+        return min(scale.seeds, self.seeds or scale.seeds)
 
     @property
     def variant(self) -> Variant:
@@ -183,17 +189,16 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
 
 
 def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """The outcomes of each cell, one for each seed; those that are not there yet are made, unless a report is asked for.
+    """The outcomes of each cell, one for each seed; what is missing is trained, unless a report is asked for.
 
     Every cell is trained with the first seed before one is with the second, so that a run cut short compares all cells.
-    Before, the learning rates are tried of the cells that leave a choice.
+    The learning rates of cells that leave a choice are tried before.
     """
     trials = {cell.name: _trials(cell) for cell in cells if cell.rates}
     tried = _train_all([(trial, 0) for some in trials.values() for trial in some], scale, args)
     chosen = [_best(trials[cell.name], tried) if cell.rates else cell for cell in cells]
-    outcomes = _train_all(
-        [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell is not None], scale, args
-    )
+    seeds = [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell and seed < cell.seeds_of(scale)]
+    outcomes = _train_all(seeds, scale, args)
     return {cell.name: outcomes.get(one.name, []) if one else [] for cell, one in zip(cells, chosen, strict=True)}
 
 

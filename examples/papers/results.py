@@ -47,16 +47,16 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
         if not found:
             continue
         row = [cell.name, *([f"{found[0].lr:g}"] if rates else [])]
-        row += [percent([o.accuracy for o in found]) + of_seeds(found, scale)]
+        row += [percent([o.accuracy for o in found]) + of_seeds(found, cell.seeds_of(scale))]
         row += ["" if authors is None else f"{authors:.2f}"] if source else []
         row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
         rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
     return markdown(columns, rows)
 
 
-def of_seeds(found: Sequence[Outcome], scale: Any) -> str:
+def of_seeds(found: Sequence[Outcome], seeds: int) -> str:
     """A remark on how many seeds have finished, unless all have."""
-    return "" if len(found) == scale.seeds else f" ({len(found)} of {scale.seeds} seeds)"
+    return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
 
 
 def percent(values: Sequence[float | None]) -> str:
