@@ -55,12 +55,13 @@ def make_transform(
         std=deviation,
         interpolation=config.get("interpolation") or "bicubic",
         color_jitter=usual if color_jitter is None else color_jitter,
-        force_color_jitter=bool(color_jitter),  # also beside a policy, which otherwise takes its place
         auto_augment=augment,
         crop_pct=config.get("crop_pct"),
         crop_mode=config.get("crop_mode"),
     )
-    return transforms.Compose([*gray, photographs])
+    # A policy takes the place of timm's own jitter, so one that is asked for comes before it.
+    jitters = [transforms.ColorJitter(*(color_jitter,) * 3)] if training and augment and color_jitter else []
+    return transforms.Compose([*gray, *jitters, photographs])
 
 
 def normalization_of(channels: int, config: dict[str, Any]) -> Normalization:

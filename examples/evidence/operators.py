@@ -6,8 +6,8 @@ CNN-9 as in tables 1 and 2 of "Deep Hyperspherical Learning": plain, and with ea
 radius too, all with the original softmax; plain and cosine also with the linear GA-Softmax of margin 4. The figure
 shows the test accuracy and the loss of the training batches over iterations. Each point of the loss is the mean since
 the point before; label smoothing, a margin, and the orthogonality penalty of angular filters are parts of it. On a CPU:
-half of the filters, all images, 4,000 iterations with batches of 64, three seeds (GA-Softmax: two); about 2 hours on two
-cores (estimated).
+half of the filters, all images, 4,000 iterations with batches of 64, three seeds (GA-Softmax: two); about 2 hours on
+two cores (estimated).
 """
 
 from dataclasses import replace
