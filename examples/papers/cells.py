@@ -4,6 +4,7 @@ A cell is one network: how it is built, converted and trained. Cells that have f
 ones continue where they stopped.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ from sphereify.files import write_text
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
 from sphereify.training.settings import WITHOUT_EFFECT
+from sphereify.transforms import make_transform
 
+SIZE = 32
+"""Height and width of an image in pixels."""
 SMOOTHED = Terms(label_smoothing=0.01)
 """The loss of the authors' code."""
 FALLS = (34 / 64, 54 / 64)
@@ -337,22 +341,21 @@ class Builder:
         return self.cell.build(self.classes)
 
 
-@lru_cache(maxsize=4)
 def _images(folder: str, shift: bool, jitter: float | None, train_images: int | None, test_images: int | None) -> Data:
     """The images of a folder, in memory: at most as many as the scale says."""
-    whole = load_data(folder, img_size=32, shift=shift)
+    data = _decoded(folder, train_images, test_images)
+    train: Any = copy.copy(data.train)  # the pixels are shared
+    train.transform = make_transform(SIZE, 3, {}, training=True, augment=None, shift=shift, color_jitter=jitter)
+    return replace(data, train=train)
+
+
+@cache
+def _decoded(folder: str, train_images: int | None, test_images: int | None) -> Data:
+    whole = load_data(folder, img_size=SIZE)
     counts = [min(wanted or math.inf, len(part)) for wanted, part in  # type: ignore[arg-type]
               ((train_images, whole.train), (test_images, whole.test))]  # fmt: skip
     train, test = (int(count) for count in counts)
-    return load_data(
-        folder,
-        img_size=32,
-        shift=shift,
-        color_jitter=jitter,
-        train_images=train,
-        test_images=test,
-        in_memory=True,
-    )
+    return load_data(folder, img_size=SIZE, train_images=train, test_images=test, in_memory=True)
 
 
 def _with_rare(data: Data, classes: int, share: float) -> Data:

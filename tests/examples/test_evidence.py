@@ -18,6 +18,7 @@ from examples.evidence import contrast, depth, networks
 from examples.papers import all as programs
 from examples.papers import cells, plain_cnn
 from examples.papers.results import Outcome
+from sphereify.datasets import load_data
 from sphereify.training import Objective
 from sphereify.training.comparison import build_variant
 from sphereify.training.corruptions import CORRUPTIONS
@@ -155,6 +156,17 @@ def test_a_report_tells_what_has_finished_and_how_many_seeds(tmp_path, monkeypat
     assert table(tmp_path / "table.md") == {"one: first": ["30.00 (1 of 2 seeds)"]}
     cells.run(experiment, [*given, "--iterations", "4"])  # another question, which has no answer yet
     assert table(tmp_path / "table.md") == {}
+
+
+@pytest.mark.parametrize("kind", [{"shift": False}, {"shift": True, "color_jitter": 0.8}])
+def test_images_are_decoded_once_for_all_their_augmentations(photos, kind):  # noqa: F811
+    images = cells._images(str(photos), kind["shift"], kind.get("color_jitter"), 20, 10)
+    asked = load_data(str(photos), img_size=32, train_images=20, test_images=10, in_memory=True, **kind)
+    assert str(images.train.transform) == str(asked.train.transform)
+    assert str(images.test.transform) == str(asked.test.transform)
+    assert (images.train.pixels == asked.train.pixels).all()
+    assert images.train.targets == asked.train.targets
+    assert images.train.pixels is cells._images(str(photos), False, 0.3, 20, 10).train.pixels
 
 
 # ------------------------------------------------------------------------------------------------------- the questions
