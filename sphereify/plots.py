@@ -139,7 +139,8 @@ def plot_panels(
     rows = math.ceil(len(panels) / columns)
     width = 7 if columns == 1 else 4.2 * columns
     size = {"width": width, "height": 4.2 * rows * len(values)}
-    figure, grid = new_figure(**size, nrows=rows * len(values), ncols=columns, squeeze=False, sharey="row")
+    shared = True if len(values) == 1 else "row"
+    figure, grid = new_figure(**size, nrows=rows * len(values), ncols=columns, squeeze=False, sharey=shared)
     colours = _distinct(len(names))
     for number, value in enumerate(values):
         places = grid[number * rows : (number + 1) * rows].flat

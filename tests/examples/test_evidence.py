@@ -18,6 +18,7 @@ from examples.evidence import contrast, depth, networks
 from examples.papers import all as programs
 from examples.papers import cells, plain_cnn
 from examples.papers.results import Outcome
+from sphereify import plots
 from sphereify.datasets import load_data
 from sphereify.training import Objective
 from sphereify.training.comparison import build_variant
@@ -156,6 +157,22 @@ def test_a_report_tells_what_has_finished_and_how_many_seeds(tmp_path, monkeypat
     assert table(tmp_path / "table.md") == {"one: first": ["30.00 (1 of 2 seeds)"]}
     cells.run(experiment, [*given, "--iterations", "4"])  # another question, which has no answer yet
     assert table(tmp_path / "table.md") == {}
+
+
+def test_the_loss_is_drawn_below_the_accuracy_in_the_same_colours(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    run = [{"step": 1, "accuracy": 0.5, "loss": 2.0}, {"step": 2, "accuracy": 0.6, "loss": 1.5}]
+    plots.plot_panels(
+        {"a": {"net": [run], "other": [run]}, "b": {"other": [run]}}, tmp_path, values=("accuracy", "loss")
+    )
+    axes = drawn[0].axes
+    assert [one.get_title() for one in axes] == ["a", "b", "a", "b"]
+    assert [one.get_ylabel() for one in axes] == ["test accuracy, %"] * 2 + ["training loss"] * 2
+    means = [{line.get_label(): line for line in one.lines} for one in axes]
+    assert [list(one["other"].get_ydata()) for one in means] == [[50, 60]] * 2 + [[2.0, 1.5]] * 2
+    assert len({one["other"].get_color() for one in means}) == 1
+    assert means[0]["net"].get_color() != means[0]["other"].get_color()
 
 
 @pytest.mark.parametrize("kind", [{"shift": False}, {"shift": True, "color_jitter": 0.8}])
