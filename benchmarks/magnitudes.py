@@ -122,9 +122,8 @@ def cost(model: nn.Module, network: nn.Module, x: Tensor) -> float:
 
 
 def scratch(argv: list[str]) -> None:
-    """CNN-9 with a quarter of the filters, trained from scratch with each magnitude, as in `from_scratch`."""
-    from benchmarks.from_scratch import EXPERIMENT
-    from examples.papers.cells import Cell, Scale, run
+    """CNN-9 with a quarter of the filters, trained from scratch with each magnitude on 20,000 images."""
+    from examples.papers.cells import CPU, Cell, Experiment, Scale, run
     from examples.papers.operators_and_losses import options_of, terms_of
     from examples.papers.plain_cnn import cnn, wide
 
@@ -134,7 +133,8 @@ def scratch(argv: list[str]) -> None:
         plain = Cell("CNN-9", "plain", build, None, terms_of("plain"))
         return [plain, *(Cell("CNN-9", n, build, {**common, **ROWS[n]}, terms_of("cosine")) for n in SCRATCH)]
 
-    run(replace(EXPERIMENT, name="magnitudes", about=__doc__, cells=cells), argv)
+    scale = replace(CPU, width=1 / 4, train_images=20_000, seeds=3, tests=16)
+    run(Experiment("magnitudes", __doc__, cells, cpu=scale), argv)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Plots, each written to a picture file."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,31 +121,45 @@ def plot_comparison(curves: dict[str, list[list[dict[str, Any]]]], path: str | P
     return plot_panels({"": curves}, path)
 
 
-def plot_panels(panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: str | Path) -> Path:
+def plot_panels(
+    panels: dict[str, dict[str, list[list[dict[str, Any]]]]],
+    path: str | Path,
+    *,
+    values: Sequence[str] = ("accuracy",),
+) -> Path:
     """Plot several comparisons side by side, at most four in a row, with the same colour for the same variant.
 
     Args:
-        panels: title -> variant -> runs, each a list of tests with "step" and "accuracy".
+        panels: title -> variant -> runs, each a list of tests with "step" and the values.
         path: file of the picture.
+        values: what to plot over the steps, "accuracy" or "loss", each in rows of its own.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = 7 if columns == 1 else 4.2 * columns
-    figure, grid = new_figure(width=width, height=4.2 * rows, nrows=rows, ncols=columns, squeeze=False, sharey=True)
+    size = {"width": width, "height": 4.2 * rows * len(values)}
+    shared = True if len(values) == 1 else "row"
+    figure, grid = new_figure(**size, nrows=rows * len(values), ncols=columns, squeeze=False, sharey=shared)
     colours = _distinct(len(names))
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
-        for name, runs in curves.items():
-            _draw_runs(axes, name, runs, colours[names.index(name)])
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("optimizer steps")
-        axes.set_ylabel("test accuracy, %")
-        axes.grid(linewidth=0.4)
-        if curves:
-            axes.legend(fontsize=8)
+    for number, value in enumerate(values):
+        places = grid[number * rows : (number + 1) * rows].flat
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, curves) in zip(places, panels.items(), strict=False):
+            for name, runs in curves.items():
+                _draw_runs(axes, name, runs, colours[names.index(name)], value)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("optimizer steps")
+            axes.set_ylabel(_VALUES[value][0])
+            axes.grid(linewidth=0.4)
+            if curves:
+                axes.legend(fontsize=8)
     return save_figure(figure, path)
+
+
+_VALUES = {"accuracy": ("test accuracy, %", 100), "loss": ("training loss", 1)}
+"""What is plotted over steps, each with the name of its axis and the factor of its unit."""
 
 
 def plot_robustness(networks: dict[str, dict[str, Any]], chance: float, path: str | Path) -> Path:
@@ -228,13 +243,12 @@ _KINDS = {"different": ("tab:orange", "two identities"), "same": ("tab:blue", "o
 """Kinds of pairs, with their colours and names."""
 
 
-def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: Any) -> None:
+def _draw_runs(axes: Any, name: str, runs: list[list[dict[str, Any]]], colour: Any, value: str) -> None:
+    factor = _VALUES[value][1]
     for rows in runs:
-        axes.plot(
-            [r["step"] for r in rows], [100 * r["accuracy"] for r in rows], color=colour, linewidth=0.6, alpha=0.5
-        )
+        axes.plot([r["step"] for r in rows], [factor * r[value] for r in rows], color=colour, linewidth=0.6, alpha=0.5)
     shortest = min(len(rows) for rows in runs)
-    mean = [100 * sum(rows[i]["accuracy"] for rows in runs) / len(runs) for i in range(shortest)]
+    mean = [factor * sum(rows[i][value] for rows in runs) / len(runs) for i in range(shortest)]
     axes.plot([r["step"] for r in runs[0][:shortest]], mean, color=colour, linewidth=2, label=name)
 
 

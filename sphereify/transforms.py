@@ -11,10 +11,28 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel."""
 
 
+PHOTOGRAPH_JITTER = 0.4
+"""Strength of the colour jitter of larger images, timm's default."""
+
+
 def make_transform(
-    size: int, channels: int, config: dict[str, Any], *, training: bool, augment: str | None, shift: bool = True
+    size: int,
+    channels: int,
+    config: dict[str, Any],
+    *,
+    training: bool,
+    augment: str | None,
+    shift: bool = True,
+    color_jitter: float | None = None,
 ) -> Any:
-    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped."""
+    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped.
+
+    Args:
+        size, channels: of an image as the model takes it.
+        config: the `pretrained_cfg` of a model.
+        training: True for training images, False for test images, which are neither moved nor changed in colour.
+        augment, shift, color_jitter: as for `sphereify.datasets.load_data`.
+    """
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -23,10 +41,11 @@ def make_transform(
     if size <= SMALL:
         shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
         moves = [*shifts, transforms.RandomHorizontalFlip()] if training else []
+        moves += [transforms.ColorJitter(*(color_jitter,) * 3)] if training and color_jitter else []
         moves += [_augmentation(augment, size, mean)] if training and augment else []
         steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
         return transforms.Compose([*gray, *steps])
-    jitter = 0.0 if channels == 1 else 0.4
+    usual = 0.0 if channels == 1 else PHOTOGRAPH_JITTER
     if augment:
         _augmentation(augment, size, mean)  # fails now if timm does not know it
     photographs = create_transform(
@@ -35,12 +54,14 @@ def make_transform(
         mean=mean,
         std=deviation,
         interpolation=config.get("interpolation") or "bicubic",
-        color_jitter=jitter,
+        color_jitter=usual if color_jitter is None else color_jitter,
         auto_augment=augment,
         crop_pct=config.get("crop_pct"),
         crop_mode=config.get("crop_mode"),
     )
-    return transforms.Compose([*gray, photographs])
+    # A policy takes the place of timm's own jitter, so one that is asked for comes before it.
+    jitters = [transforms.ColorJitter(*(color_jitter,) * 3)] if training and augment and color_jitter else []
+    return transforms.Compose([*gray, *jitters, photographs])
 
 
 def normalization_of(channels: int, config: dict[str, Any]) -> Normalization:

@@ -266,6 +266,34 @@ def test_images_in_memory_are_not_read_again(steps):
     assert torch.equal(everything(data.test)[0], before[0])
 
 
+@pytest.mark.parametrize("size", [32, 80])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [None, "rand-m5-n0"])
+def test_color_jitter_changes_training_images_by_bounded_factors_and_test_images_never(steps, size, channels, augment):
+    """In a picture of one grey of 100, contrast and saturation change nothing, and brightness gives 100·(1 ± x)."""
+    for file in steps.rglob("*.png"):
+        Image.new("RGB", (20, 24), (100, 100, 100)).save(file)
+    torch.manual_seed(0)
+    kind = {"img_size": size, "channels": channels, "augment": augment}
+    data = load_data(str(steps), color_jitter=0.5, shift=size > 64, **kind)
+    moved = [(data.train[0][0] * 0.5 + 0.5) * 255 for _ in range(40)]
+    means = torch.stack([image.mean() for image in moved])
+    assert all(image.std() < 1 for image in moved)
+    assert 49 <= means.min() < 70
+    assert 130 < means.max() <= 151
+    still = (data.test[0][0] * 0.5 + 0.5) * 255
+    torch.testing.assert_close(still, torch.full_like(still, 100), atol=0.6, rtol=0)
+    none = load_data(str(steps), color_jitter=0.0, shift=size > 64, **kind)
+    assert {round(float((none.train[0][0].mean() * 0.5 + 0.5) * 255)) for _ in range(5)} == {100}
+
+
+def test_color_jitter_of_another_strength_is_refused(steps):
+    with pytest.raises(UsageError, match=r"color_jitter.* got 1\.5, expected a number of at least 0 and at most 1"):
+        load_data(str(steps), img_size=32, color_jitter=1.5)
+    with pytest.raises(UsageError, match=r"color_jitter.* the digits are not photographs"):
+        load_data("digits", color_jitter=0.4)
+
+
 def test_without_a_shift_images_are_mirrored_only(steps):
     train, test = (getattr(load_data(str(steps), img_size=32, shift=False), part) for part in ("train", "test"))
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ Takes the options of the experiments; what has finished is not repeated. One tha
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 from examples.papers.report import parse
@@ -17,16 +18,34 @@ UNTRAINED = ("plain_cnn", "conditioning", "gan_energy", "fourier")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(__doc__, argv, trains=True)
+    run_programs("examples.papers", ORDER, __doc__, argv, untrained=UNTRAINED)
+
+
+def run_programs(
+    package: str, order: Sequence[str], about: str | None, argv: list[str] | None, *, untrained: Sequence[str] = ()
+) -> None:
+    """Run the programs of a package, each in a folder of its own below the output.
+
+    Args:
+        package: the package of the programs.
+        order: their names.
+        about: what they do, for the help.
+        argv: the words of the command line; None: those that Python was called with.
+        untrained: those that do not take the options of a training.
+    """
+    args = parse(about, argv, trains=True)
     scale = [] if args.scale == "cpu" else [f"--{args.scale}"]
     training = [word for name in ("iterations", "seeds", "jobs", "workers") if (value := getattr(args, name))
                 for word in (f"--{name}", str(value))]  # fmt: skip
+    training += ["--report"] if args.report else []
     failed = []
-    for name in ORDER:
+    for name in order:
+        if args.report and name in untrained:
+            continue
         given = [*scale, "--data", args.data, "-o", str(args.output / name)]
         print(f"\n{name}", flush=True)
         try:
-            import_module(f"examples.papers.{name}").main(given + ([] if name in UNTRAINED else training))
+            import_module(f"{package}.{name}").main(given + ([] if name in untrained else training))
         except SystemExit as error:
             if error.code and isinstance(error.code, int) and error.code > 128:
                 raise  # a signal

@@ -4,15 +4,15 @@ A cell is one network: how it is built, converted and trained. Cells that have f
 ones continue where they stopped.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import re
 import signal
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -22,13 +22,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.papers.report import finish, markdown, parse
+from examples.papers.report import finish, parse
+from examples.papers.results import Outcome, curves, percent, table
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError
 from sphereify.files import write_text
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
+from sphereify.training.settings import WITHOUT_EFFECT
+from sphereify.transforms import make_transform
 
+SIZE = 32
+"""Height and width of an image in pixels."""
 SMOOTHED = Terms(label_smoothing=0.01)
 """The loss of the authors' code."""
 FALLS = (34 / 64, 54 / 64)
@@ -48,7 +53,7 @@ class Scale:
     test_images: int | None
     """Number of images of the tests during training."""
     seeds: int
-    goals: tuple[float, float]
+    goals: tuple[float, ...]
     """Accuracies to which the table counts iterations."""
     last_images: int | None = None
     """Number of images of the test after training; None: all."""
@@ -57,10 +62,11 @@ class Scale:
     name: str = "full"
 
     def settings(self, cell: "Cell", seed: int, workers: int) -> Settings:
-        """The authors' settings: Adam with a rate of 1e-3, divided by ten after 34/64 and 54/64 of the iterations."""
+        """The authors' settings, unless the cell has its own: Adam with a rate of 1e-3, divided by ten after 34/64 and
+        54/64 of the iterations."""
         iterations = cell.iterations or self.iterations
         tests = min(self.tests, iterations)
-        return Settings(
+        settings = Settings(
             epochs=tests,
             epoch_batches=iterations // tests,
             batch_size=cell.batch_size or self.batch_size,
@@ -74,6 +80,7 @@ class Scale:
             workers=workers,
             terms=cell.terms,
         )
+        return replace(settings, **cell.settings)
 
 
 FULL = Scale(10_000, 128, 1.0, None, None, 3, (0.8, 0.85))
@@ -99,33 +106,33 @@ class Cell:
     iterations: int | None = None
     shift: bool = False
     """True if training images are shifted as well as mirrored (CIFAR-10+)."""
+    jitter: float | None = None
+    """Strength of the colour jitter of training images; None: none."""
     rare: tuple[int, float] | None = None
     """Number of rare classes, the first ones, and the share of their training images that is used."""
+    learned: str = "nothing"
+    """How much of what `build` makes has been trained, as for `sphereify.training.compare`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the training that are not those of the scale, such as the learning rate `lr`."""
+    rates: tuple[float, ...] = ()
+    """Learning rates to choose from: each is tried with the first seed, and all seeds take the one that was best in the
+    last test during training."""
+    seeds: int | None = None
+    """Number of seeds, if it is less than that of the scale."""
+    measure: Callable[[nn.Module, Data, int], dict[str, Any]] | None = None
+    """Function that measures the trained network on the test images; it takes the seed, too, and can be pickled."""
 
     @property
     def name(self) -> str:
         return f"{self.panel}: {self.label}"
 
+    def seeds_of(self, scale: Scale) -> int:
+        """The number of seeds with which the network is trained."""
+        return min(scale.seeds, self.seeds or scale.seeds)
+
     @property
     def variant(self) -> Variant:
         return Variant(self.name, self.options)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a cell with one seed."""
-
-    seed: int
-    accuracy: float | None
-    """Test accuracy after the last iteration, in [0, 1]; None: training did not converge."""
-    per_class: list[float] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """Each test during training: step, accuracy, loss, images_per_second."""
-    failure: str = ""
-
-    def steps_to(self, goal: float) -> float | None:
-        """Iterations at the first test with at least this accuracy."""
-        return next((point["step"] for point in self.curve if point["accuracy"] >= goal), None)
 
 
 @dataclass(frozen=True)
@@ -134,55 +141,95 @@ class Experiment:
 
     name: str
     about: str | None
-    cells: Callable[[Scale], list[Cell]]
-    authors: dict[str, float]
+    cells: Callable[..., list[Cell]]
+    """Function that lists the cells of a scale; it takes the values of `arguments` as keywords."""
+    authors: dict[str, float] = field(default_factory=dict)
     """Test accuracy in % by the name of a cell."""
-    source: str
-    """Source of these numbers, the head of their column."""
+    source: str = ""
+    """Source of these numbers, the head of their column; "": there is no such column."""
     cpu: Scale = CPU
     full: Scale = FULL
     quick: Scale = QUICK
     columns: dict[str, Callable[[Outcome], float]] = field(default_factory=dict)
     """Further columns of the table, in %."""
+    table: Callable[..., str] | None = None
+    """Function that writes another table than that of `results.table`; it takes the same."""
+    figure: Callable[[list[Cell], dict[str, list[Outcome]], Path], Any] | None = None
+    """Function that draws figure.png; default: accuracy over iterations."""
     draw: Callable[[Callable[[str], nn.Module], Path], None] | None = None
     """Function that draws a second picture; it takes a getter of trained networks by label, and the file."""
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further arguments of the command line, by name, each with what argparse takes."""
 
 
 def run(experiment: Experiment, argv: list[str] | None = None) -> None:
     """Run a whole experiment, from the command line to its results."""
-    args = parse(experiment.about, argv, trains=True)
+    args = parse(experiment.about, argv, trains=True, further=experiment.arguments)
     scale: Scale = getattr(experiment, args.scale)
     given = {name: getattr(args, name) for name in ("iterations", "seeds") if getattr(args, name)}
     scale = replace(scale, **given)
-    cells = experiment.cells(scale)
+    further = {
+        name: getattr(args, name) for name in (word.strip("-").replace("-", "_") for word in experiment.arguments)
+    }
+    cells = experiment.cells(scale, **further)
     try:
-        outcomes = _train_all(cells, scale, args)
+        outcomes = _outcomes(cells, scale, args)
     except SphereifyError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    plot_panels(_curves(cells, outcomes), args.output / "figure.png")
-    if experiment.draw is not None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    if experiment.figure is None:
+        plot_panels(curves(cells, outcomes), args.output / "figure.png")
+    else:
+        experiment.figure(cells, outcomes, args.output / "figure.png")
+    if experiment.draw is not None and not args.report:
         experiment.draw(partial(_labelled, cells, args), args.output / "second.png")
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
-    finish(args, experiment.name, _table(experiment, cells, outcomes, scale), None, document)
+    finish(args, experiment.name, (experiment.table or table)(experiment, cells, outcomes, scale), None, document)
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def _train_all(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """Train the networks, several at a time on request; returns the outcomes of each cell, one for each seed.
+def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
+    """The outcomes of each cell, one for each seed; what is missing is trained, unless a report is asked for.
 
     Every cell is trained with the first seed before one is with the second, so that a run cut short compares all cells.
+    The learning rates of cells that leave a choice are tried before.
     """
-    work = [(cell, seed, scale, args.data, args.output / "runs", args.workers)
-            for seed in range(scale.seeds) for cell in cells]  # fmt: skip
-    if args.jobs > 1:
-        _in_processes(work, args.jobs)
-    outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell in cells}
-    for cell, *how in work:
-        outcomes[cell.name] += [_train(cell, *how)]
+    trials = {cell.name: _trials(cell) for cell in cells if cell.rates}
+    tried = _train_all([(trial, 0) for some in trials.values() for trial in some], scale, args)
+    chosen = [_best(trials[cell.name], tried) if cell.rates else cell for cell in cells]
+    seeds = [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell and seed < cell.seeds_of(scale)]
+    outcomes = _train_all(seeds, scale, args)
+    return {cell.name: outcomes.get(one.name, []) if one else [] for cell, one in zip(cells, chosen, strict=True)}
+
+
+def _trials(cell: Cell) -> list[Cell]:
+    """The cell with each of its learning rates."""
+    return [
+        replace(cell, label=f"{cell.label}, rate {rate:g}", rates=(), settings={**cell.settings, "lr": rate})
+        for rate in cell.rates
+    ]
+
+
+def _best(trials: list[Cell], tried: dict[str, list[Outcome]]) -> Cell | None:
+    """The trial with the highest accuracy in the last test during training; None if one is missing."""
+    if not all(tried[trial.name] for trial in trials):
+        return None
+    return max(trials, key=lambda trial: tried[trial.name][0].last_accuracy)
+
+
+def _train_all(pairs: list[tuple[Cell, int]], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
+    """Train networks, each with a seed, several at a time on request; returns the outcomes of each cell."""
+    where = (scale, args.data, args.output / "runs", args.workers)
+    if args.jobs > 1 and not args.report:
+        _in_processes([(*pair, *where) for pair in pairs], args.jobs)
+    outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell, _ in pairs}
+    for cell, seed in pairs:
+        outcome = _finished(cell, seed, *where) if args.report else _train(cell, seed, *where)
+        outcomes[cell.name] += [] if outcome is None else [outcome]
     return outcomes
 
 
@@ -230,28 +277,52 @@ def _take_cells(work: list[Any], taken: Any, threads: int) -> None:
 
 def _train(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers: int) -> Outcome:
     """Train one network with one seed, or read its outcome if it has finished before."""
-    place = folder_of(folder, cell, seed)
-    known = place / "outcome.json"
-    asked = {"data": data, "scale": repr(scale), "cell": repr(replace(cell, build=None))}  # type: ignore[arg-type]
-    before = json.loads(known.read_text()) if known.is_file() else {}
-    if before.get("asked") == asked:
-        return Outcome(**before["outcome"])
-    images = _images(data, cell.shift, scale.train_images, scale.test_images)
+    finished = _finished(cell, seed, scale, data, folder, workers)
+    if finished is not None:
+        return finished
+    place, settings = folder_of(folder, cell, seed), scale.settings(cell, seed, workers)
+    images = _images(data, cell.shift, cell.jitter, scale.train_images, scale.test_images)
     images = images if cell.rare is None else _with_rare(images, *cell.rare)
     build = Builder(cell, len(images.classes))
-    settings = scale.settings(cell, seed, workers)
     try:
-        result = train_once(build, images, cell.variant, settings, output=place)
-        last = evaluate(trained(build, cell.variant, place), _images(data, False, 1, scale.last_images),
-                        replace(settings, batch_size=500))  # fmt: skip
+        result = train_once(build, images, cell.variant, settings, output=place, learned=cell.learned)
+        last, tests = trained(build, cell.variant, place), _images(data, False, None, 1, scale.last_images)
+        evaluation = evaluate(last, tests, replace(settings, batch_size=500))
         curve = [{"step": e.step, "accuracy": e.accuracy, "loss": e.loss, "images_per_second": e.images_per_second}
                  for e in result.epochs]  # fmt: skip
-        outcome = Outcome(seed, last.top1, last.per_class, curve)
+        measured = {} if cell.measure is None else cell.measure(last, tests, seed)
+        outcome = Outcome(seed, evaluation.top1, evaluation.per_class, curve, measured=measured, lr=settings.lr)
     except TrainingError as error:
-        outcome = Outcome(seed, None, failure=str(error))
-    write_text(known, json.dumps({"asked": asked, "outcome": dataclasses.asdict(outcome)}, indent=1) + "\n")
-    print(f"{cell.name}, seed {seed}: {_percent([outcome.accuracy])}", file=sys.stderr, flush=True)
+        outcome = Outcome(seed, None, failure=str(error), lr=settings.lr)
+    asked = _asked(cell, settings, scale, data)
+    write_text(place / KNOWN, json.dumps({"asked": asked, "outcome": dataclasses.asdict(outcome)}, indent=1) + "\n")
+    print(f"{cell.name}, seed {seed}: {percent([outcome.accuracy])}", file=sys.stderr, flush=True)
     return outcome
+
+
+KNOWN = "outcome.json"
+"""File in the folder of a run that holds its outcome, and what was asked for."""
+
+
+def _finished(cell: Cell, seed: int, scale: Scale, data: str, folder: Path, workers: int) -> Outcome | None:
+    """The outcome of a cell with a seed; None if it has not finished, or was asked for with something else."""
+    known = folder_of(folder, cell, seed) / KNOWN
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    asked = _asked(cell, scale.settings(cell, seed, workers), scale, data)
+    return Outcome(**before["outcome"]) if before.get("asked") == asked else None
+
+
+def _asked(cell: Cell, settings: Settings, scale: Scale, data: str) -> dict[str, Any]:
+    """What an outcome depends on, as plain JSON values; `train_once` looks at the network itself."""
+    lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
+    asked = {
+        **lasting,
+        "data": [data, scale.train_images, scale.test_images, scale.last_images, cell.shift, cell.jitter, cell.rare],
+        "conversion": repr(cell.options),
+        "learned": cell.learned,
+        "measure": None if cell.measure is None else repr(getattr(cell.measure, "keywords", {})),
+    }
+    return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
 
 
 def folder_of(folder: Path, cell: Cell, seed: int = 0) -> Path:
@@ -270,14 +341,21 @@ class Builder:
         return self.cell.build(self.classes)
 
 
-@cache
-def _images(folder: str, shift: bool, train_images: int | None, test_images: int | None) -> Data:
+def _images(folder: str, shift: bool, jitter: float | None, train_images: int | None, test_images: int | None) -> Data:
     """The images of a folder, in memory: at most as many as the scale says."""
-    whole = load_data(folder, img_size=32, shift=shift)
+    data = _decoded(folder, train_images, test_images)
+    train: Any = copy.copy(data.train)  # the pixels are shared
+    train.transform = make_transform(SIZE, 3, {}, training=True, augment=None, shift=shift, color_jitter=jitter)
+    return replace(data, train=train)
+
+
+@cache
+def _decoded(folder: str, train_images: int | None, test_images: int | None) -> Data:
+    whole = load_data(folder, img_size=SIZE)
     counts = [min(wanted or math.inf, len(part)) for wanted, part in  # type: ignore[arg-type]
               ((train_images, whole.train), (test_images, whole.test))]  # fmt: skip
     train, test = (int(count) for count in counts)
-    return load_data(folder, img_size=32, shift=shift, train_images=train, test_images=test, in_memory=True)
+    return load_data(folder, img_size=SIZE, train_images=train, test_images=test, in_memory=True)
 
 
 def _with_rare(data: Data, classes: int, share: float) -> Data:
@@ -306,43 +384,3 @@ def network_trained(cell: Cell, scale: Scale, args: Any) -> tuple[nn.Module, flo
 
 def _labelled(cells: list[Cell], args: Any, label: str) -> nn.Module:
     return network_of(next(cell for cell in cells if cell.label == label), args.data, args.output / "runs")
-
-
-# ---------------------------------------------------------------------------------------------------------- results
-
-
-def _table(experiment: Experiment, cells: list[Cell], outcomes: dict[str, list[Outcome]], scale: Scale) -> str:
-    columns = ["", "test accuracy, %", f"{experiment.source}, %", *experiment.columns]
-    rows = []
-    for cell in cells:
-        found, authors = outcomes[cell.name], experiment.authors.get(cell.name)
-        more = [
-            _percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()
-        ]
-        row = [cell.name, _percent([o.accuracy for o in found]), "" if authors is None else f"{authors:.2f}", *more]
-        rows += [row + [_mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
-    return markdown([*columns, *(f"iterations to {goal:.0%}" for goal in scale.goals)], rows)
-
-
-def _percent(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation of shares, in %."""
-    numbers = [100 * value for value in values if value is not None]
-    if not numbers:
-        return "not converged"
-    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    failed = len(values) - len(numbers)
-    return f"{statistics.mean(numbers):.2f}{spread}" + (f" ({failed} not converged)" if failed else "")
-
-
-def _mean_steps(steps: Sequence[float | None]) -> str:
-    """The mean, if every seed reached the goal."""
-    reached = [step for step in steps if step is not None]
-    return f"{statistics.mean(reached):.0f}" if len(reached) == len(steps) else "not reached"
-
-
-def _curves(cells: list[Cell], outcomes: dict[str, list[Outcome]]) -> dict[str, dict[str, Any]]:
-    panels: dict[str, dict[str, Any]] = {cell.panel: {} for cell in cells}
-    for cell in cells:
-        if runs := [outcome.curve for outcome in outcomes[cell.name] if outcome.curve]:
-            panels[cell.panel][cell.label] = runs
-    return panels

@@ -140,7 +140,7 @@ def evaluate(
         Settings, Fields(only=("batch_size", "workers", "device", "amp", "channels_last", "strict", "seed"), panel="")
     ],
     source: SourceOptions,
-    images: Annotated[DataOptions, Fields(without=("augment", "train_images"))],
+    images: Annotated[DataOptions, Fields(without=("augment", "color_jitter", "train_images"))],
     verified: VerificationOptions,
     corruptions: Annotated[
         bool,

@@ -40,6 +40,15 @@ class DataOptions:
         "Automatic augmentation by timm of the training images, such as rand-m9-mstd0.5.",
         panel=IMAGES,
     )
+    color_jitter: float | None = option_field(
+        None,
+        "Strength x of random changes of brightness, contrast and saturation of the training images, each by a factor "
+        "from 1-x to 1+x; default: 0.4 for RGB images above 64 pixels without augment, else 0.",
+        panel=IMAGES,
+        at_least=0,
+        at_most=1,
+        usual="0.2 to 0.8",
+    )
     train_images: int | None = option_field(
         None,
         "Number of training images, a fixed random choice; default: all.",
@@ -117,6 +126,7 @@ class DataOptions:
             **self.preparation(model, as_trained=as_trained),
             data_root=self.data_root,
             augment=self.augment,
+            color_jitter=self.color_jitter,
             test_only=test_only,
         )
         record = getattr(model, RECORD_ATTRIBUTE, None) if as_trained else None

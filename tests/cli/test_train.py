@@ -402,6 +402,8 @@ def test_an_artifact_may_be_the_original_but_takes_no_other_weights(run, refused
         (["--fsdp", "--amp", "fp16"], "--fsdp: does not go with --amp fp16"),
         (["--train-images", "9999"], "--train-images: got 9999, expected 1 to 1437"),
         (["--augment", "rand-m9"], "--augment: the digits are not photographs"),
+        (["--color-jitter", "0.4"], "--color-jitter: the digits are not photographs"),
+        (["--color-jitter", "2"], "--color-jitter: got 2.0, expected a number of at least 0 and at most 1"),
         (["--teacher-weights", "nowhere.pt"], "--teacher-weights: belong to a --teacher by name"),
         (["--head", "a-softmax"], "--head: does not go with the artifact"),
     ],

@@ -1,0 +1,154 @@
+"""Low contrast, light, fog and noise: does a conversion gain over its rivals?
+
+    python -m examples.evidence.contrast --data CIFAR10 -o out/contrast --jobs 2
+
+CNN-9 from scratch: plain; plain with its training images changed in contrast, brightness and saturation ("jitter");
+plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm in place of
+BatchNorm; with cosine convolutions, without and with the pooled radius. And a ResNet-20 that came trained
+(benchmarks/plain_networks.py): original, with the same changes of its images, standardised and converted, each trained
+further for a pass over the images with the same batches and rate; left out where --plain has no weights.
+
+The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
+figure.png shows the networks from scratch at each strength, second.png the ResNet-20. On a CPU: a quarter of the
+filters, 20,000 images, 2,000 iterations with batches of 64, three seeds; about 45 minutes on two cores (estimated).
+"""
+
+import statistics
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.evidence.networks import ANGULAR, normalized, plain_cnn, standardized
+from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
+from examples.papers.operators_and_losses import terms_of
+from examples.papers.results import Outcome
+from sphereify.datasets import Data, choose_images
+from sphereify.plots import plot_robustness
+from sphereify.training import Settings, Terms
+from sphereify.training.corruptions import CORRUPTIONS
+from sphereify.training.robustness import corrupted_accuracies
+
+SCRATCH, TRAINED = "CNN-9", "ResNet-20, trained further"
+JITTER = 0.8
+"""Strength of the changes of brightness, contrast and saturation: each by a factor from 0.2 to 1.8."""
+RADIUS = 2.0
+TRAINED_RADIUS = 4.0
+"""Pooled radius of a network that came trained; the package's choice."""
+CORRUPTED_IMAGES = {"quick": 20, "cpu": 1_000, "full": 10_000}
+TRAINED_ITERATIONS = {"quick": 2, "cpu": 312, "full": 3_900}
+"""Most iterations of the networks that came trained: a pass over the images on a CPU, ten at full scale."""
+GENTLE: dict[str, Any] = {"opt": "sgd", "lr": 0.01, "sched": "cosine"}
+"""Settings of the networks that came trained, where they differ from the others'."""
+
+
+def cells(scale: Scale, *, plain: Path) -> list[Cell]:
+    measure = partial(corrupted, images=CORRUPTED_IMAGES[scale.name])
+    return [replace(cell, measure=measure) for cell in [*from_scratch(scale), *trained_further(scale, plain)]]
+
+
+def from_scratch(scale: Scale) -> list[Cell]:
+    build, angular = plain_cnn(scale.width), terms_of("cosine")
+    pooled = {**ANGULAR, "radius": RADIUS}
+    return [
+        Cell(SCRATCH, "plain", build, None),
+        Cell(SCRATCH, "plain, jitter", build, None, jitter=JITTER),
+        Cell(SCRATCH, "plain, standardised", standardized(build), None),
+        Cell(SCRATCH, "GroupNorm", normalized(build, "GroupNorm"), None),
+        Cell(SCRATCH, "InstanceNorm", normalized(build, "InstanceNorm"), None),
+        Cell(SCRATCH, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, angular),
+        Cell(SCRATCH, f"ρ = {RADIUS:g}", build, pooled, angular),
+        Cell(SCRATCH, f"ρ = {RADIUS:g}, jitter", build, pooled, angular, jitter=JITTER),
+    ]
+
+
+def trained_further(scale: Scale, plain: Path) -> list[Cell]:
+    """The cells of the network that came trained; none where there are no weights."""
+    file = plain / "resnet20.pt"
+    if not file.is_file():
+        return []
+    build = partial(resnet20, file=file)
+    common: dict[str, Any] = {
+        "terms": Terms(),
+        "iterations": min(scale.iterations, TRAINED_ITERATIONS[scale.name]),
+        "shift": True,
+        "learned": "all",
+        "settings": GENTLE,
+    }
+    return [
+        Cell(TRAINED, "original", build, None, **common),
+        Cell(TRAINED, "original, jitter", build, None, jitter=JITTER, **common),
+        Cell(TRAINED, "original, standardised", standardized(build), None, **common),
+        Cell(TRAINED, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, **common),
+        Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}", build, {**ANGULAR, "radius": TRAINED_RADIUS}, **common),
+    ]
+
+
+def resnet20(classes: int, *, file: Path) -> nn.Module:
+    """The ResNet-20 of the benchmarks with the weights of a file; a classifier for other classes starts anew."""
+    from benchmarks.plain_networks import ResNet20
+
+    network, weights = ResNet20(classes), torch.load(file)
+    if len(weights["fc.weight"]) != classes:
+        weights |= {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
+    network.load_state_dict(weights)
+    return network
+
+
+def corrupted(network: nn.Module, data: Data, seed: int, *, images: int) -> dict[str, Any]:
+    """Accuracies on test images as they are and corrupted, as in `CorruptedAccuracy`."""
+    some = choose_images(data, "test", min(images, len(data.test)))  # type: ignore[arg-type]
+    found = corrupted_accuracies({"": network}, some, Settings(batch_size=500, seed=seed))
+    return asdict(found.networks[""])
+
+
+def under(outcome: Outcome, corruption: str) -> float:
+    """Mean accuracy over the strengths of a corruption."""
+    return statistics.mean(outcome.measured["corrupted"][corruption])
+
+
+def under_all(outcome: Outcome) -> float:
+    """Mean accuracy over all corruptions and strengths."""
+    return statistics.mean(under(outcome, corruption) for corruption in CORRUPTIONS)
+
+
+def draw(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> None:
+    """The accuracies over the strengths: figure.png of the networks from scratch, second.png of the others."""
+    for panel, file in ((SCRATCH, path), (TRAINED, path.with_name("second.png"))):
+        measured = {cell.label: found for cell in cells
+                    if cell.panel == panel and (found := [o for o in outcomes[cell.name] if o.measured])}  # fmt: skip
+        if measured:
+            classes = len(next(iter(measured.values()))[0].per_class)
+            plot_robustness({label: mean(found) for label, found in measured.items()}, 1 / classes, file)
+
+
+def mean(found: list[Outcome]) -> dict[str, Any]:
+    """Mean accuracies over the seeds, as in `CorruptedAccuracy`."""
+    measured = [outcome.measured for outcome in found]
+    strengths = {name: zip(*(m["corrupted"][name] for m in measured), strict=True) for name in CORRUPTIONS}
+    corrupted = {name: [statistics.mean(seeds) for seeds in shares] for name, shares in strengths.items()}
+    return {"clean": statistics.mean(m["clean"] for m in measured), "corrupted": corrupted}
+
+
+EXPERIMENT = Experiment(
+    "contrast",
+    __doc__,
+    cells,
+    cpu=replace(CPU, width=1 / 4, train_images=20_000, seeds=3, tests=8, goals=()),
+    full=replace(FULL, goals=()),
+    quick=replace(QUICK, goals=()),
+    columns={**{f"{name}, %": partial(under, corruption=name) for name in CORRUPTIONS}, "mean of these, %": under_all},
+    figure=draw,
+    arguments={"--plain": {"type": Path, "default": Path("data/plain"), "help": "folder with resnet20.pt, trained"}},
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(EXPERIMENT, argv)
+
+
+if __name__ == "__main__":
+    main()

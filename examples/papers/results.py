@@ -1,0 +1,84 @@
+"""The outcomes of cells, their table and their curves."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from examples.papers.report import markdown
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a cell with one seed."""
+
+    seed: int
+    accuracy: float | None
+    """Test accuracy after the last iteration, in [0, 1]; None: training did not converge."""
+    per_class: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Each test during training: step, accuracy, loss (the mean over the training batches since the test before, with
+    its regularizers), images_per_second."""
+    failure: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What the cell's own measurement gave."""
+    lr: float | None = None
+    """Learning rate at the start."""
+
+    def steps_to(self, goal: float) -> float | None:
+        """Iterations at the first test with at least this accuracy."""
+        return next((point["step"] for point in self.curve if point["accuracy"] >= goal), None)
+
+    @property
+    def last_accuracy(self) -> float:
+        """Accuracy in the last test during training; 0 if it did not converge."""
+        return self.curve[-1]["accuracy"] if self.curve else 0.0
+
+
+def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcome]], scale: Any) -> str:
+    """The table of an experiment, a cell that has an outcome in each line."""
+    rates = ["learning rate"] if any(cell.rates for cell in cells) else []
+    source = [f"{experiment.source}, %"] if experiment.source else []
+    goals = [f"iterations to {goal:.0%}" for goal in scale.goals]
+    columns = ["", *rates, "test accuracy, %", *source, *experiment.columns, *goals]
+    rows = []
+    for cell in cells:
+        found, authors = outcomes[cell.name], experiment.authors.get(cell.name)
+        if not found:
+            continue
+        row = [cell.name, *([f"{found[0].lr:g}"] if rates else [])]
+        row += [percent([o.accuracy for o in found]) + of_seeds(found, cell.seeds_of(scale))]
+        row += ["" if authors is None else f"{authors:.2f}"] if source else []
+        row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
+        rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
+    return markdown(columns, rows)
+
+
+def of_seeds(found: Sequence[Outcome], seeds: int) -> str:
+    """A remark on how many seeds have finished, unless all have."""
+    return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation of shares, in %."""
+    numbers = [100 * value for value in values if value is not None]
+    if not numbers:
+        return "not converged"
+    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+    failed = len(values) - len(numbers)
+    return f"{statistics.mean(numbers):.2f}{spread}" + (f" ({failed} not converged)" if failed else "")
+
+
+def mean_steps(steps: Sequence[float | None]) -> str:
+    """The mean, if every seed reached the goal."""
+    reached = [step for step in steps if step is not None]
+    return f"{statistics.mean(reached):.0f}" if len(reached) == len(steps) else "not reached"
+
+
+def curves(cells: Sequence[Any], outcomes: dict[str, list[Outcome]]) -> dict[str, dict[str, Any]]:
+    """The tests during training of each cell and seed, by panel and label."""
+    panels: dict[str, dict[str, Any]] = {cell.panel: {} for cell in cells}
+    for cell in cells:
+        if runs := [outcome.curve for outcome in outcomes[cell.name] if outcome.curve]:
+            panels[cell.panel][cell.label] = runs
+    return panels

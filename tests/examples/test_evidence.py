@@ -1,0 +1,278 @@
+"""The programs on evidence run, finish what was begun, report what there is, and say what they found."""
+
+import json
+import pickle
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.plain_networks import ResNet20
+from examples.evidence import all as every
+from examples.evidence import contrast, depth, networks
+from examples.papers import all as programs
+from examples.papers import cells, plain_cnn
+from examples.papers.results import Outcome
+from sphereify import plots
+from sphereify.datasets import load_data
+from sphereify.training import Objective
+from sphereify.training.comparison import build_variant
+from sphereify.training.corruptions import CORRUPTIONS
+from tests.examples.test_papers import photos, table  # noqa: F401  a fixture
+
+PROGRAMS = ("contrast", "small_batches", "depth", "operators", "energy")
+
+
+def cells_of(program, scale, tmp_path=Path("nowhere")):
+    further = {"plain": tmp_path} if program is contrast else {}
+    return program.cells(scale, **further)
+
+
+@pytest.mark.papers
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, name, monkeypatch):  # noqa: F811
+    program = import_module(f"examples.evidence.{name}")
+    given = ["--quick", "--data", str(photos), "-o", str(tmp_path)]
+    if program is contrast:
+        torch.manual_seed(0)
+        torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
+        given += ["--plain", str(tmp_path)]
+    program.main(given)
+    results = json.loads((tmp_path / "results.json").read_text())["cells"]
+    found = cells_of(program, program.EXPERIMENT.quick, tmp_path)
+    assert list(results) == [cell.name for cell in found]
+    for outcomes in results.values():
+        assert [outcome["seed"] for outcome in outcomes] == [0]
+        assert [point["step"] for point in outcomes[0]["curve"]] == [1, 2]
+    rows = table(tmp_path / "table.md")
+    assert len(rows) == (3 if program is depth else len(found))
+    pictures = ["figure.png", "second.png"] if program is contrast else ["figure.png"]
+    for picture in pictures:
+        with Image.open(tmp_path / picture) as image:
+            assert image.width > 500
+    monkeypatch.setattr(cells, "train_once", None)  # what has finished is neither trained nor tested again
+    monkeypatch.setattr(cells, "evaluate", None)
+    for more in ([], ["--report"]):
+        program.main([*given, *more])
+        assert json.loads((tmp_path / "results.json").read_text())["cells"] == results
+        assert table(tmp_path / "table.md") == rows
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_networks_have_names_of_their_own_at_every_scale(name, tmp_path):
+    program = import_module(f"examples.evidence.{name}")
+    for scale in (program.EXPERIMENT.full, program.EXPERIMENT.cpu, program.EXPERIMENT.quick):
+        found = cells_of(program, scale, tmp_path)
+        names = [cell.name for cell in found]
+        assert len(set(names)) == len(names) > 0
+        assert all(scale.settings(cell, 0, 0).epochs == min(scale.tests, scale.iterations) for cell in found)
+
+
+@pytest.mark.papers
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_kind_of_network_has_a_loss_with_a_gradient(name):
+    program = import_module(f"examples.evidence.{name}")
+    scale = replace(program.EXPERIMENT.full, width=1 / 32)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for cell in {repr((cell.options, cell.terms)): cell for cell in cells_of(program, scale)}.values():
+        settings = scale.settings(cell, 0, 0)
+        network = build_variant(cells.Builder(cell, 10), cell.variant, settings).train()
+        Objective(network, settings.terms)(network(images), targets).backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters()), cell.name
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_trains_in_another_process_can_be_pickled(name, tmp_path):
+    program = import_module(f"examples.evidence.{name}")
+    (tmp_path / "resnet20.pt").touch()
+    found = cells_of(program, program.EXPERIMENT.cpu, tmp_path)
+    assert [cell.name for cell in pickle.loads(pickle.dumps(found))] == [cell.name for cell in found]
+
+
+# ---------------------------------------------------------------------------------------------- rates, seeds, reports
+
+
+class Stub(nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+
+
+def outcome(seed: int, accuracy: float | None, last: float = 0.0) -> Outcome:
+    curve = [{"step": 1, "accuracy": 0.9, "loss": 1.0}, {"step": 2, "accuracy": last, "loss": 1.0}]
+    return Outcome(seed, accuracy, [accuracy or 0.0] * 10, curve if accuracy is not None else [])
+
+
+def run_with(monkeypatch, experiment, folder, accuracy, *more):
+    """Run an experiment whose networks are not trained; returns what would have been, in order."""
+    asked = []
+
+    def train(cell, seed, scale, *where):
+        asked.append((cell.name, scale.settings(cell, seed, 0).lr, seed))
+        return replace(accuracy(cell, seed), seed=seed)
+
+    monkeypatch.setattr(cells, "_train", train)
+    monkeypatch.setattr(cells, "plot_panels", lambda *_: None)
+    cells.run(experiment, ["--quick", "--data", "photos", "-o", str(folder), *more])
+    return asked
+
+
+def test_the_best_rate_of_the_first_seed_is_that_of_all_seeds(tmp_path, monkeypatch):
+    cell = cells.Cell("one", "net", Stub, None, rates=(1e-4, 1e-3, 1e-2))
+    fixed = cells.Cell("one", "fixed", Stub, None, settings={"lr": 0.5}, seeds=2)
+    quick = replace(cells.QUICK, seeds=3, goals=())
+    experiment = cells.Experiment("test", "", lambda scale: [cell, fixed], quick=quick)
+    # The best accuracy after the training does not decide, nor does the best during the training: the last test does.
+    last = {1e-4: 0.3, 1e-3: 0.5, 1e-2: 0.4}
+
+    def accuracy(one, seed):
+        rate = one.settings["lr"]
+        return replace(outcome(seed, 1 - last.get(rate, 0), last.get(rate, 0)), lr=rate)
+
+    asked = run_with(monkeypatch, experiment, tmp_path, accuracy)
+    trials = [(f"one: net, rate {rate:g}", rate, 0) for rate in cell.rates]
+    chosen = [("one: net, rate 0.001", 1e-3, seed) for seed in range(3)]
+    others = [("one: fixed", 0.5, seed) for seed in range(2)]
+    assert asked == [*trials, chosen[0], others[0], chosen[1], others[1], chosen[2]]
+    rows = table(tmp_path / "table.md")
+    assert rows == {"one: net": ["0.001", "50.00 ± 0.00"], "one: fixed": ["0.5", "100.00 ± 0.00"]}
+
+
+def test_a_report_tells_what_has_finished_and_how_many_seeds(tmp_path, monkeypatch):
+    two = [cells.Cell("one", name, Stub, None) for name in ("first", "second")]
+    experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, seeds=2, goals=()))
+    settings = experiment.quick.settings(two[0], 0, workers=3)  # the number of workers changes no result
+    place = cells.folder_of(tmp_path / "runs", two[0])
+    place.mkdir(parents=True)
+    finished = {"asked": cells._asked(two[0], settings, experiment.quick, "photos"), "outcome": asdict(outcome(0, 0.3))}
+    (place / cells.KNOWN).write_text(json.dumps(finished))
+    monkeypatch.setattr(cells, "plot_panels", lambda *_: None)
+    given = ["--quick", "--data", "photos", "-o", str(tmp_path), "--report"]
+    cells.run(experiment, given)
+    assert table(tmp_path / "table.md") == {"one: first": ["30.00 (1 of 2 seeds)"]}
+    cells.run(experiment, [*given, "--iterations", "4"])  # another question, which has no answer yet
+    assert table(tmp_path / "table.md") == {}
+
+
+def test_the_loss_is_drawn_below_the_accuracy_in_the_same_colours(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    run = [{"step": 1, "accuracy": 0.5, "loss": 2.0}, {"step": 2, "accuracy": 0.6, "loss": 1.5}]
+    plots.plot_panels(
+        {"a": {"net": [run], "other": [run]}, "b": {"other": [run]}}, tmp_path, values=("accuracy", "loss")
+    )
+    axes = drawn[0].axes
+    assert [one.get_title() for one in axes] == ["a", "b", "a", "b"]
+    assert [one.get_ylabel() for one in axes] == ["test accuracy, %"] * 2 + ["training loss"] * 2
+    means = [{line.get_label(): line for line in one.lines} for one in axes]
+    assert [list(one["other"].get_ydata()) for one in means] == [[50, 60]] * 2 + [[2.0, 1.5]] * 2
+    assert len({one["other"].get_color() for one in means}) == 1
+    assert means[0]["net"].get_color() != means[0]["other"].get_color()
+
+
+@pytest.mark.parametrize("kind", [{"shift": False}, {"shift": True, "color_jitter": 0.8}])
+def test_images_are_decoded_once_for_all_their_augmentations(photos, kind):  # noqa: F811
+    images = cells._images(str(photos), kind["shift"], kind.get("color_jitter"), 20, 10)
+    asked = load_data(str(photos), img_size=32, train_images=20, test_images=10, in_memory=True, **kind)
+    assert str(images.train.transform) == str(asked.train.transform)
+    assert str(images.test.transform) == str(asked.test.transform)
+    assert (images.train.pixels == asked.train.pixels).all()
+    assert images.train.targets == asked.train.targets
+    assert images.train.pixels is cells._images(str(photos), False, 0.3, 20, 10).train.pixels
+
+
+# ------------------------------------------------------------------------------------------------------- the questions
+
+
+def test_a_run_has_converged_if_it_is_twice_as_good_as_guessing_with_every_seed():
+    sweep = {
+        1e-4: [outcome(0, 0.2), outcome(1, 0.3)],
+        1e-3: [outcome(0, 0.5), outcome(1, 0.6)],
+        1e-2: [outcome(0, 0.7), outcome(1, 0.19)],
+        1e-1: [outcome(0, None), outcome(1, 0.9)],
+        1.0: [outcome(0, 0.9)],
+    }
+    assert depth.largest_rate(sweep, 2) == 1e-3
+    assert depth.largest_rate({1e-2: sweep[1e-2]}, 2) is None
+    told = ["2 of 2, 25.0 ± 7.1 %", "2 of 2, 55.0 ± 7.1 %", "1 of 2, 70.0 %", "1 of 2, 90.0 %", "1 of 1, 90.0 %"]
+    assert [depth._told(runs) for runs in sweep.values()] == told
+
+
+def test_depths_are_in_order_and_rates_without_an_outcome_are_blank():
+    found = depth.cells(depth.EXPERIMENT.cpu)
+    outcomes = {cell.name: [] for cell in found}
+    outcomes["CNN-69: plain, rate 0.001"] = [outcome(0, None)]
+    outcomes["CNN-18: plain, rate 0.003"] = [outcome(seed, 0.4) for seed in range(3)]
+    text = depth.table(depth.EXPERIMENT, found, outcomes, depth.EXPERIMENT.cpu)
+    assert text.splitlines()[2:] == [
+        "| CNN-18: plain |  |  |  | 3 of 3, 40.0 ± 0.0 % |  | 0.003 |",
+        "| CNN-69: plain |  |  | 0 of 1 |  |  | none |",
+    ]
+
+
+def test_accuracies_under_corruptions_are_means_over_strengths_and_seeds():
+    def measured(shift: float) -> Outcome:
+        corrupted = {name: [0.1 + shift] * 4 + [0.6 + shift] for name in CORRUPTIONS}
+        return replace(outcome(0, 0.8), measured={"clean": 0.8 + shift, "corrupted": corrupted})
+
+    assert contrast.under(measured(0), "fog") == pytest.approx(0.2)
+    assert contrast.under_all(measured(0.1)) == pytest.approx(0.3)
+    mean = contrast.mean([measured(0), measured(0.1)])
+    assert mean["clean"] == pytest.approx(0.85)
+    assert mean["corrupted"]["noise"] == pytest.approx([0.15] * 4 + [0.65])
+
+
+def test_what_takes_the_place_of_batch_norm_looks_at_one_image_alone():
+    build = partial(plain_cnn.cnn, filters=(4, 6, 8), features=16)
+    images = torch.randn(3, 3, 32, 32)
+    for norm in networks.NORMS:
+        network = networks.normalized(build, norm)(10).train()
+        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+        torch.testing.assert_close(network(images)[:1], network(images[:1]))
+        same = [name for name, _ in build(10).named_parameters()]
+        assert [name for name, _ in network.named_parameters()] == same
+
+
+def test_a_network_behind_standardisation_answers_alike_at_any_contrast():
+    network = networks.standardized(partial(plain_cnn.cnn, filters=(4, 6, 8), features=16))(10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    mean = images.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(network(images), network(mean + 0.2 * (images - mean)), atol=1e-4, rtol=1e-4)
+
+
+def test_the_trained_network_keeps_its_weights_and_gets_a_classifier_for_other_classes(tmp_path):
+    torch.manual_seed(0)
+    torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
+    saved = torch.load(tmp_path / "resnet20.pt")
+    for classes in (10, 4):
+        network = contrast.resnet20(classes, file=tmp_path / "resnet20.pt")
+        assert torch.equal(network.conv.weight, saved["conv.weight"])
+        assert torch.equal(network.fc.weight, saved["fc.weight"]) == (classes == 10)
+        assert network(torch.randn(1, 3, 32, 32)).shape == (1, classes)
+    assert {cell.panel for cell in cells_of(contrast, cells.CPU, tmp_path)} == {contrast.SCRATCH, contrast.TRAINED}
+    assert {cell.panel for cell in cells_of(contrast, cells.CPU)} == {contrast.SCRATCH}
+
+
+def test_all_runs_every_program_that_there_is(tmp_path, monkeypatch):
+    ran = {}
+
+    class Program:
+        def __init__(self, name: str):
+            self.name = name
+
+        def main(self, argv: list[str]) -> None:
+            ran[self.name] = argv
+
+    monkeypatch.setattr(programs, "import_module", Program)
+    every.main(["--jobs", "2", "--report", "--data", "photos", "-o", str(tmp_path)])
+    folder = Path(every.__file__).parent
+    there = {file.stem for file in folder.glob("*.py")} & set(every.ORDER)
+    assert list(ran) == [f"examples.evidence.{name}" for name in every.ORDER if name in there]
+    assert set(PROGRAMS) <= there
+    where = ["--data", "photos", "-o", str(tmp_path / "depth"), "--jobs", "2", "--report"]
+    assert ran["examples.evidence.depth"] == where
