@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,23 @@ from sphereify.sources import versions
 picture = new_figure
 
 
-def parse(about: str | None, argv: list[str] | None, *, needs_data: bool = True, trains: bool = False) -> Any:
-    """The arguments of a program, with `scale`: "quick", "cpu" or "full"."""
+def parse(
+    about: str | None,
+    argv: list[str] | None,
+    *,
+    needs_data: bool = True,
+    trains: bool = False,
+    further: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """The arguments of a program, with `scale`: "quick", "cpu" or "full".
+
+    Args:
+        about: what the program does, for its help.
+        argv: the words of the command line; None: those that Python was called with.
+        needs_data: whether --data must be given.
+        trains: whether there are the options of a training.
+        further: arguments that only this program has, by name, each with what argparse takes.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="whether it runs: seconds")
@@ -31,6 +46,9 @@ def parse(about: str | None, argv: list[str] | None, *, needs_data: bool = True,
         parser.add_argument("--seeds", type=int, help="runs of each network")
         parser.add_argument("--jobs", type=int, default=1, help="networks that are trained at the same time")
         parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each of them")
+        parser.add_argument("--report", action="store_true", help="train nothing: results of what has finished so far")
+    for name, how in (further or {}).items():
+        parser.add_argument(name, **how)
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,1 @@
+"""When a hyperspherical network pays: one program for each question."""
