@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
 
 from examples.cnn import small
-from examples.evidence.work import Found, shuffled
+from examples.evidence.images import shuffled, whole
+from examples.evidence.work import Found
 from examples.papers.training_images import with_few_images, with_label_noise
 from sphereify.class_splits import only_classes, without_classes
-from sphereify.datasets import Data, choose_images, load_data, with_transform_of
+from sphereify.datasets import Data, choose_images, with_transform_of
 from sphereify.training import Settings, Variant, evaluate, train_once, trained
 from sphereify.training.verification import verification
 
@@ -41,13 +42,6 @@ class Network:
             epochs=tests, epoch_batches=self.iterations // tests, batch_size=self.batch_size, opt="adamw", lr=self.lr,
             weight_decay=WEIGHT_DECAY, seed=seed, workers=workers,
         )  # fmt: skip
-
-
-@cache
-def whole(data: str) -> Data:
-    """All images of a data set, in memory."""
-    digits = data == "digits"
-    return load_data(data, channels=1 if digits else 3, img_size=32, in_memory=not digits)
 
 
 # Each kind of split gives the images to train on, and those to measure the network on as test images. A try takes

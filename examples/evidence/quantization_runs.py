@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from benchmarks.plain_networks import NETWORKS
+from examples.evidence.images import shuffled
 from examples.evidence.quantizer import Setting, logits, prepare, quantize
-from examples.evidence.work import Found, shuffled
+from examples.evidence.work import Found
 from sphereify import calibrate, export, sphereify
 from sphereify.datasets import load_data, with_transform_of
 from sphereify.files import replacing

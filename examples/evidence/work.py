@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from examples.papers.cells import in_processes
 from sphereify.errors import SphereifyError, TrainingError
 from sphereify.files import write_text
@@ -112,8 +110,3 @@ def percent(shares: Iterable[float | None], *, signed: bool = False, digits: int
         return ""
     spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{statistics.mean(known):{'+' if signed else ''}.{digits}f}{spread}"
-
-
-def shuffled(count: int, seed: int = 0) -> list[int]:
-    """The numbers below `count` in random order, the same one each time."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
