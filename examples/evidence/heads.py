@@ -72,7 +72,7 @@ class Scale:
     tests: int = 5
 
 
-CPU = Scale(600, 64, 16, 10_000, 4_000, 3, {ALONE: tuple(TRIES), WHOLE: (SOFTMAX, "w-softmax", "cosface")})
+CPU = Scale(550, 64, 16, 10_000, 4_000, 3, {ALONE: tuple(TRIES), WHOLE: (SOFTMAX, "w-softmax", "cosface")})
 FULL = replace(CPU, iterations=8_000, batch_size=128, width=64, train_images=45_000,
                heads={ALONE: tuple(TRIES), WHOLE: tuple(TRIES)}, noise=(0.0, 0.2, 0.4, 0.6), tests=20)  # fmt: skip
 QUICK = Scale(2, 8, 2, 40, 40, 1, {ALONE: (SOFTMAX, "cosface"), WHOLE: ("w-softmax",)}, tries=2, tests=1)
