@@ -11,10 +11,10 @@ rates or scales. One seed decides; the try that is best by the panel's measure i
 
 verification  trained on half of the classes, all images of the other half compared in pairs; tried with the halves
               swapped, by the equal error rate
-few images    a twentieth of the training images of three of ten classes; tried with three other classes, by the accuracy
-              on training images that were not used
-label noise   a share of the training labels replaced at random, tests with true ones; tried with other wrong labels, by
-              the accuracy on training images that were not used
+few images    a twentieth of the training images of three of ten classes; tried with three other classes, by the
+              accuracy on training images that no run uses
+label noise   a share of the training labels replaced at random, tests with true ones; tried with other wrong labels,
+              by the accuracy on training images that no run uses
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,21 +23,23 @@ from typing import Any
 
 from examples.evidence.heads_report import draw, tables
 from examples.evidence.heads_runs import SPLITS, Network, train
-from examples.evidence.work import Piece, complete, cpu_minutes
+from examples.evidence.work import Found, Piece, complete, cpu_minutes
 from examples.papers.report import finish, parse
 
 SOFTMAX = "softmax"
 ALONE, WHOLE = "head alone", "whole network"
+Numbers = dict[str, float]
+"""The learning rate of a network, and the scale and the margin of its head."""
 RATES = tuple({"lr": rate} for rate in (1e-3, 3e-3, 6e-3, 1e-2))
 MULTIPLES = tuple({"lr": rate, "margin": margin} for rate in (3e-3, 6e-3) for margin in (2.0, 4.0))
 """Of the heads whose margin is a multiple of the angle."""
 
 
-def _scaled(scales: tuple[float, ...], margins: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+def _scaled(scales: tuple[float, ...], margins: tuple[float, ...]) -> tuple[Numbers, ...]:
     return tuple({"lr": 3e-3, "scale": scale, "margin": margin} for scale in scales for margin in margins)
 
 
-TRIES: dict[str, tuple[dict[str, float], ...]] = {
+TRIES: dict[str, tuple[Numbers, ...]] = {
     SOFTMAX: RATES,
     "w-softmax": RATES,
     "a-softmax": MULTIPLES,
@@ -79,7 +81,7 @@ QUICK = Scale(2, 8, 2, 40, 40, 1, {ALONE: (SOFTMAX, "cosface"), WHOLE: ("w-softm
 SCALES = {"quick": QUICK, "cpu": CPU, "full": FULL}
 
 
-def options_of(network: str, head: str, numbers: dict[str, float]) -> dict[str, Any] | None:
+def options_of(network: str, head: str, numbers: Numbers) -> dict[str, Any] | None:
     """The options of `sphereify` for a network with a head and its numbers."""
     if head == SOFTMAX:
         return None if network == ALONE else {"operator": "cosine", "head": "keep"}
@@ -101,25 +103,52 @@ def panels(scale: Scale, names: list[str]) -> dict[str, tuple[str, dict[str, Any
     return found
 
 
-def piece(panel: str, kind: str, how: dict[str, Any], one: tuple[str, str], numbers: dict[str, float], scale: Scale,
-          args: Any, *, seed: int, tried: bool = False) -> Piece:  # fmt: skip
-    """The training and test of a network with a head."""
-    network, head = one
-    told = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
-    name = f"{panel}, {network}, {head}, " + (f"try {told}" if tried else f"seed {seed}")
-    built = Network(scale.width, scale.iterations, scale.batch_size, scale.tests, numbers["lr"],
-                    options_of(network, head, numbers))  # fmt: skip
-    images = {"train_images": scale.train_images, "held_out_images": scale.held_out_images, **how}
-    return Piece(name, partial(train, workers=args.workers), {"kind": kind, "network": built, "images": images,
-                                                              "seed": seed, "tried": tried})  # fmt: skip
+class Panel:
+    """The pieces of work of a panel and its results."""
+
+    def __init__(self, name: str, kind: str, how: dict[str, Any], scale: Scale, args: Any):
+        self.name, self.kind, self.how, self.scale, self.args = name, kind, how, scale, args
+        self.networks = [(network, head) for network, heads in scale.heads.items() for head in heads]
+
+    def piece(self, network: str, head: str, numbers: Numbers, *, seed: int = 0, tried: bool = False) -> Piece:
+        """The training and test of a network with a head."""
+        scale = self.scale
+        told = "try " + ", ".join(f"{name}={value:g}" for name, value in numbers.items()) if tried else f"seed {seed}"
+        options = options_of(network, head, numbers)
+        built = Network(scale.width, scale.iterations, scale.batch_size, scale.tests, numbers["lr"], options)
+        images = {"train_images": scale.train_images, "held_out_images": scale.held_out_images, **self.how}
+        given = {"kind": self.kind, "network": built, "images": images, "seed": seed, "tried": tried}
+        return Piece(f"{self.name}, {network}, {head}, {told}", partial(train, workers=self.args.workers), given)
+
+    def results(self) -> dict[str, Any]:
+        """The results of the tries, and for each network the numbers that they chose and its results by seed."""
+        tries = {
+            one: {self.piece(*one, numbers, tried=True): numbers for numbers in TRIES[one[1]][: self.scale.tries]}
+            for one in self.networks
+        }
+        tried = complete([piece for some in tries.values() for piece in some], self.args)
+        chosen = {
+            one: numbers
+            for one, some in tries.items()
+            if (numbers := choose([(tried.get(piece.name), numbers) for piece, numbers in some.items()]))
+        }
+        seeds = range(self.scale.seeds)
+        runs = {(one, seed): self.piece(*one, chosen[one], seed=seed) for seed in seeds for one in chosen}
+        found = complete(list(runs.values()), self.args)
+        rows = []
+        for one, numbers in chosen.items():
+            finished = {seed: found[runs[one, seed].name] for seed in seeds if runs[one, seed].name in found}
+            if finished:
+                rows += [{"network": one[0], "head": one[1], "numbers": numbers, "seeds": finished}]
+        return {"tries": tried, "rows": rows}
 
 
-def choose(tries: list[tuple[dict[str, float], dict[str, Any] | None]]) -> dict[str, float] | None:
-    """The numbers of the try with the highest goal; None if one has not finished, or none of them converged."""
-    if any(found is None for _, found in tries):
+def choose(tries: list[tuple[Found | None, Numbers]]) -> Numbers | None:
+    """The numbers of the first try with the highest goal; None if one has not finished, or none of them converged."""
+    if any(found is None for found, _ in tries):
         return None
-    goals = [(found["goal"], -place) for place, (_, found) in enumerate(tries) if found and "goal" in found]
-    return tries[-max(goals)[1]][0] if goals else None
+    converged = [(found["goal"], numbers) for found, numbers in tries if found and "goal" in found]
+    return max(converged, key=lambda one: one[0])[1] if converged else None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,33 +156,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, argv, trains=True, further=further)
     given = {name: getattr(args, name) for name in ("iterations", "seeds") if getattr(args, name)}
     scale = replace(SCALES[args.scale], **given)
-    networks = [(network, head) for network, heads in scale.heads.items() for head in heads]
-    document: dict[str, Any] = {"settings": asdict(scale), "panels": {}}
-    for panel, (kind, how) in panels(scale, args.panels).items():
-        make = partial(piece, panel, kind, how, scale=scale, args=args)
-        tries = {
-            one: [(n, make(one, n, seed=0, tried=True)) for n in TRIES[one[1]][: scale.tries]] for one in networks
-        }
-        found = complete([tried for some in tries.values() for _, tried in some], args)
-        chosen = {one: numbers for one, some in tries.items()
-                  if (numbers := choose([(n, found.get(tried.name)) for n, tried in some]))}  # fmt: skip
-        runs = {(*one, seed): make(one, numbers, seed=seed)
-                for seed in range(scale.seeds) for one, numbers in chosen.items()}  # fmt: skip
-        results = complete(list(runs.values()), args)
-        document["panels"][panel] = {
-            "tries": found,
-            "rows": [
-                {"network": network, "head": head, "numbers": numbers, "seeds": rows}
-                for (network, head), numbers in chosen.items()
-                if (rows := {seed: results[run.name] for (*one, seed), run in runs.items()
-                             if tuple(one) == (network, head) and run.name in results})
-            ],
-        }  # fmt: skip
+    found = {
+        name: Panel(name, kind, how, scale, args).results() for name, (kind, how) in panels(scale, args.panels).items()
+    }
     minutes = cpu_minutes(args.output)
-    document["cpu_minutes"] = minutes
     args.output.mkdir(parents=True, exist_ok=True)
-    figure = draw(document["panels"])
-    finish(args, "heads", tables(document["panels"], scale.seeds, minutes), figure, document)
+    document = {"settings": asdict(scale), "cpu_minutes": minutes, "panels": found}
+    finish(args, "heads", tables(found, scale.seeds, minutes), draw(found), document)
 
 
 if __name__ == "__main__":

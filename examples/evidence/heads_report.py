@@ -15,9 +15,14 @@ def tables(panels: dict[str, Any], seeds: int, minutes: float) -> str:
 
     The gain is the mean of the differences of equal seeds, positive where the head is better.
     """
-    found = [f"Numbers are percentages, mean ± standard deviation over {seeds} seeds; {minutes:.0f} minutes of a core.\n"]
+    found = [
+        f"Numbers are percentages, mean ± standard deviation over {seeds} seeds; {minutes:.0f} minutes of a core.\n"
+    ]
     for panel, results in panels.items():
-        found += [f"\n### {panel}\n\n", _table(panel, results["rows"], seeds) if results["rows"] else "No result yet.\n"]
+        found += [
+            f"\n### {panel}\n\n",
+            _table(panel, results["rows"], seeds) if results["rows"] else "No result yet.\n",
+        ]
     return "".join(found)
 
 

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Subset
 
 from examples.cnn import small
 from examples.evidence.images import shuffled, whole
 from examples.evidence.work import Found
 from examples.papers.training_images import with_few_images, with_label_noise
-from sphereify.class_splits import only_classes, without_classes
+from sphereify.class_splits import LEAST, only_classes, without_classes
 from sphereify.datasets import Data, choose_images, with_transform_of
 from sphereify.training import Settings, Variant, evaluate, train_once, trained
 from sphereify.training.verification import verification
@@ -52,7 +53,7 @@ def halves(data: Data, images: dict[str, Any], *, seed: int, tried: bool) -> tup
     """The first half of the classes to train on, and the images of the others to verify; swapped for a try."""
     middle = len(data.classes) // 2
     first, second = data.classes[:middle], data.classes[middle:]
-    seen, unseen = (second, first) if tried else (first, second)
+    unseen = first if tried else second
     held_out = only_classes(data, unseen)
     held_out = choose_images(held_out, "test", min(images["held_out_images"], len(held_out.test)))  # type: ignore[arg-type]
     return _part(without_classes(data, unseen), images["train_images"]), held_out
@@ -83,7 +84,7 @@ def _part(data: Data, count: int) -> Data:
 
 
 def _with_held_out(data: Data, images: dict[str, Any], tried: bool) -> tuple[Data, Data]:
-    """Training images, and the images to measure on: all test images, or for a try training images beyond the former."""
+    """Training images, and the images to measure on: all test images; for a try, others of the training images."""
     total = len(data.train)  # type: ignore[arg-type]
     kept = min(images["train_images"], total - min(images["held_out_images"], total // 2))
     order = shuffled(total)
@@ -132,5 +133,13 @@ def train(data: str, folder: Path, *, kind: str, network: Network, images: dict[
         for name, share in zip(train_data.classes, tested.per_class, strict=True):
             groups["rare classes" if name in rare else "other classes"].append(share)
         means = {name: sum(shares) / len(shares) for name, shares in groups.items()}
-        return {**means, "accuracy": tested.top1, "goal": tested.top1}
+        return {**means, "accuracy": tested.top1, **_told_apart(model, train_data, rare, settings), "goal": tested.top1}
     return {"accuracy": tested.top1, "goal": tested.top1}
+
+
+def _told_apart(model: nn.Module, data: Data, rare: list[str], settings: Settings) -> Found:
+    """The equal error rate among test images of the rare classes: their embeddings, whatever the classifier prefers."""
+    if len(rare) < LEAST:
+        return {}
+    nothing: Any = Subset(data.train, [])
+    return {"EER of rare": verification(model, only_classes(replace(data, train=nothing), rare), settings).eer}

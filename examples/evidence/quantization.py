@@ -8,7 +8,7 @@ not trained further. Original and conversion are exported to ONNX and quantized 
 The runs are draws of the calibration images, of which each gives a conversion and the ranges of the quantization; the
 trained networks are the same ones.
 
-all operators   whatever ONNX Runtime quantizes by default, also the sums of squares and the divisions of an angular layer
+all operators   whatever ONNX Runtime quantizes by default, in an angular layer also the sums of squares
 products        convolutions and linear maps with their filters only
 fewer bits      the same ranges with fewer levels, of weights and activations alike
 
@@ -19,7 +19,6 @@ Exposure is a factor on the pixels before they are clipped and rounded to 8 bits
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from examples.evidence.quantization_report import draw, tables
 from examples.evidence.quantization_runs import ORIGINAL, VARIANTS, exposed, quantized

@@ -11,12 +11,14 @@ ORIGINAL, CONVERTED = "original", "converted"
 COLOURS = {ORIGINAL: "tab:blue", "original, contrast standardised": "tab:gray", CONVERTED: "tab:orange"}
 
 
-def tables(results: dict[str, Any], networks: Sequence[str], settings: Sequence[str], seeds: int, minutes: float) -> str:
+def tables(
+    results: dict[str, Any], networks: Sequence[str], settings: Sequence[str], seeds: int, minutes: float
+) -> str:
     """Two tables: accuracy and what quantization costs, and accuracy over exposure."""
     lost = "lost = points of accuracy lost to the quantization"
     return (
-        f"Accuracy in %, mean ± standard deviation over {seeds} draws of calibration images; {minutes:.0f} minutes of a "
-        f"core.\n\n### Quantization\n\n{lost}; saved = the original's loss less the conversion's.\n\n"
+        f"Accuracy in %, mean ± standard deviation over {seeds} draws of calibration images; {minutes:.0f} minutes of "
+        f"a core.\n\n### Quantization\n\n{lost}; saved = the original's loss less the conversion's.\n\n"
         f"{_quantization(results['quantization'], networks, settings)}\n### Exposure\n\n"
         f"{_exposure(results['exposure'])}"
     )
@@ -96,6 +98,8 @@ def _draw_bits(axis: Any, variant: str, runs: list[dict[str, Any]]) -> None:
 def _draw_exposure(axis: Any, runs: list[dict[str, Any]]) -> None:
     for title, colour in COLOURS.items():
         for noise, style in zip(runs[0][title] if runs else (), ("-", "--"), strict=False):
-            means = [100 * sum(shares) / len(shares) for shares in zip(*(run[title][noise] for run in runs), strict=True)]
+            means = [
+                100 * sum(shares) / len(shares) for shares in zip(*(run[title][noise] for run in runs), strict=True)
+            ]
             factors = [f"×{factor:g}" for factor in runs[0]["factors"]]
             axis.plot(factors, means, style, marker=".", color=colour, label=title if style == "-" else None)

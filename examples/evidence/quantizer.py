@@ -72,7 +72,7 @@ def quantize(source: Path, target: Path, images: Tensor, setting: Setting) -> No
 
 
 def window_sums(model: Any) -> list[str]:
-    """Names of the convolutions that only sum, as those of squares in angular layers: all of their weights are equal."""
+    """Names of the convolutions that only sum, as angular layers do with squares: all of their weights are equal."""
     from onnx import numpy_helper
 
     weights = {one.name: one for one in model.graph.initializer}

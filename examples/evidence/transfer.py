@@ -4,12 +4,12 @@
     python -m examples.evidence.transfer --data CIFAR10 -o out/transfer --report          # of what has finished
 
 other classes  a ResNet-20 that was trained on half of the classes here, for the other half, with 1,000 training images
-same classes   the network in --plain (benchmarks/plain_networks.py), for all classes, with 1,000 images of those that it
+same classes   the network in --plain (benchmarks/plain_networks.py), for all classes, with 1,000 of the images that it
                was trained on; without --plain a network is trained here first, as for the other task
 
 The conversion is that of `sphereify finetune --pretrained`: cosine, a pooled radius of 4, calibrated on the training
-images without labels, a w-softmax. The teacher is the network before its conversion; where the classes are new, after it
-has been fine-tuned with the same images and seed.
+images without labels, a w-softmax. The teacher is the network before its conversion; where the classes are new, after
+it has been fine-tuned with the same images and seed.
 
 Each network has the same learning rates to choose from, by one seed with other training images and by test images that
 are not tested afterwards. The seeds then draw the training images, their order and new classifiers.
@@ -29,6 +29,12 @@ from sphereify.training.recipe import GENTLE_RADIUS
 ORIGINAL, CONVERTED, TAUGHT = "original", "converted", "converted, teacher"
 CONVERSION = {"operator": "cosine", "radius": GENTLE_RADIUS}
 TASKS = (OTHER, SAME)
+Key = tuple[str, str]
+"""A task and a variant of the network."""
+Rates = dict[Key, float]
+"""Learning rates by task and variant."""
+Results = dict[tuple[Key, int], Found]
+"""Results by task and variant, and seed."""
 TRIED_SEED = 1_000
 """Seed of the tries of the learning rates."""
 
@@ -89,37 +95,36 @@ class Pieces:
         """The original that teaches: fine-tuned where the classes are new; None: as it came."""
         return self.transfer(task, ORIGINAL, rate, seed=seed) if task == OTHER else None
 
-    def all_of(self, variants: tuple[str, ...], rates: dict[tuple[str, str], float]) -> tuple[dict, dict]:
-        """The rates that the tries choose for some variants, and the results with all seeds: found, one by one seed.
+    def all_of(self, variants: tuple[str, ...], known: Rates) -> tuple[Rates, Results]:
+        """The rates that the tries choose for some variants, and the results with all seeds.
 
         Args:
-            rates: the rates that have been chosen before, by task and variant.
+            known: the rates that have been chosen before.
         """
-
-        def make(task: str, variant: str, rate: float, seed: int) -> Piece | None:
-            if variant != TAUGHT:
-                return self.transfer(task, variant, rate, seed=seed)
-            if (task, ORIGINAL) not in rates:
-                return None  # with --report: there is no teacher yet
-            teacher = self.teacher(task, rates[task, ORIGINAL], seed)
-            return self.transfer(task, variant, rate, seed=seed, teacher=teacher)
-
         keys = [(task, variant) for task in TASKS for variant in variants]
-        tries = {(*key, rate): make(*key, rate, TRIED_SEED) for key in keys for rate in self.scale.rates}
-        tried = complete([piece for piece in tries.values() if piece], self.args)
-        chosen = {}
-        for key in keys:
-            found = [(piece and tried.get(piece.name), rate) for rate in self.scale.rates if (piece := tries[*key, rate])]
-            if (rate := best(found)) is not None:
-                chosen[key] = rate
-        runs = {(*key, seed): piece for seed in range(self.scale.seeds) for key, rate in chosen.items()
-                if (piece := make(*key, rate, seed))}  # fmt: skip
-        results = complete(list(runs.values()), self.args)
-        return chosen, {key: results[piece.name] for key, piece in runs.items() if piece.name in results}
+        tries = {key: [(rate, self._piece(key, rate, TRIED_SEED, known)) for rate in self.scale.rates] for key in keys}
+        tried = complete([piece for some in tries.values() for _, piece in some if piece], self.args)
+        chosen: Rates = {}
+        for key, some in tries.items():
+            rate = best([(tried.get(piece.name) if piece else None, rate) for rate, piece in some])
+            chosen |= {} if rate is None else {key: rate}
+        wanted = [(key, seed) for seed in range(self.scale.seeds) for key in chosen]
+        runs = {(key, seed): self._piece(key, chosen[key], seed, known) for key, seed in wanted}
+        results = complete([piece for piece in runs.values() if piece], self.args)
+        return chosen, {one: results[piece.name] for one, piece in runs.items() if piece and piece.name in results}
+
+    def _piece(self, key: Key, rate: float, seed: int, known: Rates) -> Piece | None:
+        """The fine-tuning of a network; None if the rate of its teacher has not been chosen, as with --report."""
+        task, variant = key
+        if variant != TAUGHT:
+            return self.transfer(task, variant, rate, seed=seed)
+        if (task, ORIGINAL) not in known:
+            return None
+        return self.transfer(task, variant, rate, seed=seed, teacher=self.teacher(task, known[task, ORIGINAL], seed))
 
 
 def best(tries: list[tuple[Found | None, float]]) -> float | None:
-    """The rate of the try with the highest accuracy at the end, the smallest of equals; None if one has not finished."""
+    """The rate of the highest accuracy at the end, the smallest of equals; None if a try has not finished."""
     if not tries or any(found is None for found, _ in tries):
         return None
     ends = [(found["accuracies"][-1], -rate) for found, rate in tries if found and "accuracies" in found]
@@ -137,10 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     rates, results = pieces.all_of((ORIGINAL, CONVERTED), {})
     taught_rates, taught = pieces.all_of((TAUGHT,), rates)
     rates, results = {**rates, **taught_rates}, {**results, **taught}
-    rows = [{"task": task, "variant": variant, "rate": rates.get((task, variant)),
-             "seeds": {seed: results[task, variant, seed] for seed in range(scale.seeds)
-                       if (task, variant, seed) in results}}
-            for task in TASKS for variant in (ORIGINAL, CONVERTED, TAUGHT)]  # fmt: skip
+    rows = []
+    for key in ((task, variant) for task in TASKS for variant in (ORIGINAL, CONVERTED, TAUGHT)):
+        seeds = {seed: results[key, seed] for seed in range(scale.seeds) if (key, seed) in results}
+        rows += [{"task": key[0], "variant": key[1], "rate": rates.get(key), "seeds": seeds}]
     minutes = cpu_minutes(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
     plot_panels(_curves(rows), args.output / "figure.png")
@@ -149,36 +154,47 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
+    ends = (scale.points[0], scale.points[-1])
     lines = []
     for row in rows:
-        found = {seed: run for seed, run in row["seeds"].items() if "failure" not in run}
         if not row["seeds"]:
             continue
-        originals = next(one["seeds"] for one in rows if (one["task"], one["variant"]) == (row["task"], ORIGINAL))
-        told = row["variant"] + (f" ({len(found)} of {scale.seeds} seeds)" if len(found) < scale.seeds else "")
-        cells = [percent(run["accuracies"][point - 1] for run in found.values()) for point in scale.points]
-        gains = [[run["accuracies"][point - 1] - originals[seed]["accuracies"][point - 1]
-                  for seed, run in found.items() if "accuracies" in originals.get(seed, {})]
-                 for point in (scale.points[0], scale.points[-1])]  # fmt: skip
-        differences = ["" if row["variant"] == ORIGINAL else percent(some, signed=True) for some in gains]
-        lines += [[row["task"], told, f"{row['rate']:g}", *cells, *differences]]
-    points = [f"after {point} epoch{'s' * (point > 1)}" for point in scale.points]
-    columns = ["task", "network", "learning rate", *points, f"gain, {points[0]}", f"gain, {points[-1]}"]
+        found = _converged(row)
+        originals = _converged(next(one for one in rows if (one["task"], one["variant"]) == (row["task"], ORIGINAL)))
+        remark = f" ({len(found)} of {scale.seeds} seeds)" if len(found) < scale.seeds else ""
+        cells = [percent(accuracies[point - 1] for accuracies in found.values()) for point in scale.points]
+        both = [] if row["variant"] == ORIGINAL else sorted(found.keys() & originals.keys())
+        gains = [[found[seed][end - 1] - originals[seed][end - 1] for seed in both] for end in ends]
+        told = [percent(some, signed=True) for some in gains]
+        lines += [[row["task"], row["variant"] + remark, f"{row['rate']:g}", *cells, *told]]
+    points = [f"after {_epochs(point)}" for point in scale.points]
+    columns = ["task", "network", "learning rate", *points, *(f"gain after {_epochs(end)}" for end in ends)]
     about = (
-        f"Test accuracy in %, mean ± standard deviation over {scale.seeds} seeds; gain = mean difference from the original "
-        f"with the same seed; {minutes:.0f} minutes of a core.\n\n"
+        f"Test accuracy in %, mean ± standard deviation over {scale.seeds} seeds; gain = mean difference from the "
+        f"original with the same seed; {minutes:.0f} minutes of a core.\n\n"
     )
     return about + (markdown(columns, lines) if lines else "No result yet.\n")
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count > 1)}"
+
+
+def _converged(row: dict[str, Any]) -> dict[int, list[float]]:
+    """The accuracies after each epoch by seed, of the runs that converged."""
+    return {seed: run["accuracies"] for seed, run in row["seeds"].items() if "accuracies" in run}
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Accuracy over iterations, by task and network."""
     panels: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
     for row in rows:
-        runs = [[{"step": step, "accuracy": accuracy} for step, accuracy in zip(run["steps"], run["accuracies"], strict=True)]
-                for run in row["seeds"].values() if "accuracies" in run]  # fmt: skip
-        if runs:
-            panels[row["task"]][row["variant"]] = runs
+        runs = []
+        for run in row["seeds"].values():
+            points = zip(run.get("steps", []), run.get("accuracies", []), strict=True)
+            runs += [[{"step": step, "accuracy": accuracy} for step, accuracy in points]]
+        if any(runs):
+            panels[row["task"]][row["variant"]] = [run for run in runs if run]
     return panels
 
 

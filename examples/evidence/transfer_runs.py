@@ -47,7 +47,9 @@ def source(data: str, folder: Path, *, task: str, epochs: int) -> Found:
     return {"accuracy": result.accuracy, "classes": chosen.classes}
 
 
-def task_data(data: str, *, task: str, seed: int, tried: bool, images: int, tried_images: int, test_images: int) -> Data:
+def task_data(
+    data: str, *, task: str, seed: int, tried: bool, images: int, tried_images: int, test_images: int
+) -> Data:
     """The images of a task: a random choice of the training images for each seed, and test images.
 
     Test images are in two parts: by one the learning rates are chosen, by the other what was chosen is tested.

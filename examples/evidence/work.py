@@ -19,7 +19,7 @@ Found = dict[str, Any]
 """The result of a piece of work as plain JSON values; of a training that failed, {"failure": why}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """A piece of work, usually a training and a test. It can be pickled."""
 

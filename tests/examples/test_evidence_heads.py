@@ -71,10 +71,10 @@ def test_a_try_is_measured_on_training_images_that_no_run_uses(digits, kind):
 def test_the_best_try_is_chosen_when_all_have_finished():
     first, second, third = ({"lr": rate} for rate in (1e-3, 3e-3, 1e-2))
     found = {"goal": 0.5}
-    assert heads.choose([(first, found), (second, {"goal": 0.7}), (third, {"goal": 0.7})]) is second
-    assert heads.choose([(first, {"failure": "nan"}), (second, found)]) is second
-    assert heads.choose([(first, found), (second, None)]) is None
-    assert heads.choose([(first, {"failure": "nan"})]) is None
+    assert heads.choose([(found, first), ({"goal": 0.7}, second), ({"goal": 0.7}, third)]) is second
+    assert heads.choose([({"failure": "nan"}, first), (found, second)]) is second
+    assert heads.choose([(found, first), (None, second)]) is None
+    assert heads.choose([({"failure": "nan"}, first)]) is None
 
 
 def test_each_head_has_the_same_number_of_tries():

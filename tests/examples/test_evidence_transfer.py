@@ -18,7 +18,9 @@ IMAGES = {"images": 50, "tried_images": 40, "test_images": 60}
 def test_a_task_has_other_classes_than_those_before_or_all_of_them():
     data = whole("digits")
     assert transfer_runs.classes_of(transfer.OTHER, data, before=True) == list("01234")
-    other, same = (transfer_runs.task_data("digits", task=task, seed=0, tried=False, **IMAGES) for task in transfer.TASKS)
+    other, same = (
+        transfer_runs.task_data("digits", task=task, seed=0, tried=False, **IMAGES) for task in transfer.TASKS
+    )
     assert (other.classes, same.classes) == (list("56789"), list("0123456789"))
     assert (len(other.train), len(other.test)) == (50, 60)
     assert set(targets_of(other.train)) == set(range(5))
