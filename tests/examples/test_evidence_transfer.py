@@ -75,7 +75,7 @@ def test_networks_are_transferred_once_and_reported_without_training(tmp_path, m
     monkeypatch.setattr(transfer_runs, "train_once", train_once)
     transfer.main(given)
     teachers = [teacher for teacher in followed if teacher is not None]
-    assert len(teachers) == 2 * (len(transfer.QUICK.rates) + transfer.QUICK.seeds)
+    assert len(teachers) == sum(map(len, transfer.QUICK.rates.values())) + 2 * transfer.QUICK.seeds
     assert {teacher.fc.out_features for teacher in teachers} == {2, 4}
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert [(row["task"], row["variant"]) for row in rows] == [
