@@ -70,14 +70,18 @@ class Scale:
     """Shares of wrong labels."""
     few: float = 1 / 20
     """Share of the images of classes with few."""
+    few_train_images: int = 2_500
+    """Training images of that panel, before some are left out: so few that a short training sees each of them often."""
     tries: int = 4
     tests: int = 5
 
 
 CPU = Scale(550, 64, 16, 10_000, 4_000, 3, {ALONE: tuple(TRIES), WHOLE: (SOFTMAX, "w-softmax", "cosface")})
-FULL = replace(CPU, iterations=8_000, batch_size=128, width=64, train_images=45_000,
+FULL = replace(CPU, iterations=8_000, batch_size=128, width=64, train_images=45_000, few_train_images=45_000,
                heads={ALONE: tuple(TRIES), WHOLE: tuple(TRIES)}, noise=(0.0, 0.2, 0.4, 0.6), tests=20)  # fmt: skip
-QUICK = Scale(2, 8, 2, 40, 40, 1, {ALONE: (SOFTMAX, "cosface"), WHOLE: ("w-softmax",)}, tries=2, tests=1)
+QUICK = Scale(
+    2, 8, 2, 40, 40, 1, {ALONE: (SOFTMAX, "cosface"), WHOLE: ("w-softmax",)}, few_train_images=40, tries=2, tests=1
+)
 SCALES = {"quick": QUICK, "cpu": CPU, "full": FULL}
 
 
@@ -99,7 +103,8 @@ def panels(scale: Scale, names: list[str]) -> dict[str, tuple[str, dict[str, Any
         if name == "label noise":
             found |= {f"{name} {share:g}": (name, {"share": share}) for share in scale.noise}
         else:
-            found[name] = (name, {} if name == "verification" else {"share": scale.few})
+            few = {"share": scale.few, "train_images": scale.few_train_images}
+            found[name] = (name, few if name == "few images" else {})
     return found
 
 
