@@ -5,7 +5,7 @@ from typing import Any
 from examples.evidence.work import percent
 from examples.papers.report import markdown, picture
 
-MAIN = {"verification": ("EER", -1), "few images": ("rare classes", 1), "label noise": ("accuracy", 1)}
+MAIN = {"verification": ("EER", -1), "few images": ("rare by means", 1), "label noise": ("accuracy", 1)}
 """For each kind of panel the number that decides, and 1 if more of it is better, −1 if less."""
 HIDDEN = ("goal", "failure")
 

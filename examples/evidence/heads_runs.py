@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset
 
@@ -13,9 +15,10 @@ from examples.cnn import small
 from examples.evidence.images import shuffled, whole
 from examples.evidence.work import Found
 from examples.papers.training_images import with_few_images, with_label_noise
-from sphereify.class_splits import LEAST, only_classes, without_classes
+from sphereify.class_splits import LEAST, only_classes, targets_of, without_classes
 from sphereify.datasets import Data, choose_images, with_transform_of
 from sphereify.training import Settings, Variant, evaluate, train_once, trained
+from sphereify.training.embeddings import embeddings
 from sphereify.training.verification import verification
 
 TRIED_NOISE = 1_000
@@ -129,11 +132,15 @@ def train(data: str, folder: Path, *, kind: str, network: Network, images: dict[
         }
     if kind == "few images":
         rare = rare_classes(train_data.classes, tried=tried)
-        groups: dict[str, list[float]] = {"rare classes": [], "other classes": []}
-        for name, share in zip(train_data.classes, tested.per_class, strict=True):
-            groups["rare classes" if name in rare else "other classes"].append(share)
-        means = {name: sum(shares) / len(shares) for name, shares in groups.items()}
-        return {**means, "accuracy": tested.top1, **_told_apart(model, train_data, rare, settings), "goal": tested.top1}
+        by_means = nearest_means(model, train_data, replace(settings, batch_size=500))
+        return {
+            "rare by means": _mean(by_means, train_data.classes, rare),
+            "all by means": _mean(by_means, train_data.classes, train_data.classes),
+            "rare by classifier": _mean(tested.per_class, train_data.classes, rare),
+            "all by classifier": tested.top1,
+            **_told_apart(model, train_data, rare, settings),
+            "goal": _mean(by_means, train_data.classes, train_data.classes),
+        }
     return {"accuracy": tested.top1, "goal": tested.top1}
 
 
@@ -143,3 +150,25 @@ def _told_apart(model: nn.Module, data: Data, rare: list[str], settings: Setting
         return {}
     nothing: Any = Subset(data.train, [])
     return {"EER of rare": verification(model, only_classes(replace(data, train=nothing), rare), settings).eer}
+
+
+def nearest_means(model: nn.Module, data: Data, settings: Settings) -> list[float]:
+    """The accuracy of each class if a test image belongs to the class whose mean embedding is nearest to its own.
+
+    The means are those of the training images. Unlike a classifier they do not prefer classes with many images.
+    """
+    known, asked = (
+        embeddings(model, part, data.image_size, settings)
+        for part in (with_transform_of(data.train, data.test), data.test)
+    )
+    known_targets, asked_targets = (
+        torch.tensor(targets_of(part))[found.rows] for part, found in ((data.train, known), (data.test, asked))
+    )
+    classes = range(len(data.classes))
+    means = torch.stack([known.vectors[known_targets == one].mean(0) for one in classes])
+    right = (asked.vectors @ F.normalize(means, dim=1).T).argmax(1) == asked_targets
+    return [float(right[asked_targets == one].double().mean()) for one in classes]
+
+
+def _mean(shares: list[float], classes: list[str], chosen: list[str]) -> float:
+    return sum(shares[classes.index(name)] for name in chosen) / len(chosen)

@@ -68,6 +68,22 @@ def test_a_try_is_measured_on_training_images_that_no_run_uses(digits, kind):
     assert targets_of(run.train) != targets_of(tried.train)
 
 
+def test_nearest_means_are_those_of_the_training_images(digits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    found = heads_runs.nearest_means(model, digits, heads_runs.Network(2, 2, 8, 1, 1e-3, None).settings(0, 0))
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    known, asked = (
+        torch.stack([pool(image, 8).flatten() / pool(image, 8).norm() for image, _ in part])
+        for part in (digits.train, digits.test)
+    )
+    labels, true = (torch.tensor(targets_of(part)) for part in (digits.train, digits.test))
+    means = [known[labels == one].mean(0) for one in range(10)]
+    cosines = torch.stack([torch.cosine_similarity(asked, mean[None], dim=1) for mean in means], 1)
+    for one, share in enumerate(found):
+        assert share == pytest.approx((cosines.argmax(1) == one)[true == one].double().mean().item())
+
+
 def test_the_best_try_is_chosen_when_all_have_finished():
     first, second, third = ({"lr": rate} for rate in (1e-3, 3e-3, 1e-2))
     found = {"goal": 0.5}
