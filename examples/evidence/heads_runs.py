@@ -165,9 +165,10 @@ def nearest_means(model: nn.Module, data: Data, settings: Settings) -> list[floa
         torch.tensor(targets_of(part))[found.rows] for part, found in ((data.train, known), (data.test, asked))
     )
     classes = range(len(data.classes))
-    means = torch.stack([known.vectors[known_targets == one].mean(0) for one in classes])
+    means = torch.stack([known.vectors[known_targets == one].mean(0).nan_to_num() for one in classes])
     right = (asked.vectors @ F.normalize(means, dim=1).T).argmax(1) == asked_targets
-    return [float(right[asked_targets == one].double().mean()) for one in classes]
+    # A class without an image, as small choices may have, counts as not recognised.
+    return [float(right[asked_targets == one].double().mean().nan_to_num()) for one in classes]
 
 
 def _mean(shares: list[float], classes: list[str], chosen: list[str]) -> float:
