@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import columns, gpu, verification
+from benchmarks import columns, gpu
 from benchmarks.bench import Bench, ratios, spread
 from benchmarks.record import Record
 from benchmarks.traffic import traffic
@@ -146,24 +146,3 @@ def test_the_steps_for_a_gpu_are_the_kernels_first_and_then_each_network_in_each
     assert [step.name for step in gpu.steps(options)][4:] == [
         f"{mode}, bfloat16, {name}" for mode in gpu.MODES for name in ("resnet50", "vit_small_patch16_224")
     ]
-
-
-def test_the_verification_of_heads_is_resumable_and_passes_over_heads_that_are_not_there(tmp_path, capsys, monkeypatch):
-    command = ["-o", str(tmp_path), "--epochs", "1", "--seeds", "1", "--img-size", "8", "--width", "2",
-               "--verified-images", "200", "--convolutions", "plain", "--heads", "softmax", "w-softmax"]  # fmt: skip
-    for place in ("plots.plot_run", "training.verification.plot_verification"):  # drawing takes longer than all else
-        monkeypatch.setattr(f"sphereify.{place}", lambda results, path: path.touch())
-    verification.main(command)
-    out, err = capsys.readouterr()
-    assert err == ""
-    table = (tmp_path / "table.md").read_text()
-    assert out.endswith(table)
-    assert [row.split(" | ")[1] for row in table.splitlines()[2:]] == ["softmax", "w-softmax"]
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["held_out"] == list("56789")
-    assert [run["seed"] for run in found["networks"]["plain w-softmax"]] == [0]
-    monkeypatch.setattr(verification, "verification", None)
-    monkeypatch.setattr(verification, "HEADS", (*verification.HEADS, "new-softmax"))
-    verification.main([*command, "new-softmax"])
-    assert (tmp_path / "table.md").read_text() == table
-    assert "does not have them: new-softmax" in capsys.readouterr().err

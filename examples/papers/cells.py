@@ -24,6 +24,7 @@ from torch import nn
 
 from examples.papers.report import finish, parse
 from examples.papers.results import Outcome, curves, percent, table
+from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError
 from sphereify.files import write_text
@@ -225,7 +226,7 @@ def _train_all(pairs: list[tuple[Cell, int]], scale: Scale, args: Any) -> dict[s
     """Train networks, each with a seed, several at a time on request; returns the outcomes of each cell."""
     where = (scale, args.data, args.output / "runs", args.workers)
     if args.jobs > 1 and not args.report:
-        _in_processes([(*pair, *where) for pair in pairs], args.jobs)
+        in_processes([(*pair, *where) for pair in pairs], args.jobs, _train)
     outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell, _ in pairs}
     for cell, seed in pairs:
         outcome = _finished(cell, seed, *where) if args.report else _train(cell, seed, *where)
@@ -233,12 +234,17 @@ def _train_all(pairs: list[tuple[Cell, int]], scale: Scale, args: Any) -> dict[s
     return outcomes
 
 
-def _in_processes(work: list[Any], jobs: int) -> None:
-    """Train in several processes, each of which takes the next cell when it has finished one; outcomes go to files."""
+def in_processes(work: list[Any], jobs: int, do: Callable[..., Any]) -> None:
+    """Do all of the work in several processes, each of which takes the next piece when it has finished one.
+
+    Args:
+        work: the arguments of `do` for each piece.
+        do: a function of a module; its outcomes go to files.
+    """
     context = get_context("spawn")
     taken = context.Value("i", 0)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    processes = [context.Process(target=_take_cells, args=(work, taken, threads)) for _ in range(jobs)]
+    processes = [context.Process(target=_take_work, args=(work, taken, threads, do)) for _ in range(jobs)]
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         for process in processes:
@@ -259,7 +265,7 @@ def _in_processes(work: list[Any], jobs: int) -> None:
         raise SystemExit(max(codes))
 
 
-def _take_cells(work: list[Any], taken: Any, threads: int) -> None:
+def _take_work(work: list[Any], taken: Any, threads: int, do: Callable[..., Any]) -> None:
     torch.set_num_threads(threads)
     try:
         while True:
@@ -267,7 +273,7 @@ def _take_cells(work: list[Any], taken: Any, threads: int) -> None:
                 place, taken.value = taken.value, taken.value + 1
             if place >= len(work):
                 return
-            _train(*work[place])
+            do(*work[place])
     except SphereifyError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -360,13 +366,7 @@ def _decoded(folder: str, train_images: int | None, test_images: int | None) -> 
 
 def _with_rare(data: Data, classes: int, share: float) -> Data:
     """The data with only a share of the training images of the first classes."""
-    targets = torch.tensor(data.train.targets)  # type: ignore[attr-defined]
-    kept = targets >= classes
-    for rare in range(classes):
-        rows = (targets == rare).nonzero().flatten()
-        kept[rows[: max(1, round(share * len(rows)))]] = True
-    train = torch.utils.data.Subset(data.train, kept.nonzero().flatten().tolist())
-    return replace(data, name=f"{data.name}, {classes} classes at {share:g}", train=train)
+    return with_few_images(data, data.classes[:classes], share)
 
 
 def network_of(cell: Cell, data: str, folder: Path) -> nn.Module:

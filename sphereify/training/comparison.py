@@ -300,6 +300,7 @@ def train_once(
     output: str | Path,
     learned: str = NOTHING,
     calibration_images: int = IMAGES,
+    teacher: nn.Module | None = None,
     on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -309,9 +310,10 @@ def train_once(
     Args:
         build, data, settings, learned, calibration_images, on_calibration, on_step, on_epoch: as for `compare`; the
             seed is settings.seed.
+        teacher: a trained network whose scores are followed as well, as for `finetune`.
 
     Raises:
-        UsageError: `output` holds a run of another network, of other data or with other settings.
+        UsageError: `output` holds a run of another network, of other data, or with other settings or another teacher.
         TrainingError, Interrupted: as `finetune`.
     """
     folder = RunFolder(output)
@@ -319,7 +321,8 @@ def train_once(
     settings = _settings_of(variant, settings)
     calibrated = variant.options is not None and learned != NOTHING and calibration_images > 0 and not settings.morph
     kept = {"learned": learned, "calibration_images": calibration_images} if calibrated else {}
-    _check_same_variant(folder, {**_identity(model, data, variant, settings), **kept})
+    followed = {} if teacher is None else {"teacher": _fingerprint(teacher)}
+    _check_same_variant(folder, {**_identity(model, data, variant, settings), **kept, **followed})
     if folder.summary.is_file():
         return _read_result(folder)
     resume = bool(checkpoints(folder.checkpoints))
@@ -331,7 +334,8 @@ def train_once(
         device = settings.chosen_device
         result = keep_knowledge(model, original, data, learned, images=calibration_images, device=device)
         on_calibration(summary(result, learned, data, calibration_images))
-    return finetune(model, data, settings, output=folder.path, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    told: Any = {"on_step": on_step, "on_epoch": on_epoch}
+    return finetune(model, data, settings, output=folder.path, resume=resume, teacher=teacher, **told)
 
 
 def _identity(model: nn.Module, data: Data, variant: Variant, settings: Settings) -> dict[str, Any]:
@@ -356,7 +360,8 @@ def _check_same_variant(folder: RunFolder, identity: dict[str, Any]) -> None:
     if is_same(data, identity["data"]):
         before["data"] = identity["data"]
     if before != identity:
-        changed = ", ".join(name for name in identity if before.get(name) != identity[name])
+        names = {**before, **identity}
+        changed = ", ".join(name for name in names if before.get(name) != identity.get(name))
         raise UsageError(f"{folder}: holds a run with another {changed}; take another {option('output')}, or remove it")
     if not folder.variant.is_file():
         write_text(folder.variant, json.dumps(identity, indent=1) + "\n")

@@ -305,7 +305,7 @@ def test_all_runs_every_experiment_and_goes_on_after_one_that_fails(tmp_path, mo
     with pytest.raises(SystemExit):
         every.main(["--full", "--jobs", "3", "--data", "photos", "-o", str(tmp_path)])
     folder = Path(every.__file__).parent
-    shared = {"__init__", "all", "cells", "report", "results"}
+    shared = {"__init__", "all", "cells", "report", "results", "training_images"}
     assert set(ran) == {file.stem for file in folder.glob("*.py")} - shared
     where = ["--full", "--data", "photos", "-o"]
     assert ran["width"][:4] == ran["conditioning"][:4] == where

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,6 +59,21 @@ def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
     model = trained(linear_net, variant, tmp_path / "run")
     assert accuracy(model, DataLoader(data.test, 5)) == results[0].accuracy
     assert hasattr(model, "conversion_plan") == (variant.options is not None)
+
+
+def test_a_run_follows_its_teacher_and_is_no_run_without_one_or_with_another(tmp_path):
+    def run(place, teacher=None):
+        return train_once(linear_net, images(), both()[1], usual(epochs=1), output=tmp_path / place, teacher=teacher)
+
+    torch.manual_seed(1)
+    teacher, another = linear_net().eval(), linear_net().eval()
+    assert run("taught", teacher).epochs[0].loss != run("alone").epochs[0].loss
+    assert run("taught", teacher).epochs[0].loss == run("taught", teacher).epochs[0].loss
+    for other in (another, None):
+        with pytest.raises(UsageError, match="holds a run with another teacher;"):
+            run("taught", other)
+    with pytest.raises(UsageError, match="holds a run with another teacher;"):
+        run("alone", teacher)
 
 
 @pytest.mark.parametrize(
