@@ -66,14 +66,15 @@ def dots(value: float, low: float, high: float, mark: float | None = None, label
 
 
 def histogram(before: Sequence[float] | None, after: Sequence[float], low: float, high: float, label: str) -> Markup:
-    """Two histograms over one axis of angles: the one before as an area, the one after as a line."""
-    highest = max([*(before or ()), *after, 1e-9])
-    x, y = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(0, highest, HEIGHT - BOTTOM, TOP)
-    shapes = []
-    if before is not None:
-        shapes.append(element("path", class_="area", d=_steps(before, low, high, x, y) + "Z"))
-    shapes.append(element("path", class_="line", d=_steps(after, low, high, x, y)))
-    return _chart(shapes, _x_axis(steps(low, high, 5), x, "°"), label)
+    """Two histograms over one axis of angles, each as high as the chart: an area before, a line after."""
+    x = Scale(low, high, LEFT, WIDTH - RIGHT)
+    shapes = [element("path", class_="grid", d=f"M{number(x(90))} {TOP}V{HEIGHT - BOTTOM}")]
+    for kind, densities in (("area", before), ("line", after)):
+        if densities is not None:
+            y = Scale(0, max(*densities, 1e-9), HEIGHT - BOTTOM, TOP)
+            shapes.append(element("path", class_=kind, d=_steps(densities, low, high, x, y)))
+    side = next(step for step in (60, 45, 30, 20, 15, 10, 5, 2, 1) if step <= 0.8 * (high - 90))
+    return _chart(shapes, _x_axis([90 - side, 90, 90 + side], x, "°"), label)
 
 
 def ranges(

@@ -186,7 +186,8 @@ def _angles(contents: Contents, angles: Angles) -> Markup:
     text = f"{what}, measured on {angles.inputs}; 90° is a right angle, where the output is 0."
     if angles.before:
         text += " The area is the original, the line the converted network"
-        text += ", whose angles count the pooled radius." if any(contents.radii.values()) else "."
+        text += ", whose angles count the pooled radius" if any(contents.radii.values()) else ""
+        text += "; each is drawn to the same height. The numbers are mean ± standard deviation."
     else:
         text += " The original is not at hand, so these are the angles of the converted network alone."
     legend = None
