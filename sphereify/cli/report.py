@@ -1,5 +1,6 @@
 """The option --report of several commands, and what they hand to the report."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,10 +63,10 @@ def given(*groups: Any) -> list[str]:
     """The options in some dataclasses that are not at their defaults, as they are typed."""
     words: dict[str, str] = {}
     for values in groups:
-        usual = type(values)()
+        usual = {field.name: field.default for field in dataclasses.fields(values)}
         for name in options_of(type(values)):
             value = getattr(values, name)
-            if value is not None and value != getattr(usual, name):
+            if value is not None and value != usual[name]:
                 plain = value if isinstance(value, (bool, int, float, str, tuple, list, dict)) else str(value)
                 words[name] = spelled(option(name, plain), command_line)
     return list(words.values())

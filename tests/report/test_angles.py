@@ -58,7 +58,7 @@ def test_the_spread_of_known_angles():
     spread = measure_angles(model, plain, torch.tensor([[1.0, 0.0]])).before[""]
     assert spread.values.tolist() == [0.0, 90.0]
     assert (spread.mean, spread.deviation) == (45.0, 45.0)
-    assert spread.histogram(0, 180, 2) == [0.5 / 90, 0.5 / 90]
+    assert spread.histogram(0, 180, 2) == pytest.approx([0.5 / 90, 0.5 / 90])
 
 
 def test_inputs_with_which_the_network_does_not_run_leave_a_reason():
