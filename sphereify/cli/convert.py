@@ -75,6 +75,7 @@ def convert(
     save(converted, folder)
     _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
     if report is not None:
+        agreement = {} if choice is None else {"inputs with the original's class": f"{100 * choice.agreement:.1f} %"}
         write(
             report,
             converted,
@@ -82,7 +83,7 @@ def convert(
             inputs=example_inputs if batches is None else batches[0],
             inputs_described="" if batches is None else f"images of the calibration ({calibration.data})",
             calibration=result,
-            facts={} if choice is None else {"held-out inputs with the original's class": f"{choice.agreement:.1%}"},
+            facts=agreement,
             options=given(options, calibration, source, inputs),
             name=name_of(model),
             quiet=json,
@@ -154,6 +155,8 @@ def inspect(
     if report is not None:
         from sphereify.training.robustness import read_robustness
 
+        # An artifact as it is, unless options ask what else could be converted.
+        is_done = is_done or (hasattr(network, "conversion_plan") and conversion == ConversionOptions())
         about: dict[str, Any] = {"robustness": read_robustness(Path(model))} if is_done else {"original": network}
         about |= {"options": given(conversion, source, inputs), "name": name_of(model), "inputs": example_inputs}
         write(report, network if is_done else plan, **about, quiet=json)

@@ -148,7 +148,7 @@ def _report_run(file: Path, begun: Any, result: Any, settings: Settings, **about
     about |= {
         "calibration": begun.calibration,
         "epochs": [dataclasses.asdict(epoch) for epoch in result.epochs],
-        "facts": {"test accuracy": f"{result.accuracy:.2%}"},
+        "facts": {"test accuracy": f"{100 * result.accuracy:.2f} %"},
     }
     if settings.fsdp:  # its weights lie in shards
         write(file, begun.model.conversion_plan, **about)
@@ -260,7 +260,7 @@ def evaluate(
             inputs=some_test_images(data, 8)[0],
             inputs_described=f"test images of {data.name}",
             robustness=None if found is None else found.to_json(),
-            facts={"test accuracy": f"{evaluation.top1:.2%}"},
+            facts={"test accuracy": f"{100 * evaluation.top1:.2f} %"},
             options=given(settings, source, images),
             name=name_of(model),
         )

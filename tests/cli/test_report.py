@@ -81,7 +81,7 @@ def test_finetune_reports_the_run_and_resuming_it_replaces_the_report(run, own):
     page = read(Path("r.html"))
     assert [row[0] for row in page.part("training").rows()] == ["1", "2"]
     accuracy = json.loads(Path("run/summary.json").read_text())["accuracy"]
-    assert numbers_of("r.html")["test accuracy"] == f"{accuracy:.2%}"
+    assert numbers_of("r.html")["test accuracy"] == f"{100 * accuracy:.2f} %"
     assert "training images of digits" in page.part("angles").text
     Path("r.html").write_text("old")
     assert run("finetune", "--resume", "run")[0] == 0
