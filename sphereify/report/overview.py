@@ -177,8 +177,8 @@ def _least_explained(contents: Contents) -> Markup:
     if not fits:
         return element(
             "p",
-            "Not measured. A calibration, which keeps what a trained network knows, measures R²: the share of each layer's "
-            "output that the angle explains.",
+            "Not measured. A calibration, which keeps what a trained network knows, measures R²: the share of each "
+            "layer's output that the angle explains.",
             class_="quiet",
         )
     rows = (
