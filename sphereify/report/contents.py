@@ -152,7 +152,7 @@ def _angles(model: nn.Module, original: nn.Module | None, inputs: Inputs, descri
         arguments = few(ModelArguments.of(inputs))
         return measure_angles(model, original, arguments, described=described)
     try:
-        seen = observe_model(next(skeletons(model)))
+        seen = observe_model(next(skeletons(model if original is None else original)))
     except Exception as error:  # whatever a user's __deepcopy__ raises
         return Angles(reason=first_line(error))
     if seen.error:

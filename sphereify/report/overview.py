@@ -17,7 +17,7 @@ LOW = 0.8
 """R² below which a layer is said to resist."""
 WORST = 5
 """Number of the least explained layers that are shown at the top."""
-MOST_GROUPS = 12
+MOST_GROUPS = 16
 """Largest number of groups of layers that are named below the strip."""
 
 
@@ -89,7 +89,7 @@ def strip(contents: Contents) -> Markup:
             cost = contents.costs.sites.get(decision.name, 0) / (floor or 1.0) if known else 0.0
             layers.append(_layer(decision, fates[decision.name], cost + 1.0, contents))
             width += cost + 1.0
-        label = element("span", name, class_="group", title=name) if name else None
+        label = element("span", element("bdi", name), class_="group", title=name) if name else None
         blocks = element("span", layers, class_="blocks")
         groups.append(element("span", blocks, label, class_="part", style=f"flex-grow:{width:.2f}"))
     converted = ", ".join(f"{number} {fate.label}" for fate, number in _counted(fates.values()))
