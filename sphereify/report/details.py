@@ -174,7 +174,7 @@ def _angles(contents: Contents, angles: Angles) -> Markup:
     if angles.reason:
         return element("p", f"Not measured: the network does not run with these inputs: {angles.reason}", class_="note")
     if not angles.after:
-        return element("p", "Not measured: the inputs reach no converted layer.", class_="note")
+        return element("p", "Not measured: the inputs reach no angular layer, or the network is folded.", class_="note")
     names = list(angles.after)
     chosen = _chosen(contents, names)
     everything = [*angles.before.values(), *angles.after.values()]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sphereify import apply_plan, plan_conversion
+from sphereify import apply_plan, fold, plan_conversion
 from sphereify.errors import UsageError
-from sphereify.report import measure_angles
+from sphereify.report import measure_angles, write_report
 
 
 def degrees(patches, filters, radius=0.0, eps=1e-4):
@@ -67,6 +67,36 @@ def test_inputs_with_which_the_network_does_not_run_leave_a_reason():
     angles = measure_angles(model, plain, torch.zeros(1, 3, 9, 9))
     assert not angles.after
     assert "got x of shape (1, 196) and weight of shape (2, 16)" in angles.reason
+
+
+def test_inputs_by_keyword_and_projections_of_attention():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.attention = nn.Embedding(9, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, tokens):
+            x = self.words(tokens)
+            return self.attention(x, x, x)[0]
+
+    torch.manual_seed(0)
+    original, inputs = Reader(), {"tokens": torch.arange(6).view(2, 3)}
+    plan = plan_conversion(original, example_inputs=inputs, attention="convert")
+    angles = measure_angles(apply_plan(original, plan), original, inputs)
+    assert list(angles.after) == ["attention.in_proj_weight", "attention.out_proj"]
+    expected = degrees(original.words.weight[:6][:, None], original.attention.in_proj_weight, eps=0)
+    torch.testing.assert_close(
+        angles.before["attention.in_proj_weight"].values, expected, atol=2e-3, rtol=0, check_dtype=False
+    )
+
+
+def test_a_folded_network_has_no_angles(tmp_path):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    inputs = torch.randn(2, 3, 4, 4)
+    folded = fold(apply_plan(plain, plan_conversion(plain, example_inputs=inputs)).eval())
+    assert not measure_angles(folded, None, inputs).after
+    text = write_report(folded, tmp_path / "r.html", inputs=inputs).read_text()
+    assert "reach no angular layer, or the network is folded" in text
 
 
 def test_a_plain_model_is_refused():
