@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := sphereify tests examples benchmarks
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # The markers of pyproject.toml, each a kind of test that `make test` leaves to `make check`.
-MARKED := exhaustive or zoo or export or processes or triton or papers or strangers
+MARKED := exhaustive or zoo or export or processes or triton or papers or browser or strangers
 
 .PHONY: demo test check zoo zoo-full strangers lint types unmarked marked clean
 

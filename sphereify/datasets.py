@@ -250,7 +250,18 @@ def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor
     """
     if not len(data.train):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no training images")
-    plain = with_transform_of(data.train, data.test)
+    return _images_of(with_transform_of(data.train, data.test), count, batch_size, f"{data.name}: not one training")
+
+
+def some_test_images(data: Data, count: int) -> list[Tensor]:
+    """Test images of `data` without labels; otherwise as `training_images`."""
+    if not len(data.test):  # type: ignore[arg-type]
+        raise DataError(f"{data.name}: has no test images")
+    return _images_of(data.test, count, count, f"{data.name}: not one test")
+
+
+def _images_of(plain: Any, count: int, batch_size: int, none: str) -> list[Tensor]:
+    """A fixed random choice of images that can be read; `none` begins the message that there is none."""
     images: list[Tensor] = []
     for row in _random_rows(len(plain), len(plain)):
         try:
@@ -260,7 +271,7 @@ def training_images(data: Data, count: int, batch_size: int = 64) -> list[Tensor
         if len(images) == count:
             break
     if not images:
-        raise DataError(f"{data.name}: not one training image could be read")
+        raise DataError(f"{none} image could be read")
     return list(torch.stack(images).split(batch_size))
 
 

@@ -9,8 +9,10 @@ from sphereify import choices
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
+from sphereify.cli.report import Report, check_report, given, write
 from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
+from sphereify.errors import UsageError, option
 from sphereify.models import SPECIFICATION, SourceOptions, open_model, untrained_part
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def convert(
         typer.Option("--output", "-o", help="Folder to write; default: MODEL-OPERATOR.", rich_help_panel=OUTPUT),
     ] = None,
     force: Force = False,
+    report: Report = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -48,6 +51,7 @@ def convert(
     options = ConversionOptions(**{**conversion, "learn_radius": learned})
     folder = output or Path(f"{name_of(model)}-{choices.canonical(str(options.operator))}")
     check_folder(folder, force)
+    check_report(report, force)
 
     from sphereify.artifact import save
     from sphereify.calibration.images import calibration_images
@@ -64,11 +68,26 @@ def convert(
         choice = _choose_radius(network, batches, calibration, {**conversion, "example_inputs": example_inputs})
         converted, result = choice.network, choice.calibration
     else:
-        converted = sphereify(network, inplace=batches is None, example_inputs=example_inputs, **options.keywords())
+        inplace = batches is None and report is None
+        converted = sphereify(network, inplace=inplace, example_inputs=example_inputs, **options.keywords())
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
     save(converted, folder)
     _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
+    if report is not None:
+        agreement = {} if choice is None else {"inputs with the original's class": f"{100 * choice.agreement:.1f} %"}
+        write(
+            report,
+            converted,
+            original=network if before is None else None,
+            inputs=example_inputs if batches is None else batches[0],
+            inputs_described="" if batches is None else f"images of the calibration ({calibration.data})",
+            calibration=result,
+            facts=agreement,
+            options=given(options, calibration, source, inputs),
+            name=name_of(model),
+            quiet=json,
+        )
     if json:
         return
     if new := untrained_part(network):
@@ -93,6 +112,10 @@ def inspect(
     conversion: ConversionOptions,
     source: SourceOptions,
     inputs: InputOptions,
+    report: Report = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the report if it exists.", rich_help_panel=OUTPUT)
+    ] = False,
     json: Json = False,
     verbose: Verbose = False,
     verify: Annotated[
@@ -109,6 +132,13 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what convert would do, layer by layer and why, without writing anything."""
+    check_report(report, force)
+    if report is not None and (energy or energy_plot is not None):
+        raise UsageError(
+            f"{option('report')} and {option('energy' if energy else 'energy_plot')}: got both, expected one of them; "
+            f"the report has the energies, too"
+        )
+
     from sphereify.convert.planner import plan_conversion
 
     network = open_model(model, source)
@@ -117,9 +147,19 @@ def inspect(
         return
     example_inputs = inputs.for_model(network)
     plan = plan_conversion(network, example_inputs=example_inputs, **conversion.keywords())
-    if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
+    is_done = not plan.converted  # an artifact, with nothing left to convert: how it was converted
+    if is_done:
         plan = getattr(network, "conversion_plan", plan)
-    _print_plan(plan.verify(network, example_inputs) if verify else plan, json, verbose)
+    plan = plan.verify(network, example_inputs) if verify else plan
+    _print_plan(plan, json, verbose)
+    if report is not None:
+        from sphereify.training.robustness import read_robustness
+
+        # An artifact as it is, unless options ask what else could be converted.
+        is_done = is_done or (hasattr(network, "conversion_plan") and conversion == ConversionOptions())
+        about: dict[str, Any] = {"robustness": read_robustness(Path(model))} if is_done else {"original": network}
+        about |= {"options": given(conversion, source, inputs), "name": name_of(model), "inputs": example_inputs}
+        write(report, network if is_done else plan, **about, quiet=json)
 
 
 @with_options(flags={**FLAGS, "loss": "--accuracy-loss"})

@@ -9,7 +9,8 @@ import typer
 
 from sphereify.cli.convert import Model
 from sphereify.cli.options import Fields, with_options
-from sphereify.cli.output import Force, check_folder
+from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
+from sphereify.cli.report import Report, check_report, counterpart, given, write
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError, option
 from sphereify.models import SourceOptions, is_saved
@@ -38,7 +39,7 @@ def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **options, **paths, "output": folder, "resume": folder}
 
 
-_PATHS = ("weights", "data_root", "teacher_weights")
+_PATHS = ("weights", "data_root", "teacher_weights", "report")
 """Options of finetune whose value is a path."""
 
 
@@ -68,6 +69,7 @@ def finetune(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-finetuned.")] = None,
     force: Force = False,
+    report: Report = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", show_default=False)] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
@@ -90,6 +92,7 @@ def finetune(
     run = RunFolder(output or default_run_folder(model))
     if resume is None:
         check_folder(run.path, force)
+    check_report(report, force or resume is not None)
     begun = start(
         model,
         images,
@@ -101,6 +104,7 @@ def finetune(
         calibration_images=0 if no_calibrate or resume is not None else calibration_images,
         morph=settings.morph > 0,
         device=local_device(settings.chosen_device),
+        keep_original=report is not None and not settings.fsdp,
     )
     if begun.data.held_out and is_first_process():
         print(f"left out of training: {listed(begun.data.held_out)}")
@@ -131,6 +135,30 @@ def finetune(
     if is_first_process():
         best = f"best {result.best.accuracy:.2%} in epoch {result.best.number}, saved to {run.best}"
         print(f"test accuracy {result.accuracy:.2%}, saved to {run.last}; {best}")
+    if report is not None and is_first_process():
+        _report_run(
+            report, begun, result, chosen, options=given(conversion, chosen, source, images), name=name_of(model)
+        )
+
+
+def _report_run(file: Path, begun: Any, result: Any, settings: Settings, **about: Any) -> None:
+    """Write the report on a run."""
+    from sphereify.datasets import training_images
+
+    about |= {
+        "calibration": begun.calibration,
+        "epochs": [dataclasses.asdict(epoch) for epoch in result.epochs],
+        "facts": {"test accuracy": f"{100 * result.accuracy:.2f} %"},
+    }
+    if settings.fsdp:  # its weights lie in shards
+        write(file, begun.model.conversion_plan, **about)
+        return
+    about |= {
+        "original": begun.original,
+        "inputs": training_images(begun.data, 8)[0],
+        "inputs_described": f"training images of {begun.data.name}",
+    }
+    write(file, begun.model, **about)
 
 
 @with_options()
@@ -171,9 +199,16 @@ def evaluate(
             help="Folder for evaluation.json, robustness.json or verification.json, and their pictures.",
         ),
     ] = None,
+    report: Report = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the report if it exists.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Test a model, converted or not, on the held-out part of a data set."""
     check_folder(output)
+    check_report(report, force)
+    if report is not None and verified.verification:
+        raise UsageError(f"{option('report')} and {option('verification')}: got both, expected one at a time")
     if against is not None and not corruptions:
         raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
     if against_weights is not None and against is None:
@@ -193,6 +228,10 @@ def evaluate(
     from sphereify.training.start import open_to_test
 
     network, data = open_to_test(model, images, source)
+    if report is not None and not hasattr(network, "conversion_plan"):
+        raise UsageError(
+            f"{option('report')}: {model} is not converted, and a report is about a conversion; give an artifact"
+        )
     original = None
     if against is not None:
         original = open_original(against, data, weights=against_weights, factory=source.factory)
@@ -203,14 +242,28 @@ def evaluate(
     if output is not None:
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
-    if not corruptions:
-        return
-    with ImagesProgress("testing corrupted images") as progress:
-        found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
-    console().print(robustness_table(found))
-    if output is not None:
+    found = None
+    if corruptions:
+        with ImagesProgress("testing corrupted images") as progress:
+            found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
+        console().print(robustness_table(found))
+    if found is not None and output is not None:
         write_robustness(found, output)
         print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
+    if report is not None:
+        from sphereify.datasets import some_test_images
+
+        write(
+            report,
+            network,
+            original=counterpart(original, network),
+            inputs=some_test_images(data, 8)[0],
+            inputs_described=f"test images of {data.name}",
+            robustness=None if found is None else found.to_json(),
+            facts={"test accuracy": f"{100 * evaluation.top1:.2f} %"},
+            options=given(settings, source, images),
+            name=name_of(model),
+        )
 
 
 def _verify(

@@ -62,7 +62,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
         raise wrong_type("model", model, "a torch.nn.Module")
     if not isinstance(plan, ConversionPlan):
         raise wrong_type("plan", plan, "a ConversionPlan, as plan_conversion and ConversionPlan.from_json return it")
-    _check_fit(model, plan)
+    check_fit(model, plan)
     if not inplace:
         model = copy_of(model)
     operators = _Operators(plan)
@@ -98,7 +98,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     return model
 
 
-def _check_fit(model: nn.Module, plan: ConversionPlan) -> None:
+def check_fit(model: nn.Module, plan: ConversionPlan) -> None:
     """Make sure that the model has exactly the sites of the plan, in the same shapes."""
     sites = {name: module for name, module in model.named_modules() if is_site(module)}
     planned = {decision.name: decision for decision in plan.decisions}

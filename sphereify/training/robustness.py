@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.artifact import TENSORS
 from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
 from sphereify.errors import DataError, UsageError, choose, option
@@ -31,6 +32,8 @@ from sphereify.training.settings import Settings
 
 NETWORK, ORIGINAL, RIVAL = "network", "original", "original, contrast standardised"
 """Names of the networks in the results of `robustness`."""
+RESULTS = "robustness.json"
+"""The file of these results."""
 MEASURED = 1024
 """Largest number of training images on which the contrast of a training set is measured."""
 
@@ -244,8 +247,29 @@ def write_robustness(found: Robustness, folder: Path) -> None:
         UsageError: matplotlib is not installed.
     """
     results = found.to_json()
-    write_text(folder / "robustness.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     plot_robustness(results["networks"], found.chance, folder / "robustness.png")
+
+
+def read_robustness(artifact: Path) -> dict[str, Any] | None:
+    """The results that `write_robustness` wrote beside an artifact, or in the folder of its run.
+
+    Args:
+        artifact: the folder of the artifact.
+
+    Returns:
+        As `Robustness.to_json`; None if there are none that are newer than the artifact, and whole.
+    """
+    tensors = artifact / TENSORS
+    for file in (artifact / RESULTS, artifact.resolve().parent / RESULTS):
+        if tensors.is_file() and file.is_file() and file.stat().st_mtime >= tensors.stat().st_mtime:
+            try:
+                found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if found["networks"]:
+                    return found
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return None
 
 
 # --------------------------------------------------------------------------------------------- the original, its rival

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
@@ -39,6 +40,10 @@ class Start:
     """True if the network keeps what a trained one knew: converted from its weights, calibrated, or trained before."""
     untrained: str = ""
     """A line on a classifier that its weights left new; empty without one."""
+    calibration: Calibration | None = None
+    """The fit of each layer; None without a calibration."""
+    original: nn.Module | None = None
+    """The trained network that was converted, if it was to be kept."""
 
 
 def start(
@@ -52,6 +57,7 @@ def start(
     calibration_images: int = IMAGES,
     morph: bool = False,
     device: str | torch.device | None = None,
+    keep_original: bool = False,
 ) -> Start:
     """Open a network and its images for `finetune`.
 
@@ -69,6 +75,7 @@ def start(
         calibration_images: number of these images, ≥ 0; 0: the weights are copied, without a calibration.
         morph: True to start as the original instead, for `Settings.morph`.
         device: where the calibration runs; default: on the CPU.
+        keep_original: True to return the trained network that was converted, too.
 
     Raises:
         UsageError: no such model, a teacher that knows nothing, or options of a conversion for an artifact.
@@ -99,7 +106,7 @@ def start(
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
     keywords = dict(conversion.keywords())
     model = sphereify(plain, inplace=True, **(keywords if learned == NOTHING else with_radius(plain, keywords)))
-    kept, untrained = None, untrained_part(plain)
+    result, kept, untrained = None, None, untrained_part(plain)
     if morph:
         check_classes(model, data)
         start_as_original(model, original.model, training_images(data, LENGTH_IMAGES))
@@ -107,7 +114,8 @@ def start(
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
         kept = summary(result, learned, data, calibration_images)
-    return Start(model, data, followed, kept, learned != NOTHING, untrained)
+    before = original.model if keep_original and learned != NOTHING else None
+    return Start(model, data, followed, kept, learned != NOTHING, untrained, result, before)
 
 
 def _is_trained(model: nn.Module) -> bool:
