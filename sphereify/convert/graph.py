@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeletons
+from sphereify.convert.multiplied import Costs, costs_of
 from sphereify.convert.names import is_within, join, submodule
 from sphereify.convert.observe import Observation, observe_first, observe_model
 from sphereify.convert.output_layers import with_output_layers
@@ -55,6 +56,8 @@ class ModelGraph:
     """Arguments of the forward that default to None, where it is not clear what is called when they are given."""
     elements: Mapping[str, int] = field(default_factory=dict)
     """Weight -> elements of the inputs and outputs of its products in that pass."""
+    costs: Costs = field(default_factory=Costs)
+    """The multiplications of that pass."""
 
 
 def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
@@ -78,11 +81,11 @@ def read_graph(model: nn.Module, example_inputs: Inputs = None) -> ModelGraph:
     if seen.error and bones is not None:
         _add_own_calls(table, bones)
     sites = _with_pointwise_among_causal([*table.sites, *table.extra.values()])
-    sites = with_output_layers(model, sites, facts, seen)
-    order = facts.order if seen.error else seen.order
+    sites = in_order(with_output_layers(model, sites, facts, seen), facts.order if seen.error else seen.order)
+    costs = costs_of(sites, {} if seen.error else seen.multiplications)
     inputs = "" if seen.error else described(seen.arguments, example_inputs)
     left_out = _left_out(facts, seen)
-    return ModelGraph(tuple(in_order(sites, order)), facts.untraced, seen.error, inputs, left_out, seen.elements)
+    return ModelGraph(tuple(sites), facts.untraced, seen.error, inputs, left_out, seen.elements, costs)
 
 
 def _witnesses(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module | None, TraceFacts, Observation]:

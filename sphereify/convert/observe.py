@@ -57,6 +57,8 @@ class Observation:
     """Weights of convolutions that are causal -> the sign of it."""
     elements: dict[str, int] = field(default_factory=dict)
     """Weight -> elements of the inputs and outputs of its convolutions and linear maps in one pass."""
+    multiplications: dict[str, int] = field(default_factory=dict)
+    """Weight, or innermost module where none is known -> multiplications of one pass, in evaluation if that succeeded."""
     foreign: frozenset[str] = frozenset()
     """Weights whose product is scaled by a normalization along other channels than its filters."""
     by_values: bool = False
@@ -117,6 +119,8 @@ def _merged(passes: dict[str, Observation]) -> Observation:
     merged.foreign = frozenset().union(*(one.foreign for one in passes.values()))
     if training is not None:
         merged.direct = training.direct
+    if training is not None and evaluation is None:
+        merged.multiplications = training.multiplications
     if evaluation is not None and training is not None:
         merged.in_evaluation = frozenset(evaluation.order)
         ends = frozenset().union(*(end.weights for end in evaluation.ends))
@@ -167,6 +171,7 @@ def _observe_pass(model: nn.Module, arguments: ModelArguments, on_shapes: bool) 
         direct=provenance.direct(output),
         causal=watch.causality.causal,
         elements=dict(seen.elements),
+        multiplications=dict(seen.multiplications),
         foreign=frozenset(watch.channels.foreign),
     )
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeletons
+from sphereify.convert.multiplied import Costs, costs_of
 from sphereify.convert.observe import Observation, observe_model
 from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UnsupportedModelError
@@ -101,6 +102,8 @@ class ConversionPlan:
     """The inputs that the model was run on, and whether they were assumed; empty if it was not run."""
     objects: dict[str, Any] = field(default_factory=dict, compare=False)
     """Operator objects by the name that decisions use. They are not part of the JSON."""
+    costs: Costs = field(default_factory=Costs, compare=False)
+    """The multiplications of the run on `inputs`; none if there was no run, or an earlier version made the plan."""
 
     @property
     def converted(self) -> list[Decision]:
@@ -139,7 +142,8 @@ class ConversionPlan:
             if decision.action == "convert" and not called:
                 decision = replace(decision, action="keep", reason="never called in training or evaluation")
             decisions.append(replace(decision, called=called))
-        return replace(self, decisions=in_order(decisions, seen.order), inputs=described(seen.arguments, inputs))
+        decisions, costs = in_order(decisions, seen.order), costs_of(decisions, seen.multiplications)
+        return replace(self, decisions=decisions, inputs=described(seen.arguments, inputs), costs=costs)
 
     def __str__(self) -> str:
         width = max((len(d.name) for d in self.decisions), default=0)
@@ -179,6 +183,7 @@ class ConversionPlan:
             "inputs": self.inputs,
             "notes": self.notes,
             "details": self.details,
+            "costs": dataclasses.asdict(self.costs),
             "decisions": [_plain(decision) for decision in self.decisions],
         }
         return json.dumps(plain, indent=1)
@@ -199,7 +204,8 @@ class ConversionPlan:
                 )
             decisions = [_decision(decision, plain["version"]) for decision in plain["decisions"]]
             notes, details = list(plain["notes"]), list(plain.get("details", ()))
-            return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""))
+            costs = Costs(**plain.get("costs", {}))
+            return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""), costs=costs)
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
 

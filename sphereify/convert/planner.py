@@ -135,6 +135,7 @@ class _Planner:
             plan_details(self.model, self.graph),
             self.graph.inputs,
             self.objects,
+            self.graph.costs,
         )
 
     def _no_sites(self) -> str:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sphereify.convert.causality import CausalityWitness
 from sphereify.convert.channels import ChannelWitness
 from sphereify.convert.model_inputs import tensors_in
+from sphereify.convert.multiplied import multiplied
 from sphereify.convert.names import is_within
 from sphereify.convert.operations import CASTS, GROUPED_PRODUCTS, PRODUCT_NAMES, SAME_VALUES, SELECTS, word
 from sphereify.convert.provenance import NO_PRODUCT, Product, Provenance
@@ -61,6 +62,8 @@ class Sightings:
     """Modules whose forward came to its end."""
     elements: Counter[str] = field(default_factory=Counter)
     """Weight -> elements of the inputs and outputs of its convolutions and linear maps."""
+    multiplications: Counter[str] = field(default_factory=Counter)
+    """Weight, or innermost module where none is known -> multiplications."""
 
 
 class Watch(TorchFunctionMode):
@@ -89,6 +92,8 @@ class Watch(TorchFunctionMode):
         self.channels = ChannelWitness()
         self.depth = 0
         """Number of Python functions of torch that are running."""
+        self.weight = ""
+        """Name of the weight whose product is running; empty where it is not known."""
         self.stack: list[list[Any]] = [["", 0]]
         """Modules whose forward is running: name, and number of computed weights seen so far in this forward."""
         self.names = {id(tensor): name for name, tensor in parameters.items()}
@@ -137,10 +142,12 @@ class Watch(TorchFunctionMode):
             return answer(*args, **kwargs)
         is_function = not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
         self.depth += is_function
+        self.weight = weight
         try:
             result = _on_one_device(func, args, kwargs)
         finally:
             self.depth -= is_function
+            self.weight = ""
         operands = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._note_readers(func, operands)
         self._note_source(func, operands, result)
@@ -266,6 +273,14 @@ class Watch(TorchFunctionMode):
             if name is not None and tensor.dim() >= 2:
                 self._add_product("beneath", name, tensor)
 
+    def note_multiplications(self, operands: tuple, count: int) -> None:
+        """Note what an operation multiplies: for the weight of the call that is running, or for one among the operands,
+        or for the innermost module."""
+        matrices = (t for t in operands if isinstance(t, Tensor) and t.dim() >= 2)
+        stored = (self.by_storage.get(matrix.untyped_storage()._cdata) for matrix in matrices)
+        weight = self.weight or next(filter(None, stored), self.stack[-1][0])
+        self.sightings.multiplications[weight] += count
+
     def _add_product(self, kind: str, name: str | None, tensor: Tensor) -> None:
         owner = self.stack[-1][0]
         self.sightings.order.append(name or f"{owner}.computed")
@@ -316,7 +331,7 @@ class Watch(TorchFunctionMode):
 
 
 class WatchBeneath(TorchDispatchMode):
-    """Notes products that no Python function makes: those of `torch.ops` and of scripted functions.
+    """Counts multiplications, and notes products that no Python function makes: of `torch.ops`, in scripted functions.
 
     What an operation of a library computes is not known: one that takes a matrix of parameters is taken for a product.
     """
@@ -332,7 +347,10 @@ class WatchBeneath(TorchDispatchMode):
         is_product = func.overloadpacket.__name__ in self.OPERATIONS or func.namespace not in self.OF_TORCH
         if not self.watch.depth and is_product:
             self.watch.note_beneath(args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if count := multiplied(func, args, kwargs or {}, result):
+            self.watch.note_multiplications(args, count)
+        return result
 
 
 def _on_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
