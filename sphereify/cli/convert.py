@@ -22,6 +22,12 @@ Model = Annotated[str, typer.Argument(help=SPECIFICATION, show_default=False)]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Print what the notes count, line by line.", rich_help_panel=OUTPUT)
 ]
+All = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Print a row for each layer, instead of one for layers that repeat.", rich_help_panel=OUTPUT
+    ),
+]
 FLAGS = {"example_inputs": "--input"}
 """Options of the library that have another name here."""
 Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.", rich_help_panel=OUTPUT)]
@@ -40,6 +46,7 @@ def convert(
     ] = None,
     force: Force = False,
     json: Json = False,
+    every: All = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
@@ -68,7 +75,7 @@ def convert(
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
     save(converted, folder)
-    _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
+    _print_plan(converted.conversion_plan, json, every, verbose)  # type: ignore[arg-type]
     if json:
         return
     if new := untrained_part(network):
@@ -94,6 +101,7 @@ def inspect(
     source: SourceOptions,
     inputs: InputOptions,
     json: Json = False,
+    every: All = False,
     verbose: Verbose = False,
     verify: Annotated[
         bool,
@@ -119,7 +127,7 @@ def inspect(
     plan = plan_conversion(network, example_inputs=example_inputs, **conversion.keywords())
     if not plan.converted:  # an artifact, with nothing left to convert: how it was converted
         plan = getattr(network, "conversion_plan", plan)
-    _print_plan(plan.verify(network, example_inputs) if verify else plan, json, verbose)
+    _print_plan(plan.verify(network, example_inputs) if verify else plan, json, every, verbose)
 
 
 @with_options(flags={**FLAGS, "loss": "--accuracy-loss"})
@@ -201,14 +209,14 @@ def _choose_radius(
         )
 
 
-def _print_plan(plan: "ConversionPlan", as_json: bool, verbose: bool) -> None:
+def _print_plan(plan: "ConversionPlan", as_json: bool, every: bool, verbose: bool) -> None:
     from sphereify.tables import print_plan
     from sphereify.terminal import console
 
     if as_json:
         print(plan.to_json())
     else:
-        print_plan(console(), plan, verbose=verbose)
+        print_plan(console(), plan, verbose=verbose, every=every)
 
 
 def _print_energy(network: Any, picture: Path | None) -> None:
