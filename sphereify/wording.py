@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 
-
 NUMBER = re.compile(r"[0-9]+(–[0-9]+)?$")
 """The number, or the range of numbers, at the end of a part of a name."""
 

@@ -46,13 +46,13 @@ def network():
 
 
 def plan():
-    return plan_conversion(network(), operator="learnable-sigmoid", share_k="layer", exclude=LONG.format(3), head="keep",
-                           example_inputs=torch.randn(2, 4))  # fmt: skip
+    options = {"operator": "learnable-sigmoid", "share_k": "layer", "exclude": LONG.format(3), "head": "keep"}
+    return plan_conversion(network(), **options, example_inputs=torch.randn(2, 4))
 
 
 FITS = [LayerFit(LONG.format(i), 0.1, 0.9, 12_345_678, 123_456, "its norm was calibrated, too") for i in range(3)]
 CORRUPTED = CorruptedAccuracy(0.991, {name: [0.123] * 5 for name in CORRUPTIONS})
-ROBUST = Robustness({name: CORRUPTED for name in ("runs/digits/last", "original", "original, behind it")}, 10_000, 10)
+ROBUST = Robustness(dict.fromkeys(("runs/digits/last", "original", "original, behind it"), CORRUPTED), 10_000, 10)
 MEASURES = ["", "test accuracy, %", "under corruptions, %", "true accepts at FAR 0.01, %", "equal error rate, %",
             "steps to 94.1%", "images/s", "ratio", "peak memory"]  # fmt: skip
 COMPARED = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Rows of a plan's table: layers that repeat share one, each layer is in one, and a row's name spans its layers alone."""
+"""Rows of a plan's table: layers that repeat share one, each layer is in one, and its name covers no other layer."""
 
 import re
 
