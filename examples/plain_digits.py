@@ -1,6 +1,6 @@
 """Train a plain network on handwritten digits, in plain PyTorch, and save its weights: the network to convert.
 
-    python examples/plain_digits.py plain.pt
+python examples/plain_digits.py plain.pt
 """
 
 import sys
