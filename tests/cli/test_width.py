@@ -14,6 +14,7 @@ from sphereify import plan_conversion, tables
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.deployment.exporting import Exported
+from sphereify.nn import HypersphericalEnergy
 from sphereify.terminal import console
 from sphereify.training import Evaluation
 from sphereify.training.corruptions import CORRUPTIONS
@@ -111,6 +112,14 @@ def test_a_path_that_does_not_fit_is_broken_into_lines():
     text = printed(TABLES["export"], 80)
     cells = [line.split("│")[2].strip() for line in text.splitlines() if line.startswith("│")]
     assert "".join(cells).startswith(str(EXPORTED.path))
+
+
+def test_energies_fit_into_the_terminal(monkeypatch):
+    report = HypersphericalEnergy().report(network())
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, str(report).splitlines())) <= columns
+    assert LONG.format(1) in str(report)
 
 
 def test_corruptions_are_columns_where_they_fit_and_rows_elsewhere():
