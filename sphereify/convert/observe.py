@@ -58,7 +58,7 @@ class Observation:
     elements: dict[str, int] = field(default_factory=dict)
     """Weight -> elements of the inputs and outputs of its convolutions and linear maps in one pass."""
     multiplications: dict[str, int] = field(default_factory=dict)
-    """Weight, or innermost module where none is known -> multiplications of one pass, in evaluation if that succeeded."""
+    """Weight, or innermost module where none is known -> multiplications of a pass, in evaluation if that succeeded."""
     foreign: frozenset[str] = frozenset()
     """Weights whose product is scaled by a normalization along other channels than its filters."""
     by_values: bool = False
