@@ -8,7 +8,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # The markers of pyproject.toml, each a kind of test that `make test` leaves to `make check`.
 MARKED := exhaustive or zoo or export or processes or triton or papers or browser or strangers
 
-.PHONY: demo test check zoo zoo-full strangers lint types unmarked marked clean
+.PHONY: demo test check zoo zoo-full strangers lint types unmarked marked release-check clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ unmarked: $(VENV)/.installed
 
 marked: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "($(MARKED) or hypothesis) and not strangers"
+
+# What must be right before a release: the tree, the version, the files that users install.
+release-check: $(VENV)/.installed
+	$(BIN)/python -m tests.release
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -10,48 +10,36 @@ from sphereify.calibration.agreement import RadiusChoice, Trial
 from sphereify.calibration.held_out import LOW_CONTRAST
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
-from sphereify.convert.plan import ConversionPlan, Decision
+from sphereify.convert.plan import ConversionPlan
 from sphereify.deployment.exporting import Exported
-from sphereify.terminal import add_row, say, text_table
+from sphereify.terminal import Name, add_row, say, text_table, width_of
 from sphereify.training import Comparison, Evaluation, Robustness, Verification
 
 COLOURS = {"convert": "green", "keep": "yellow"}
 
 
-def plan_table(plan: ConversionPlan) -> Table:
-    """A row for each site of the model: what happens to it, and why."""
-    has_radius = any(decision.radius for decision in plan.decisions)
-    radius = ["radius"] if has_radius else []
-    headers = ("layer", "kind", "action", "operator", *radius, "role", "why")
-    table = text_table(*headers, title=plan.model)
-    for decision in plan.decisions:
-        add_row(
-            table,
-            ", ".join([decision.name or "(the model)", *decision.aliases]),
-            decision.kind,
-            Text(decision.action, COLOURS[decision.action]),
-            _operator(decision),
-            *([_radius(decision)] if has_radius else []),
-            "" if decision.role == "hidden" else decision.role,
-            decision.reason,
-        )
+def plan_table(plan: ConversionPlan, *, every: bool = False) -> Table:
+    """What happens to each site of the model, and why; repeated layers share a row unless `every` is True."""
+    table = text_table("layer", "kind", "becomes", "why", title=plan.model, whole=["kind"])
+    for row in plan.rows(every=every):
+        layer = row.layer if every else Name(row.layer)
+        add_row(table, layer, row.kind, Text(row.becomes, COLOURS[row.action]), row.why)
     return table
 
 
-def _radius(decision: Decision) -> str:
-    learned = " learned" if decision.learn_radius else ""
-    return f"{decision.radius:g}{learned}" if decision.radius else ""
-
-
-def print_plan(out: Console, plan: ConversionPlan, *, verbose: bool = False) -> None:
-    """Print the table of the sites, the inputs of the run, the notes, and a summary in one line.
+def print_plan(out: Console, plan: ConversionPlan, *, verbose: bool = False, every: bool = False) -> None:
+    """Print the table of the sites, the inputs of the run, the notes, the summary, and the size of what is angular.
 
     Args:
         out: the console.
         plan: the plan.
+        every: True for a row of each site with its whole name; False to let repeated layers share a row.
         verbose: True to print, after the notes, the details that they count.
     """
-    out.print(plan_table(plan))
+    table = plan_table(plan, every=every)
+    out.print(table)
+    if table.row_count < len(plan.decisions):
+        say(out, f"{table.row_count} rows for {len(plan.decisions)} layers; --all prints each layer", "dim")
     if plan.inputs:
         say(out, f"run on {plan.inputs}", "dim")
     for note in plan.notes:
@@ -61,6 +49,7 @@ def print_plan(out: Console, plan: ConversionPlan, *, verbose: bool = False) -> 
     for detail in plan.details if verbose else []:
         say(out, detail, "dim")
     say(out, plan.summary(), "bold")
+    say(out, plan.size(), "bold")
 
 
 def print_export(out: Console, written: Exported) -> None:
@@ -73,7 +62,7 @@ def print_export(out: Console, written: Exported) -> None:
         "largest difference": "unknown" if written.difference is None else f"{written.difference:.1e}",
         "operators": ", ".join(f"{times} {name}" for name, times in written.operators.items()),
     }
-    table = text_table()
+    table = text_table("", "")
     for row in rows.items():
         add_row(table, *row)
     out.print(table)
@@ -83,12 +72,16 @@ def print_export(out: Console, written: Exported) -> None:
 def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:
     """A row for each layer: the share of its original output that is explained, before and after the calibration."""
     caption = "share of the original layer's output that is explained (R²)"
-    table = text_table("layer", "copied", "calibrated", "positions", "unknowns", "note", title=title, caption=caption)
+    layers = list(layers)
+    note = ["note"] if any(layer.note for layer in layers) else []
+    numbers = ["copied", "calibrated", "positions", "unknowns"]
+    table = text_table("layer", *numbers, *note, title=title, caption=caption, whole=numbers)
     for layer in layers:
         colour = "green" if layer.after >= 0.8 else "yellow" if layer.after >= 0.5 else "red"
         after = Text(_share(layer.after), colour)
         sizes = f"{layer.rows:,}", f"{layer.unknowns:,}"
-        add_row(table, layer.name, _share(layer.before), after, *sizes, layer.note)
+        remark = [layer.note] if note else []
+        add_row(table, Name(layer.name), _share(layer.before), after, *sizes, *remark)
     return table
 
 
@@ -106,7 +99,9 @@ def print_radius_choice(out: Console, choice: RadiusChoice) -> None:
     if not choice.chosen.is_uniform:
         table = text_table("layer", "ρ", "calibrated", title="radii of the layers' own")
         for name, radius in choice.chosen.radii.items():
-            add_row(table, name, f"{radius:.3g}", _share(choice.chosen.r2[name]) if name in choice.chosen.r2 else "")
+            add_row(
+                table, Name(name), f"{radius:.3g}", _share(choice.chosen.r2[name]) if name in choice.chosen.r2 else ""
+            )
         out.print(table)
     fit, _, _ = choice.inputs
     contrast = f"{choice.contrast:.1%} keep their class at {LOW_CONTRAST:g} of their contrast"
@@ -165,7 +160,9 @@ def _share(value: float) -> str:
 def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], rows: int = 20) -> None:
     """Print the accuracy of each class, the worst first and at most `rows` of them, and of all images."""
     caption = f"the {rows} worst of {len(classes)} classes" if len(classes) > rows else ""
-    table = text_table("class", "images", "accuracy", title="accuracy by class", caption=caption)
+    table = text_table(
+        "class", "images", "accuracy", title="accuracy by class", caption=caption, whole=["images", "accuracy"]
+    )
     counts, accuracies = evaluation.by_class.tolist(), evaluation.per_class
     order = sorted(range(len(classes)), key=lambda c: (accuracies[c] if counts[c] else 2.0, c))
     for place in order[:rows]:
@@ -179,29 +176,38 @@ def print_evaluation(out: Console, evaluation: Evaluation, classes: list[str], r
         say(out, f"note: {evaluation.not_finite()}", "yellow")
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """A row for each network, the original first."""
-    table = text_table(*comparison.columns())
-    for row in comparison.rows():
-        add_row(table, *row)
-    return table
+def print_comparison(out: Console, comparison: Comparison) -> None:
+    """Print the measures of each network, the original first."""
+    out.print(_table_of_networks(out, comparison.columns(), comparison.rows()))
 
 
-def robustness_table(found: Robustness) -> Table:
-    """A row for each network: its accuracy on clean images, the means over the strengths, and the mean of these."""
+def print_robustness(out: Console, found: Robustness) -> None:
+    """Print the accuracy of each network on clean images, the means over the strengths, and the mean of these."""
     skipped = f"; {found.skipped} could not be read" if found.skipped else ""
     caption = f"means over five strengths, {found.images} images{skipped}; chance is {found.chance:.1%}"
-    table = text_table(*found.columns(), title="accuracy on corrupted images", caption=caption)
-    for row in found.rows():
-        add_row(table, *row)
-    return table
+    out.print(
+        _table_of_networks(out, found.columns(), found.rows(), title="accuracy on corrupted images", caption=caption)
+    )
+
+
+def _table_of_networks(out: Console, columns: list[str], rows: list[list[str]], **titles: str) -> Table:
+    """A row for each network where that fits into the width of the console; otherwise a column for each network."""
+    wide = text_table(*columns, **titles)
+    for name, *cells in rows:
+        add_row(wide, name, *cells)
+    if len(rows) >= len(columns) or width_of(wide) <= out.width:
+        return wide
+    high = text_table(columns[0], *(name for name, *_ in rows), **titles)
+    for measure, *cells in list(zip(columns, *rows, strict=True))[1:]:
+        add_row(high, measure, *cells)
+    return high
 
 
 def print_verification(out: Console, found: Verification, name: str) -> None:
     """Print the measures of a verification, with what too few pairs leave open, and of what they are."""
     remarks = {rate: found.too_few(rate) for rate in found.tar}
     note = [""] if any(remarks.values()) else []
-    table = text_table("measure", "%", *note, title=f"verification of {name}")
+    table = text_table("measure", "%", *note, title=f"verification of {name}", whole=["%"])
     for rate, share in found.tar.items():
         value = "" if share is None else f"{100 * share:.2f}"
         remark = [remarks[rate]] if note else []
@@ -212,10 +218,3 @@ def print_verification(out: Console, found: Verification, name: str) -> None:
         add_row(table, f"accuracy by {nearest}", f"{100 * found.neighbour_accuracy:.2f}", *note)
     out.print(table)
     say(out, found.of_what(), "bold")
-
-
-def _operator(decision: Decision) -> str:
-    k = "" if decision.k is None else f" k={decision.k:g}"
-    shared = f"/{decision.share_k}" if decision.share_k not in (None, "filter") else ""
-    magnitude = "" if decision.magnitude is None else f", {decision.magnitude}"
-    return f"{decision.operator or ''}{k}{shared}{magnitude}"

@@ -6,39 +6,75 @@ Whatever is printed goes through `console`, `say` and `text_table`, which take a
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from sphereify.wording import shortened_name
+
+COLUMNS = 80
+"""Width of a table that goes to a file or to another program, unless the environment says COLUMNS."""
+
 
 def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the terminal; where there is none, wide enough that layer names are not cut."""
+    """A console as wide as the terminal; where there is none, as wide as COLUMNS says, or 80 columns."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else 140
+    columns = os.environ.get("COLUMNS", "")
+    width = None if stream.isatty() else int(columns) if columns.isdigit() and int(columns) else COLUMNS
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(out: Console, text: str, style: str = "", *, soft_wrap: bool = False) -> None:
-    """Print a line of text as it is; with `soft_wrap` the terminal breaks it, not Rich."""
-    out.print(Text(text), style=style or None, soft_wrap=soft_wrap, highlight=False)
+    """Print a line of text as it is, broken between words where the terminal ends.
+
+    With `soft_wrap`, and where the output is no terminal, the line stays whole, so that programs find what it says.
+    """
+    out.print(Text(text), style=style or None, soft_wrap=soft_wrap or not out.is_terminal, highlight=False)
 
 
-def text_table(*headers: str, title: str = "", caption: str = "") -> Table:
-    """A table with these headers, or without any, whose text is printed as it is."""
+class Name:
+    """The name of a layer, a class or a network in a cell, whose middle is cut out where the column has little room."""
+
+    SHORTEST = 12
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __rich_measure__(self, out: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(cell_len(self.text), self.SHORTEST), cell_len(self.text))
+
+    def __rich_console__(self, out: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(shortened_name(self.text, options.max_width), no_wrap=True, overflow="ellipsis")
+
+
+def text_table(*headers: str, title: str = "", caption: str = "", whole: Iterable[str] = ()) -> Table:
+    """A table with these headers, whose text is printed as it is; without a head where all of them are empty.
+
+    Where the table is wider than the console, cells are broken into lines; those under the headers `whole` come last.
+    """
     return Table(
-        *(Column(Text(header)) for header in headers),
+        *(Column(Text(header), overflow="fold", no_wrap=header in whole) for header in headers),
         title=Text(title, "table.title") if title else None,
         caption=Text(caption, "table.caption") if caption else None,
         header_style="bold",
-        show_header=bool(headers),
+        show_header=any(headers),
     )
 
 
-def add_row(table: Table, *cells: str | Text) -> None:
+def add_row(table: Table, *cells: "str | Text | Name") -> None:
     """Add a row to a table, with strings printed as they are."""
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def width_of(table: Table) -> int:
+    """Number of columns that a table takes where no cell is broken into lines."""
+    unbounded = Console(width=10_000)
+    return Measurement.get(unbounded, unbounded.options, table).maximum
 
 
 def progress_bar(out: Console) -> Progress:

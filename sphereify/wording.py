@@ -1,6 +1,10 @@
 """Small pieces of English that messages and summaries share."""
 
+import re
 from collections.abc import Iterable
+
+NUMBER = re.compile(r"[0-9]+(–[0-9]+)?$")
+"""The number, or the range of numbers, at the end of a part of a name."""
 
 
 def count(number: int, noun: str) -> str:
@@ -19,6 +23,30 @@ def shortened(text: str, most: int = 100) -> str:
     'a tensor …'
     """
     return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
+
+
+def shortened_name(name: str, most: int) -> str:
+    """A dotted name for a column that has little room: its longest words lose letters before the dot or the number.
+
+    The numbers stay, which tell one layer from another, as long as there is room for them.
+
+    >>> shortened_name("features.denseblock3.denselayer12.conv2", 26)
+    'feat….dens…3.dens…12.conv2'
+    """
+    words = [NUMBER.sub("", part) for part in name.split(".")]
+    numbers = [part[len(word) :] for part, word in zip(name.split("."), words, strict=True)]
+    rooms = [len(word) for word in words]
+    while len(short := ".".join(map(_cut, words, rooms, numbers))) > most and max(rooms) > 2:
+        rooms[rooms.index(max(rooms))] -= 1
+    if len(short) <= most:
+        return short
+    start = (most - 1) // 2
+    return f"{short[:start]}…{short[len(short) - (most - 1 - start) :]}"
+
+
+def _cut(word: str, room: int, number: str) -> str:
+    """A word, which has room for so many characters, with its number."""
+    return f"{word if len(word) <= room else word[: room - 1] + '…'}{number}"
 
 
 def listed(words: Iterable[str]) -> str:

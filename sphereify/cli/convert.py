@@ -24,6 +24,12 @@ Model = Annotated[str, typer.Argument(help=SPECIFICATION, show_default=False)]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Print what the notes count, line by line.", rich_help_panel=OUTPUT)
 ]
+All = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Print a row for each layer, instead of one for layers that repeat.", rich_help_panel=OUTPUT
+    ),
+]
 FLAGS = {"example_inputs": "--input"}
 """Options of the library that have another name here."""
 Json = Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.", rich_help_panel=OUTPUT)]
@@ -43,6 +49,7 @@ def convert(
     force: Force = False,
     report: Report = None,
     json: Json = False,
+    every: All = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a network hyperspherical and save it, with a table of what was converted and what was kept and why."""
@@ -73,7 +80,7 @@ def convert(
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
     save(converted, folder)
-    _print_plan(converted.conversion_plan, json, verbose)  # type: ignore[arg-type]
+    _print_plan(converted.conversion_plan, json, every, verbose)  # type: ignore[arg-type]
     if report is not None:
         agreement = {} if choice is None else {"inputs with the original's class": f"{100 * choice.agreement:.1f} %"}
         write(
@@ -117,6 +124,7 @@ def inspect(
         bool, typer.Option("--force", help="Replace the report if it exists.", rich_help_panel=OUTPUT)
     ] = False,
     json: Json = False,
+    every: All = False,
     verbose: Verbose = False,
     verify: Annotated[
         bool,
@@ -151,7 +159,7 @@ def inspect(
     if is_done:
         plan = getattr(network, "conversion_plan", plan)
     plan = plan.verify(network, example_inputs) if verify else plan
-    _print_plan(plan, json, verbose)
+    _print_plan(plan, json, every, verbose)
     if report is not None:
         from sphereify.training.robustness import read_robustness
 
@@ -241,14 +249,14 @@ def _choose_radius(
         )
 
 
-def _print_plan(plan: "ConversionPlan", as_json: bool, verbose: bool) -> None:
+def _print_plan(plan: "ConversionPlan", as_json: bool, every: bool, verbose: bool) -> None:
     from sphereify.tables import print_plan
     from sphereify.terminal import console
 
     if as_json:
         print(plan.to_json())
     else:
-        print_plan(console(), plan, verbose=verbose)
+        print_plan(console(), plan, verbose=verbose, every=every)
 
 
 def _print_energy(network: Any, picture: Path | None) -> None:

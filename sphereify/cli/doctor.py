@@ -1,11 +1,12 @@
 """The command doctor."""
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from sphereify.doctor import Examination, PassReport
+    from sphereify.doctor import Examination
 
 
 def doctor(
@@ -45,27 +46,24 @@ def _print(found: "Examination") -> None:
 
     from sphereify.doctor import TIMED_DTYPES
     from sphereify.terminal import add_row, console, say, text_table
+    from sphereify.wording import enumerated
 
     out = console()
-    table = text_table()
+    table = text_table("", "")
     for row in found.environment.items():
         add_row(table, *row)
     out.print(table)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TIMED_DTYPES]
-    table = text_table("maker", "device", "pass", "agrees", "deviation", "allowed", "most in",
-                       *(f"{dtype}, µs" for dtype in dtypes))  # fmt: skip
-    for report in found.passes:
-        agrees = Text("yes", "green") if report.agrees else Text("no", "red")
-        times = (f"{report.microseconds[dtype]:,.0f}" if dtype in report.microseconds else "" for dtype in dtypes)
-        add_row(table, report.maker, report.device, report.name, agrees, *_deviation(report), *times)
-    out.print(table)
+    for (maker, device), reports in groupby(found.passes, key=lambda report: (report.maker, report.device)):
+        columns = ["pass", "agrees", "deviation", "allowed", *dtypes]
+        table = text_table(*columns, title=f"{maker} on {device}", whole={*columns} - {"agrees"})
+        for report in reports:
+            agrees = Text("yes", "green") if report.agrees else Text(f"no: {report.error or report.where}", "red")
+            deviation = ("", "") if report.error else (f"{report.deviation:.1e}", f"{report.allowed:.1e}")
+            times = (f"{report.microseconds[dtype]:,.0f}" if dtype in report.microseconds else "" for dtype in dtypes)
+            add_row(table, report.name, agrees, *deviation, *times)
+        out.print(table)
     say(out, "deviation: from the reference in float64, as a share of the largest value; allowed: by rounding", "dim")
-    say(out, f"times: {found.timed}; median of single calls", "dim")
+    say(out, f"{enumerated(dtypes)}: microseconds of {found.timed}; median of single calls", "dim")
     if not found.wrong:
         say(out, "all passes agree with the reference", "bold")
-
-
-def _deviation(report: "PassReport") -> tuple[str, str, str]:
-    if report.error:
-        return "", "", report.error
-    return f"{report.deviation:.1e}", f"{report.allowed:.1e}", report.where

@@ -220,7 +220,7 @@ def evaluate(
         return
 
     from sphereify.progress import ImagesProgress
-    from sphereify.tables import print_evaluation, robustness_table
+    from sphereify.tables import print_evaluation, print_robustness
     from sphereify.terminal import console
     from sphereify.training import evaluate as test
     from sphereify.training.evaluation import write_evaluation
@@ -246,7 +246,7 @@ def evaluate(
     if corruptions:
         with ImagesProgress("testing corrupted images") as progress:
             found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
-        console().print(robustness_table(found))
+        print_robustness(console(), found)
     if found is not None and output is not None:
         write_robustness(found, output)
         print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
@@ -343,7 +343,7 @@ def compare(
         raise UsageError(f"{option('verification')}: needs {option('hold_out_classes')}, the classes to verify on")
 
     from sphereify.progress import TrainingProgress
-    from sphereify.tables import comparison_table, robustness_table
+    from sphereify.tables import print_comparison, print_robustness
     from sphereify.terminal import console
     from sphereify.training import compare as run
     from sphereify.training.comparison import default_comparison_folder, variants
@@ -377,6 +377,6 @@ def compare(
             on_epoch=progress.epoch,
         )
     for found in comparison.robustness:
-        console().print(robustness_table(found))
-    console().print(comparison_table(comparison))
+        print_robustness(console(), found)
+    print_comparison(console(), comparison)
     print(f"written to {folder}/comparison.md, .json and .png")

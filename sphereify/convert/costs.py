@@ -43,6 +43,4 @@ def angular_share(plan: ConversionPlan) -> float | None:
 
     None for a plan whose model could not be run, or that was written by a version which did not count them.
     """
-    total = plan.costs.total
-    angular = sum(plan.costs.sites.get(decision.name, 0) for decision in plan.converted)
-    return angular / total if total else None
+    return plan.angular_share

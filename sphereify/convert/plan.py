@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import textwrap
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,10 +13,11 @@ from sphereify.convert.arguments import Inputs, described, does_not_run
 from sphereify.convert.copies import skeletons
 from sphereify.convert.multiplied import Costs, costs_of
 from sphereify.convert.observe import Observation, observe_model
+from sphereify.convert.repeats import repeats
 from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UnsupportedModelError
 from sphereify.nn.magnitudes import Magnitude
-from sphereify.wording import count
+from sphereify.wording import count, shortened_name
 
 KEPT_SHORTCUT = "1×1 convolution on a residual shortcut"
 """Reason to keep a layer that `skip_shortcuts` asks to keep."""
@@ -87,6 +90,33 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class PlanRow:
+    """A row of a plan's table: what becomes of one site, or of several that are alike, as text."""
+
+    layer: str
+    """Name of the site with its aliases, or of sites that repeat, such as `layer1.1–2`."""
+    kind: str
+    """Kind of the site, with the number of sites where the row has several."""
+    action: Literal["convert", "keep"]
+    becomes: str
+    """Operator with its numbers; "kept" for a site that stays as it is."""
+    why: str
+    """Reason, and the role of the site where the reason does not name it."""
+
+    @classmethod
+    def of(cls, first: Decision, *others: Decision, name: str | None = None) -> "PlanRow":
+        """The row of one decision, or of decisions that are alike under a common name."""
+        names = [first.name if name is None else name] if others else [first.name or "(the model)", *first.aliases]
+        kind = f"{len(others) + 1} {first.kind}" if others else first.kind
+        is_same = all(other.reason == first.reason for other in others)
+        reason = first.reason if is_same else _without_norm(first)
+        is_said = first.role == "hidden" or first.role in reason
+        why = reason if is_said else f"{first.role}; {reason}"
+        becomes = _operator(first) if first.action == "convert" else "kept"
+        return cls(", ".join(names), kind, first.action, becomes, why)
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
     """The decisions for one architecture. A plan prints, goes to JSON and back, and applies to any model of that
     architecture."""
@@ -104,6 +134,8 @@ class ConversionPlan:
     """Operator objects by the name that decisions use. They are not part of the JSON."""
     costs: Costs = field(default_factory=Costs, compare=False)
     """The multiplications of the run on `inputs`; none if there was no run, or an earlier version made the plan."""
+    parameters: int = field(default=0, compare=False)
+    """Number of the model's parameters; 0 if an earlier version made the plan."""
 
     @property
     def converted(self) -> list[Decision]:
@@ -145,18 +177,32 @@ class ConversionPlan:
         decisions, costs = in_order(decisions, seen.order), costs_of(decisions, seen.multiplications)
         return replace(self, decisions=decisions, inputs=described(seen.arguments, inputs), costs=costs)
 
+    def rows(self, *, every: bool = False) -> list["PlanRow"]:
+        """The plan as the rows of a table: layers that repeat share one, layers that differ have their own.
+
+        Args:
+            every: True for a row of each site, in the order in which they run.
+        """
+        if every:
+            return [PlanRow.of(decision) for decision in self.decisions]
+        folded = repeats([decision.name for decision in self.decisions], list(map(_pattern, self.decisions)))
+        return [PlanRow.of(*(self.decisions[place] for place in row.places), name=row.name) for row in folded]
+
     def __str__(self) -> str:
-        width = max((len(d.name) for d in self.decisions), default=0)
-        radii = [f"ρ={d.radius:g}" if d.radius else "" for d in self.decisions]
-        radii = [f"{radius} {d.magnitude or ''}".strip() for d, radius in zip(self.decisions, radii, strict=True)]
-        room = max(map(len, radii), default=0)
-        room += room > 0
-        lines = [
-            f"{d.name:<{width}}  {d.kind:<8} {d.action:<7} {d.operator or '':<10} {radius:<{room}}{d.reason}".rstrip()
-            for d, radius in zip(self.decisions, radii, strict=True)
-        ]
+        """The table of `rows`, as wide as the terminal, or 80 columns where there is none."""
+        width = shutil.get_terminal_size().columns
+        rows = [(row.layer, row.kind, row.becomes, row.why) for row in self.rows()]
+        longest = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        longest[0] = min(longest[0], max(width - sum(longest[1:]) - 36, 12))  # 30 columns are for the reasons
+        start = sum(longest) + 6
+        lines = []
+        for layer, *others, why in rows:
+            cells = [shortened_name(layer, longest[0]), *others]
+            text = "  ".join(f"{cell:<{room}}" for cell, room in zip(cells, longest, strict=True))
+            reason = textwrap.wrap(why, max(width - start, 12)) or [""]
+            lines += [f"{text}  {reason[0]}".rstrip(), *(" " * start + line for line in reason[1:])]
         run = [f"run on {self.inputs}"] if self.inputs else []
-        return "\n".join([f"{self.model}: {self.summary()}", *lines, *run, *self.notes])
+        return "\n".join([f"{self.model}: {self.summary()}", *lines, *run, *self.notes, self.size()])
 
     def summary(self) -> str:
         """One line: how many sites of each kind are converted, and how many are kept."""
@@ -175,6 +221,24 @@ class ConversionPlan:
         parts.append(f"the head swapped for {heads[0].head}" if heads else "no head swapped")
         return ", ".join(parts)
 
+    @property
+    def angular_share(self) -> float | None:
+        """The share in [0, 1] of the network's multiplications that belong to converted sites.
+
+        None if the model could not be run, or the plan comes from a version that did not count them.
+        """
+        angular = sum(self.costs.sites.get(decision.name, 0) for decision in self.converted)
+        return angular / self.costs.total if self.costs.total else None
+
+    def size(self) -> str:
+        """One line: the parameters of the model, and the share of its multiplications that is angular."""
+        parameters = f"{self.parameters:,} parameters; " if self.parameters else ""
+        share = self.angular_share
+        if share is not None:
+            return f"{parameters}{share:.1%} of the multiplications are angular"
+        why = "this plan does not count them" if self.inputs else "the model was not run"
+        return f"{parameters}the share of the multiplications that are angular is unknown: {why}"
+
     def to_json(self) -> str:
         """The plan as JSON text; operator objects appear by name only."""
         plain = {
@@ -184,6 +248,7 @@ class ConversionPlan:
             "notes": self.notes,
             "details": self.details,
             "costs": dataclasses.asdict(self.costs),
+            "parameters": self.parameters,
             "decisions": [_plain(decision) for decision in self.decisions],
         }
         return json.dumps(plain, indent=1)
@@ -204,10 +269,33 @@ class ConversionPlan:
                 )
             decisions = [_decision(decision, plain["version"]) for decision in plain["decisions"]]
             notes, details = list(plain["notes"]), list(plain.get("details", ()))
-            costs = Costs(**plain.get("costs", {}))
-            return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""), costs=costs)
+            counted = {"costs": Costs(**plain.get("costs", {})), "parameters": plain.get("parameters", 0)}
+            return cls(plain["model"], decisions, notes, details, plain.get("inputs", ""), **counted)
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"plan: not a conversion plan in JSON ({type(error).__name__}: {error})") from error
+
+
+def _operator(decision: Decision) -> str:
+    """The operator of a converted site with its numbers, its radius and its magnitude."""
+    k = "" if decision.k is None else f" k={decision.k:g}"
+    shared = f"/{decision.share_k}" if decision.share_k not in (None, "filter") else ""
+    radius = f" ρ={decision.radius:g}" if decision.radius else ""
+    learned = " learned" if decision.radius and decision.learn_radius else ""
+    magnitude = "" if decision.magnitude is None else f", {decision.magnitude}"
+    return f"{decision.operator or ''}{k}{shared}{radius}{learned}{magnitude}"
+
+
+def _pattern(decision: Decision) -> Decision:
+    """A decision without what only says where its site is: equal ones are alike for a reader of the plan."""
+    return replace(
+        decision, name="", reason=_without_norm(decision), norm=None, type="", shape=(), call=None, called=None,
+        owns_norm=False, output_read_only=False,
+    )  # fmt: skip
+
+
+def _without_norm(decision: Decision) -> str:
+    """The reason, without the name of the normalization that follows."""
+    return decision.reason.replace(decision.norm, "its norm") if decision.norm else decision.reason
 
 
 def _observed(model: nn.Module, inputs: Inputs) -> Observation:

@@ -136,6 +136,7 @@ class _Planner:
             self.graph.inputs,
             self.objects,
             self.graph.costs,
+            sum(parameter.numel() for parameter in self.model.parameters()),
         )
 
     def _no_sites(self) -> str:

@@ -1,6 +1,9 @@
 """The energy of every layer of a model, as a table."""
 
+import shutil
 from dataclasses import dataclass
+
+from sphereify.wording import shortened_name
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class LayerEnergy:
 
 @dataclass(frozen=True)
 class EnergyReport:
-    """The energy of every layer of a model; prints as a table. `sphereify.plots.plot_energy` draws it."""
+    """The energy of every layer of a model; prints as a table as wide as the terminal.
+    `sphereify.plots.plot_energy` draws it."""
 
     layers: list[LayerEnergy]
     measure: str
@@ -28,6 +32,7 @@ class EnergyReport:
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.layer) for row in self.layers))
+        width = min(width, max(shutil.get_terminal_size().columns - 42, 12))
         wide = max(8, *(len(f"{row.energy:.4f}") for row in self.layers))
         lines = [
             f"hyperspherical energy ({self.measure})",
@@ -37,5 +42,5 @@ class EnergyReport:
             filters = f"{row.groups}×{row.filters}" if row.groups > 1 else str(row.filters)
             least = "" if row.least is None else f"{row.least:.4f}"
             numbers = f"{filters:>9}  {row.fan_in:>6}  {row.energy:>{wide}.4f}  {least:>8}"
-            lines.append(f"{row.layer:<{width}}  {numbers}".rstrip())
+            lines.append(f"{shortened_name(row.layer, width):<{width}}  {numbers}".rstrip())
         return "\n".join(lines)

@@ -20,6 +20,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which sentences in cells stay on one line; test_width.py looks at 80 columns."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+@pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty file in place of a run's curves, which take longer to draw than a small run."""
     monkeypatch.setattr("sphereify.plots.plot_run", lambda rows, path: Path(path).touch())

@@ -41,42 +41,50 @@ def test_the_example_of_the_readme(run, folder):
     code, out, err = run("convert", "resnet18", "--operator", "cosine", "--skip-shortcuts")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[-2] == "17 convolutions converted, 3 shortcuts kept, the head swapped for w-softmax"
+    assert lines[-3] == "17 convolutions converted, 3 shortcuts kept, the head swapped for w-softmax"
+    assert lines[-2] == "11,689,512 parameters; 98.9% of the multiplications are angular"
     assert lines[-1] == "saved to resnet18-cosine/ (model.safetensors, conversion.json)"
-    kept = [line for line in lines if "keep" in line]
-    assert [line.split()[1] for line in kept] == [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]
-    assert all("1×1 convolution on a residual shortcut" in line for line in kept)
+    (kept,) = (line for line in lines if "│ kept" in line)
+    assert kept.split()[1:4] == ["layer2–4.0.downsample.0", "│", "3"]
+    assert "1×1 convolution on a residual shortcut" in kept
+    assert "6 rows for 21 layers; --all prints each layer" in lines
     assert written(folder) == {"resnet18-cosine", *(f"resnet18-cosine/{name}" for name in FILES)}
     model = load("resnet18-cosine")
     assert isinstance(model.fc, AngularHead)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
-def test_the_table_names_every_layer_with_its_reason(run):
+def rows_of(out):
+    """The cells of the rows of a plan's table, by the first."""
+    rows = (re.split(r"\s*│\s*", line) for line in out.splitlines() if "│" in line)
+    return {name: rest for _, name, *rest, _ in rows}
+
+
+def test_the_whole_table_names_every_layer_with_its_reason(run):
     plan = plan_conversion(timm.create_model(TINY), skip_shortcuts=True, exclude="conv1.*", operator="linear")
-    _, out, _ = run("inspect", TINY, "--skip-shortcuts", "--exclude", "conv1.*", "--operator", "linear")
-    rows = {cells[1]: cells for line in out.splitlines() if len(cells := re.split(r"\s*│\s*", line)) == 8}
-    assert rows.keys() == {decision.name for decision in plan.decisions}
+    options = ["--skip-shortcuts", "--exclude", "conv1.*", "--operator", "linear"]
+    _, out, _ = run("inspect", TINY, *options, "--all")
+    rows = rows_of(out)
+    assert list(rows) == [decision.name for decision in plan.decisions]
     for decision in plan.decisions:
-        _, _, kind, action, operator, role, reason, _ = rows[decision.name]
-        assert (kind, action, operator, reason) == (
-            decision.kind, decision.action, decision.operator or "", decision.reason
-        )  # fmt: skip
-        assert role == ("" if decision.role == "hidden" else decision.role)
-    assert out.splitlines()[-1] == plan.summary()
+        kind, becomes, why = rows[decision.name]
+        assert (kind, becomes) == (decision.kind, decision.operator if decision.action == "convert" else "kept")
+        assert why.endswith(decision.reason)
+        assert decision.role == "hidden" or decision.role in why
+    assert out.splitlines()[-2:] == [plan.summary(), plan.size()]
+    _, folded, _ = run("inspect", TINY, *options)
+    assert 3 < len(rows_of(folded)) < len(rows)
 
 
-def test_the_table_has_a_radius_only_where_a_layer_has_one(run, small):
-    def columns(*given):
+def test_a_row_names_the_radius_of_layers_that_have_one(run, small):
+    def becomes(*given):
         _, out, _ = run("inspect", "any", *given)
-        return [re.split(r"\s*[│┃]\s*", line) for line in out.splitlines() if re.search("[│┃]", line)]
+        return {name: cells[1] for name, cells in rows_of(out).items()}
 
-    assert "radius" not in columns()[0]
-    header, *rows = columns("--override", "b=radius:2")
-    place = header.index("radius")
-    assert {row[1]: row[place] for row in rows} == {"a": "", "b": "2", "fc": ""}
-    header, *rows = columns("--radius", "1.5", "--learn-radius")
-    assert {row[1]: row[header.index("radius")] for row in rows} == {"a": "1.5 learned", "b": "1.5 learned", "fc": ""}
+    assert becomes() == {"a": "cosine", "b": "cosine", "fc": "cosine"}
+    assert becomes("--override", "b=radius:2") == {"a": "cosine", "b": "cosine ρ=2", "fc": "cosine"}
+    learned = {"a": "cosine ρ=1.5 learned", "b": "cosine ρ=1.5 learned", "fc": "cosine"}
+    assert becomes("--radius", "1.5", "--learn-radius") == learned
 
 
 def test_brackets_in_the_name_of_a_layer_are_printed(run, own):

@@ -326,13 +326,46 @@ def test_a_plan_goes_to_json_and_back(make, options):
     assert json.loads(plan.to_json())["decisions"][0]["name"] == plan.decisions[0].name
 
 
-def test_a_printed_plan_names_every_layer_with_its_action_and_reason():
+def test_a_printed_plan_names_every_layer_with_what_it_becomes_and_why(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     plan = plan_conversion(residual(), skip_shortcuts=True)
     lines = str(plan).splitlines()
     for decision in plan.decisions:
-        assert any(re.match(rf"{re.escape(decision.name)} .*{decision.action}.*{re.escape(decision.reason)}", line)
+        becomes = decision.operator if decision.action == "convert" else "kept"
+        assert any(re.match(rf"{re.escape(decision.name)} .*{becomes}.*{re.escape(decision.reason)}", line)
                    for line in lines)  # fmt: skip
     assert plan.summary() == "3 convolutions converted, 1 shortcut kept, the head swapped for w-softmax"
+    assert lines[-1] == plan.size()
+
+
+def test_a_printed_plan_is_as_wide_as_the_terminal(monkeypatch):
+    layers = {
+        f"a_block_with_a_long_name{i}": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(4, 4, 1)) for i in "12"
+    }
+    plan = plan_conversion(nn.ModuleDict({"the_encoder_of_the_network": nn.ModuleDict(layers)}), exclude="*1.2")
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        _, *lines, _ = str(plan).splitlines()
+        rows = lines[: -len(plan.notes)]
+        assert max(map(len, rows)) <= columns
+        assert any("kept" in row for row in rows)
+    assert "the_encoder_of_the_network.a_block_with_a_long_name1.0" in str(plan)
+
+
+def test_the_size_of_a_plan_is_that_of_the_network():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.randn(1, 3, 8, 8)
+    products = 36 * 4 * 27, 4 * 36 * 5
+    plan = plan_conversion(model, head="keep", example_inputs=x)
+    assert plan.parameters == 4 * 27 + 4 * 36 * 5 + 5
+    assert plan.angular_share == pytest.approx(products[0] / sum(products))
+    assert plan.size() == f"833 parameters; {products[0] / sum(products):.1%} of the multiplications are angular"
+    back = ConversionPlan.from_json(plan.to_json())
+    assert back.size() == plan.size()
+    old = {key: value for key, value in json.loads(plan.to_json()).items() if key not in ("costs", "parameters")}
+    told = "the share of the multiplications that are angular is unknown: "
+    assert ConversionPlan.from_json(json.dumps(old)).size() == f"{told}this plan does not count them"
+    assert ConversionPlan.from_json(json.dumps(old | {"inputs": ""})).size() == f"{told}the model was not run"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"version": 1}', '{"version": 1, "decisions": [{}]}'])
