@@ -39,8 +39,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def first_page(readme: str) -> str:
-    """README.md with its links as they are seen from docs/."""
-    return re.sub(r"(\]\(|src=\"|srcset=\")docs/", r"\1", readme).replace("](examples/README.md", "](examples.md")
+    """README.md with its links as they are seen from docs/, and its picture as the colours of the page need it."""
+    text = re.sub(r"(\]\(|src=\"|srcset=\")docs/", r"\1", readme).replace("](examples/README.md", "](examples.md")
+    return re.sub(r"<picture>.*?</picture>", _for_both_schemes, text, flags=re.DOTALL)
+
+
+def _for_both_schemes(picture: re.Match[str]) -> str:
+    """A <picture> that follows the system as two images that follow the switch of the page."""
+    (dark,) = re.findall(r'srcset="(.*?)"', picture[0])
+    ((light, alt),) = re.findall(r'src="(.*?)" alt="(.*?)"', picture[0])
+    return f"![{alt}]({light}#only-light)\n![{alt}]({dark}#only-dark)"
 
 
 def examples_page(readme: str) -> str:
