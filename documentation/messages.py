@@ -87,7 +87,7 @@ def _message(call: ast.Call) -> tuple[str, str] | None:
     texts = [template(argument) for argument in call.args]
     if name in ERRORS and texts and texts[0] and texts[0].strip(HOLE):
         return name, texts[0]
-    first, second, *more = [*(text or HOLE for text in texts), "", "", ""]
+    first, _, *more = [*(text or HOLE for text in texts), "", "", ""]
     if name == "invalid" and len(texts) > 2:
         advice = f". {more[1]}." if more[1] else ""
         return "UsageError", f"{first}: got {HOLE}, expected {more[0]}{advice}"

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import Arc, FancyArrowPatch
+from matplotlib.figure import Figure
+from matplotlib.patches import Arc, FancyArrowPatch, Rectangle
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 THEMES = {
@@ -27,9 +25,7 @@ W, X = np.deg2rad(68), np.deg2rad(22)
 
 def draw(colours: dict[str, str]) -> Any:
     """The figure: a filter and two patches, their angle, and the functions of it."""
-    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "sphereify", "font.size": 11})
-    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["text"]))
-    figure = plt.figure(figsize=(10, 3.3))
+    figure = Figure(figsize=(10, 3.3))
     _pixels(figure.add_axes((0.01, 0.0, 0.25, 1.0)), colours)
     _angle(figure.add_axes((0.27, 0.02, 0.33, 0.96)), colours)
     _functions(figure.add_axes((0.69, 0.21, 0.29, 0.52)), colours)
@@ -50,7 +46,7 @@ def _pixels(axes: Any, colours: dict[str, str]) -> None:
         size = 3.9
         extent = (left, left + size, bottom, bottom + size)
         axes.imshow(values, cmap=ramp, vmin=-0.75, vmax=0.75, extent=extent, interpolation="nearest", zorder=2)
-        axes.add_patch(plt.Rectangle((left, bottom), size, size, fill=False, edgecolor=colour, linewidth=2, zorder=3))
+        axes.add_patch(Rectangle((left, bottom), size, size, fill=False, edgecolor=colour, linewidth=2, zorder=3))
         axes.text(left + size / 2, bottom - 0.35, name, ha="center", va="top", color=colour)
     axes.set(xlim=(0, 10), ylim=(0, 13.2))
 
@@ -59,7 +55,9 @@ def _angle(axes: Any, colours: dict[str, str]) -> None:
     """The filter and the patches as arrows: one angle, whatever their lengths."""
     axes.set(xlim=(-0.25, 2.3), ylim=(-0.42, 1.95), aspect="equal")
     axes.axis("off")
-    axes.add_patch(Arc((0, 0), 2, 2, theta1=-8, theta2=98, color=colours["faint"], linestyle=(0, (4, 3)), linewidth=1.2))
+    axes.add_patch(
+        Arc((0, 0), 2, 2, theta1=-8, theta2=98, color=colours["faint"], linestyle=(0, (4, 3)), linewidth=1.2)
+    )
     axes.text(1.03, -0.1, "unit sphere", ha="left", va="top", color=colours["faint"], size=9.5)
     for angle, length, colour, name in ((W, 1.62, colours["w"], "w"), (X, 2.1, colours["x"], "x")):
         end = length * np.array([np.cos(angle), np.sin(angle)])
@@ -98,13 +96,14 @@ def _functions(axes: Any, colours: dict[str, str]) -> None:
                 borderaxespad=0)  # fmt: skip
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     """Write the picture for light and for dark pages."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, colours in THEMES.items():
-        figure = draw(colours)
-        figure.savefig(FOLDER / f"idea-{name}.svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
+        of_text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["text"])
+        # Letters as paths look alike everywhere; a fixed salt and no date give the same bytes each time.
+        with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "sphereify", "font.size": 11, **of_text}):
+            draw(colours).savefig(folder / f"idea-{name}.svg", transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from documentation.messages import source, strings, template
 
@@ -32,7 +33,8 @@ FRAGMENTS = {
 """Pieces of longer texts, which the page quotes as a whole."""
 
 
-def reasons() -> list[str]:
+@cache
+def reasons() -> tuple[str, ...]:
     """The texts of all reasons and notes, with `…` for what is filled in."""
     found: dict[str, None] = {}
     for place, others in MODULES.items():
@@ -42,7 +44,7 @@ def reasons() -> list[str]:
         function = next(n for n in ast.walk(source(place)) if isinstance(n, ast.FunctionDef) and n.name == name)
         for node in strings(function):
             found.setdefault(_normal(template(node) or ""))
-    return [text for text in found if " " in text and re.search(r"[a-z]{3}", text) and text not in FRAGMENTS]
+    return tuple(text for text in found if " " in text and re.search(r"[a-z]{3}", text) and text not in FRAGMENTS)
 
 
 def _normal(text: str) -> str:

@@ -47,7 +47,9 @@ SECTIONS = (
     ),
     Section("sphereify.training.embeddings", "Embeddings", ("embeddings", "Embeddings")),
     Section("sphereify.training.pairs", "Pairs", ("Pairs", "pairs_of", "read_pairs")),
-    Section("sphereify.class_splits", "Classes that are left out", ("choose_classes", "without_classes", "only_classes")),
+    Section(
+        "sphereify.class_splits", "Classes that are left out", ("choose_classes", "without_classes", "only_classes")
+    ),
     Section(
         "sphereify.datasets",
         "Data",
