@@ -10,8 +10,8 @@ of the language `sh` is not run: it needs a GPU, pretrained weights, or pictures
 
 A line `…` stands for any number of lines. Spaces, and the lines that tables are drawn with, may differ in length. A
 number with a decimal point depends on the machine and the versions of the libraries: it may differ by 3 in a line that
-counts per cent and in tables, where it is above 1, and else by a tenth of its value; images per second, and numbers such
-as 4.7e-07, which are rounding, by anything. Everything else must be as it is printed. A command without an output is
+counts per cent and in tables, where it is above 1, and else by a tenth of its value; images per second, and numbers
+such as 4.7e-07, which are rounding, by anything. Everything else must be as it is printed. A command without an output is
 run, and may print anything.
 """
 
