@@ -11,8 +11,8 @@ of the language `sh` is not run: it needs a GPU, pretrained weights, or pictures
 A line `…` stands for any number of lines. Spaces, and the lines that tables are drawn with, may differ in length. A
 number with a decimal point depends on the machine and the versions of the libraries: it may differ by 3 in a line that
 counts per cent and in tables, where it is above 1, and else by a tenth of its value; images per second, and numbers
-such as 4.7e-07, which are rounding, by anything. Everything else must be as it is printed. A command without an output is
-run, and may print anything.
+such as 4.7e-07, which are rounding, by anything. Everything else must be as it is printed. A command without an output
+is run, and may print anything.
 """
 
 import argparse
@@ -224,12 +224,13 @@ def _likeness(lines: list[str], others: list[str]) -> float:
 
 
 def write(page: Path, ran: list[tuple[Block, list[tuple[Command, list[str]]]]]) -> None:
-    """Write the outputs of now into a page."""
+    """Write the outputs of now into a page, where those that are printed there are no longer right."""
     lines = page.read_text(encoding="utf-8").splitlines()
     for block, outcomes in reversed(ran):
         body: list[str] = []
         for command, now in outcomes:
-            body += [f"$ {command.typed[0]}", *command.typed[1:], *refreshed(command.printed, _trimmed(now))]
+            shown = refreshed(command.printed, _trimmed(now)) if difference(command.printed, now) else command.printed
+            body += [f"$ {command.typed[0]}", *command.typed[1:], *shown]
         lines[block.start : block.start + len(block.lines)] = body
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
