@@ -34,5 +34,5 @@ def page() -> str:
         if name in by_class:
             lines += ["", f"## {name}", "", inspect.getdoc(ERRORS[name]) or "", ""]
             for place, texts in by_class[name].items():
-                lines += [f"`{place}`", "", "```text", *texts, "```", ""]
+                lines += [f"`{place}`", "", *(f"- `` {text} ``" for text in texts), ""]
     return "\n".join(lines) + "\n"
