@@ -150,6 +150,14 @@ def test_the_reference_has_each_public_name():
     assert public - shown == set()
 
 
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.module)
+def test_each_public_name_has_a_docstring(section):
+    for name in section.shown:
+        text = getattr(importlib.import_module(section.module), name).__doc__ or ""
+        assert text.strip(), name
+        assert not text.startswith(f"{name}("), f"{name} has the docstring that dataclasses make"
+
+
 def imports(code: str) -> list[tuple[str, str]]:
     """The names of the package that a piece of code imports, with their modules."""
     statements = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
