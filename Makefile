@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
-SOURCES := sphereify tests examples benchmarks
+SOURCES := sphereify tests examples benchmarks documentation
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # The markers of pyproject.toml, each a kind of test that `make test` leaves to `make check`.
-MARKED := exhaustive or zoo or export or processes or triton or papers or browser or strangers
+MARKED := exhaustive or zoo or export or processes or triton or papers or browser or docs or strangers
 
-.PHONY: demo test check zoo zoo-full strangers lint types unmarked marked release-check clean
+.PHONY: demo test check docs zoo zoo-full strangers lint types unmarked marked release-check clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,11 @@ test: lint
 # Everything. `make test check` in one command runs the unmarked tests once; of these, `marked` repeats only the tests with
 # Hypothesis, with ten times as many examples.
 check: test marked
+
+# The site of docs/ in site/, where each warning is an error. A test of `check` builds it, too, into a folder of its own.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "written to site/; $(BIN)/python -m http.server --directory site shows it"
 
 # One architecture of each structure converted, and the smallest of each model file run with real weights.
 zoo: $(VENV)/.installed
@@ -58,4 +63,4 @@ release-check: $(VENV)/.installed
 	$(BIN)/python -m tests.release
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) demo build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -35,7 +35,7 @@ class Settings:
     batch_size: int = option_field(64, "Images per batch on each device.", panel=TRAINING, at_least=1)
     lr: float | None = option_field(
         None,
-        "Peak learning rate; default: 1e-3, and less for a network that is trained already, see README.",
+        "Peak learning rate; default: 1e-3, and less for a network that is trained already, see docs/finetuning.md.",
         panel=TRAINING,
         above=0,
         usual="1e-4 to 1e-3 with adamw",

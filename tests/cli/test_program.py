@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from documentation.consoles import blocks, pages
 from sphereify import __version__, cli
 from sphereify.errors import SphereifyWarning, UsageError, option
 from tests.cli.words import TINY
@@ -56,18 +57,28 @@ def test_each_command_is_in_the_readme(name):
     assert f"sphereify {name}" in (ROOT / "README.md").read_text()
 
 
-def test_each_command_named_in_the_readme_exists():
-    named = set(re.findall(r"(?:\$ |`)sphereify ([a-z]+)", (ROOT / "README.md").read_text()))
-    assert named
-    assert named <= set(COMMANDS)
+def commands_of(page: Path) -> list[tuple[str, str]]:
+    """The commands that a page names, in a block or in a sentence, with the words behind them."""
+    unbroken = page.read_text().replace("\\\n", " ")
+    typed = "\n".join(line for block in blocks(page, "sh") for line in block.lines).replace("\\\n", " ")
+    pattern = r"{}sphereify ([a-z]+)\b ?([^`\n#]*)"
+    return [
+        *re.findall(pattern.format(r"(?:\$ |`|-m )"), unbroken),
+        *re.findall(pattern.format("^"), typed, re.MULTILINE),
+    ]
 
 
-def test_each_option_named_in_the_readme_exists():
-    lines = re.findall(r"(?:\$ |`)sphereify ([a-z]+) ([^`\n#]*)", (ROOT / "README.md").read_text())
-    assert any("--" in rest for _, rest in lines)
-    for name, rest in lines:
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_each_command_and_option_that_the_documentation_names_exists(page):
+    for name, rest in commands_of(page):
+        assert name in COMMANDS, (name, rest)
         flags = {flag for parameter in COMMANDS[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
-        assert set(re.findall(r"--[a-z-]+", rest)) <= flags, (name, rest)
+        assert set(re.findall(r"(?<!\w)--[a-z-]+", rest)) <= flags, (name, rest)
+
+
+def test_the_documentation_names_many_options():
+    found = [rest for page in pages() for _, rest in commands_of(page) if "--" in rest]
+    assert len(found) > 20
 
 
 def test_without_a_command_the_help_is_shown(run):

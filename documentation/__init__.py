@@ -1,0 +1,1 @@
+"""What the pages of docs/ are made with: references from the code, the picture of the idea, the check of consoles."""
