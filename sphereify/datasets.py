@@ -339,9 +339,9 @@ def _digits(channels: int, size: int) -> Data:
     images = torch.from_numpy(pixels).float().div(8).sub(1).unsqueeze(1)  # 0..16 -> -1..1
     images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     images = images.expand(-1, channels, -1, -1).contiguous()
-    labels, half = torch.from_numpy(targets), {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    labels, half = torch.from_numpy(targets), (0.5,) * channels
     parts = [TensorDataset(images[rows], labels[rows]) for rows in (train, test)]
-    preparation = Preparation((channels, size, size), **half, interpolation="bilinear", crop_pct=1.0, crop_mode="squash")
+    preparation = Preparation((channels, size, size), half, half, "bilinear", 1.0, "squash")
     return Data.prepared("digits", parts[0], parts[1], classes, preparation)
 
 

@@ -1,12 +1,12 @@
 """The Hugging Face Hub: names of repositories, downloads and uploads. The one home of huggingface_hub.
 
-Only named files are downloaded, into the cache that huggingface_hub keeps, and nothing of them is executed here. Imports
-huggingface_hub when the hub is asked for.
+Only named files are downloaded, into the cache that huggingface_hub keeps, and nothing of them is executed here.
+Imports huggingface_hub when the hub is asked for.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,7 @@ _PART = r"\w(?:[\w.\-]{0,94}\w)?"
 _NAME = re.compile(f"{_PART}/{_PART}", re.ASCII)
 
 
-def download(
-    repository: Repository, files: Sequence[str], *, token: str | None = None, others: str = ""
-) -> Path:
+def download(repository: Repository, files: Sequence[str], *, token: str | None = None, others: str = "") -> Path:
     """A folder with these files of a repository, all of one commit. Files that are in the cache are not fetched again.
 
     Args:
@@ -104,19 +102,17 @@ def has_file(repository: Repository, name: str, *, token: str | None = None) -> 
 
 
 def upload(
-    folder: Path,
-    files: Sequence[str],
+    files: Mapping[str, Path],
     repository: Repository,
     *,
     message: str,
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload files of a folder in one commit; the repository, and the branch if one is named, are made if missing.
+    """Upload files in one commit; the repository, and the branch if one is named, are made if they are missing.
 
     Args:
-        folder: which holds the files.
-        files: their names; other files of the repository stay.
+        files: each by its name in the repository, whose other files stay.
         repository: where they go.
         message: of the commit.
         private: make a new repository private; one that exists stays as it is.
@@ -134,11 +130,19 @@ def upload(
         api.create_repo(repository.name, private=private or None, exist_ok=True)
         if repository.revision is not None:
             api.create_branch(repository.name, branch=repository.revision, exist_ok=True)
-        operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
-        commit = api.create_commit(
-            repository.name, operations, commit_message=message, revision=repository.revision
-        )
+        operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+        commit = api.create_commit(repository.name, operations, commit_message=message, revision=repository.revision)
     return str(commit.commit_url)
+
+
+def check_token(repository: Repository, token: str | None) -> None:
+    """Make sure that there is an access token to write with, without asking the hub.
+
+    Raises:
+        HubError: there is none.
+    """
+    if not token and not _huggingface_hub().get_token():
+        raise HubError(f"{repository}: {_NO_TOKEN}")
 
 
 def has_file_to_keep(repository: Repository, name: str, *, token: str | None = None) -> bool:

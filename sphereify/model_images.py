@@ -75,12 +75,23 @@ def recorded_size(model: nn.Module) -> int | None:
     return record["image_size"][-1] if record.get("image_size") else None
 
 
+def chosen_size(model: nn.Module) -> tuple[int, int] | None:
+    """The height and width in pixels that a training, or whoever converted a model, chose; None: its library's."""
+    if (trained := (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size")) is not None:
+        return trained[-2], trained[-1]
+    own: Preparation | None = getattr(model, PREPARATION_ATTRIBUTE, None)
+    config = _library_config(model)
+    if own is None or (config.get("input_size") and own.image_size[-1] == usual_size(config)):
+        return None
+    return own.image_size[1], own.image_size[2]
+
+
 def usual_size(config: dict[str, Any]) -> int:
     """The size in pixels that a configuration names, or 224."""
     return (config.get("input_size") or (3, 224, 224))[-1]  # type: ignore[no-any-return]
 
 
-# --------------------------------------------------------------------------------------------------------------- classes
+# -------------------------------------------------------------------------------------------------------------- classes
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sphereify.errors import DataError, UsageError, first_line, invalid, option
+from sphereify.errors import DataError, first_line, invalid, option
 from sphereify.options import check_options, option_field, options_of, to_json
 
 SMALL = 64
@@ -59,7 +59,9 @@ class Preparation:
         for name, least in (("mean", None), ("std", 0)):
             values = getattr(self, name)
             if len(values) != size[0] or not all(_is_number(value, above=least) for value in values):
-                raise ValueError(f"{name} is {values!r}, expected {size[0]} numbers" + (" above 0" if name == "std" else ""))
+                raise ValueError(
+                    f"{name} is {values!r}, expected {size[0]} numbers" + (" above 0" if name == "std" else "")
+                )
         for name, words in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(words)}")
@@ -69,9 +71,7 @@ class Preparation:
             raise ValueError("classes are not all text")
 
     @classmethod
-    def of(
-        cls, size: int, channels: int, config: Mapping[str, Any], classes: tuple[str, ...] = ()
-    ) -> "Preparation":
+    def of(cls, size: int, channels: int, config: Mapping[str, Any], classes: tuple[str, ...] = ()) -> "Preparation":
         """The preparation of square images by the configuration of a model.
 
         Images of up to SMALL pixels are taken whole, unless the configuration is that of a `Preparation` for this size.
@@ -99,6 +99,12 @@ class Preparation:
         names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         own = {name: getattr(self, name) for name in names}
         return {"input_size": self.image_size, **own, _SIZE: self.image_size[1:]}
+
+    def resized(self, size: int) -> "Preparation":
+        """The preparation for images of another height and width in pixels."""
+        if self.image_size[1:] == (size, size):
+            return self
+        return Preparation.of(size, self.image_size[0], self.config(), self.classes)
 
     def transform(self) -> Any:
         """The transform of an RGB image of PIL to a float32 tensor of shape `image_size`."""
@@ -249,7 +255,9 @@ class PreparationOptions:
             values = (values,) if isinstance(values, (int, float)) else tuple(values)
             if len(values) not in (1, 3) or not all(_is_number(v, above=0 if name == "std" else None) for v in values):
                 above = " above 0" if name == "std" else ""
-                raise invalid(name, list(values), f"1 or 3 numbers{above}", "Usual: 0.485, 0.456, 0.406" if name == "mean" else "")
+                raise invalid(
+                    name, list(values), f"1 or 3 numbers{above}", "Usual: 0.485, 0.456, 0.406" if name == "mean" else ""
+                )
             object.__setattr__(self, name, values)
 
     @property
@@ -275,7 +283,7 @@ class PreparationOptions:
                 return None
             own = Preparation.of(size, channels or len(self.mean), {})
         elif self.img_size is not None:
-            own = Preparation.of(self.img_size, own.image_size[0], own.config(), own.classes)
+            own = own.resized(self.img_size)
         changes: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("interpolation", "crop_pct", "crop_mode")
@@ -291,7 +299,9 @@ class PreparationOptions:
 
 def _for_channels(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise invalid(name, list(values), f"{channels} numbers, one for each channel of the model's images, or one for all")
+        raise invalid(
+            name, list(values), f"{channels} numbers, one for each channel of the model's images, or one for all"
+        )
     return values * channels if len(values) == 1 else values
 
 
@@ -307,5 +317,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"{option('class_names')}: {file} cannot be read ({first_line(error)})") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise DataError(f"{option('class_names')}: {file} holds no list of names, expected one in each line, or a JSON list")
+        raise DataError(
+            f"{option('class_names')}: {file} holds no list of names, expected one in each line, or a JSON list"
+        )
     return tuple(name.strip() for name in names)

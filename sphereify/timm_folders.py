@@ -41,7 +41,9 @@ def config_of(spec: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"model {spec!r}: there is no {CONFIG} in {folder}, as timm.models.save_for_hf writes") from None
+        raise UsageError(
+            f"model {spec!r}: there is no {CONFIG} in {folder}, as timm.models.save_for_hf writes"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"model {spec!r}: its {CONFIG} cannot be read ({first_line(error)})") from None
     architecture = config.get("architecture") if isinstance(config, dict) else None

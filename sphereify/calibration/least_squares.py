@@ -104,7 +104,9 @@ def calibrate(
                 model, original, inputs, steps=steps, seed=seed, contrast_jitter=contrast_jitter, on_step=on_step
             )
     setattr(model, CALIBRATED_ATTRIBUTE, True)
-    setattr(model, FIT_ATTRIBUTE, calibration.to_json(steps=steps, inputs=sum(len(batch.tensors()[0]) for batch in inputs)))
+    setattr(
+        model, FIT_ATTRIBUTE, calibration.to_json(steps=steps, inputs=sum(len(batch.tensors()[0]) for batch in inputs))
+    )
     return calibration
 
 
