@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sphereify.errors import HubError, UsageError, first_line, option
+from sphereify.errors import HubError, UsageError, first_line
 
 PREFIX = "hf-hub:"
 """The beginning of a name on the hub, as in timm: hf-hub:user/name, or hf-hub:user/name@revision."""
@@ -221,5 +221,5 @@ def _unreachable(repository: Repository, error: BaseException) -> HubError:
     )
 
 
-_LOG_IN = f"log in with `hf auth login`, set HF_TOKEN, or give {option('token')}"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _NO_TOKEN = f"the hub asks for an access token; {_LOG_IN}"

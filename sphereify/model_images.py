@@ -12,7 +12,9 @@ from torch import nn
 
 from sphereify.convert.input_channels import input_channels
 from sphereify.convert.model_inputs import data_config
-from sphereify.preparation import Preparation
+from sphereify.errors import UsageError, option
+from sphereify.nn import SphereConv2d
+from sphereify.preparation import Preparation, PreparationOptions
 from sphereify.sources import RECORD_ATTRIBUTE
 
 PREPARATION_ATTRIBUTE = "image_preparation"
@@ -37,6 +39,46 @@ def preparation_of(model: nn.Module) -> Preparation | None:
 def set_preparation(model: nn.Module, preparation: Preparation | None) -> None:
     """Let a model carry the preparation of its images; None: that it is not known."""
     setattr(model, PREPARATION_ATTRIBUTE, preparation)
+
+
+def prepare_as(model: nn.Module, options: PreparationOptions, *, size_is_used: bool = False) -> None:
+    """Let a model carry the preparation that options describe, over what it knows itself; nothing where none is given.
+
+    Args:
+        model: plain or converted.
+        options: what is said of its images.
+        size_is_used: True if `img_size` has an effect of its own, so that it need not make a preparation.
+
+    Raises:
+        UsageError: too little to know how an image is prepared, or numbers for other channels than the model has, or
+            names for another number of classes.
+        DataError: a file of class names that cannot be read.
+    """
+    if not options.given:
+        return
+    preparation = options.over(preparation_of(model), input_channels(model))
+    if preparation is None and options == PreparationOptions(img_size=options.img_size) and size_is_used:
+        return
+    if preparation is None:
+        raise UsageError(
+            f"{type(model).__name__} does not say how its images are prepared; give {options.missing()}, or leave the "
+            f"options of the preparation out"
+        )
+    classes = getattr(model, "num_classes", None)
+    if options.class_names is not None and isinstance(classes, int) and classes != len(preparation.classes):
+        raise UsageError(
+            f"{option('class_names')}: {options.class_names} has {len(preparation.classes)} names, the model has "
+            f"{classes} classes"
+        )
+    set_preparation(model, preparation)
+
+
+def unknown_preparation(model: nn.Module) -> str:
+    """A sentence on a network of images that does not say how these are prepared; empty if it does."""
+    takes_images = any(isinstance(module, (nn.Conv2d, SphereConv2d)) for module in model.modules())
+    if not takes_images or preparation_of(model) is not None:
+        return ""
+    return "how images are prepared for this network is not known, so that predict will ask for it"
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:
@@ -69,15 +111,20 @@ def _library_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """The record of the training that a loaded artifact went through; None without one."""
+    return getattr(model, RECORD_ATTRIBUTE, None)
+
+
 def recorded_size(model: nn.Module) -> int | None:
     """The size in pixels of the images in the training record of a loaded artifact; None without one."""
-    record = getattr(model, RECORD_ATTRIBUTE, None) or {}
+    record = record_of(model) or {}
     return record["image_size"][-1] if record.get("image_size") else None
 
 
 def chosen_size(model: nn.Module) -> tuple[int, int] | None:
     """The height and width in pixels that a training, or whoever converted a model, chose; None: its library's."""
-    if (trained := (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size")) is not None:
+    if (trained := (record_of(model) or {}).get("image_size")) is not None:
         return trained[-2], trained[-1]
     own: Preparation | None = getattr(model, PREPARATION_ATTRIBUTE, None)
     config = _library_config(model)
@@ -100,7 +147,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     They are those of its training, of its library's configuration, or of ImageNet where that says that the weights are
     for it. A model with another number of classes than the configuration has none.
     """
-    record = getattr(model, RECORD_ATTRIBUTE, None) or {}
+    record = record_of(model) or {}
     if record.get("classes"):
         return tuple(str(name) for name in record["classes"])
     config = data_config(model)

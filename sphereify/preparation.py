@@ -265,6 +265,11 @@ class PreparationOptions:
         """True if an option is set."""
         return any(getattr(self, name) is not None for name in options_of(PreparationOptions))
 
+    def missing(self) -> str:
+        """The options that are needed where nothing else says how images are prepared, and that are not given."""
+        names = [name for name in ("img_size", "mean", "std") if getattr(self, name) is None]
+        return ", ".join(map(option, names))
+
     def over(self, own: Preparation | None, channels: int | None = None, size: int | None = None) -> Preparation | None:
         """A model's own preparation with what these options say instead; None if that is still not enough.
 

@@ -157,10 +157,9 @@ def _preparation(network: Network, given: Preparation | PreparationOptions | Non
     options = given or PreparationOptions()
     prepared = options.over(network.preparation, network.channels)
     if prepared is None:
-        needed = [name for name in ("img_size", "mean", "std") if getattr(options, name) is None]
         raise UsageError(
-            f"{network.name}: does not say how its images are prepared; give {', '.join(map(option, needed))} "
-            f"(training and tests take 0.5 for the mean and the standard deviation where nothing says them)"
+            f"{network.name}: does not say how its images are prepared; give {options.missing()} (training and tests "
+            f"take 0.5 for the mean and the standard deviation where nothing says them)"
         )
     return prepared
 

@@ -280,7 +280,8 @@ def _images(facts: Facts) -> str:
     if facts.preparation is None:
         return ""
     names = facts.preparation.classes
-    shown = f"\n\nClasses: {', '.join(names[:20])}{' …' if len(names) > 20 else ''}." if names else ""
+    first = "; ".join(name.partition(",")[0] for name in names[:20])
+    shown = f"\n\nClasses: {first}{'; …' if len(names) > 20 else '.'}" if names else ""
     return f"## Images\n\n{facts.preparation.described()}.{shown}\n"
 
 
