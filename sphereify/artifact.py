@@ -84,7 +84,7 @@ def save(
         warnings.warn(warning, stacklevel=2)
     if preparation is not None and not isinstance(preparation, Preparation):
         raise wrong_type("preparation", preparation, "a Preparation")
-    prepared = preparation or preparation_of(model)
+    prepared = preparation or preparation_of(model, training)
     document = {
         "format_version": FORMAT_VERSION,
         "id": uuid.uuid4().hex,

@@ -21,17 +21,23 @@ PREPARATION_ATTRIBUTE = "image_preparation"
 """Attribute with the `Preparation` of a model's images, as its training or its artifact says; None: not known."""
 
 
-def preparation_of(model: nn.Module) -> Preparation | None:
-    """The preparation of a model's images with the names of its classes; None where nothing says it."""
+def preparation_of(model: nn.Module, record: dict[str, Any] | None = None) -> Preparation | None:
+    """The preparation of a model's images with the names of its classes; None where nothing says it.
+
+    Args:
+        model: plain or converted.
+        record: of its training, with `image_size` and `classes`; default: that of the artifact that it was loaded from.
+    """
     if hasattr(model, PREPARATION_ATTRIBUTE):
         return getattr(model, PREPARATION_ATTRIBUTE)  # type: ignore[no-any-return]
     config = _library_config(model)
     channels = input_channels(model)
     if channels not in (1, 3) or not config.get("mean") or not config.get("std"):
         return None
-    size = recorded_size(model) or usual_size(config)
+    record = record or record_of(model) or {}
     try:
-        return Preparation.of(size, channels, config, class_names(model))
+        size = record["image_size"][-1] if record.get("image_size") else usual_size(config)
+        return Preparation.of(size, channels, config, class_names(model, record))
     except (ValueError, TypeError):  # a configuration of the user's own may hold anything
         return None
 
@@ -141,13 +147,13 @@ def usual_size(config: dict[str, Any]) -> int:
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
-def class_names(model: nn.Module) -> tuple[str, ...]:
+def class_names(model: nn.Module, record: dict[str, Any] | None = None) -> tuple[str, ...]:
     """The names of a model's classes in the order of its scores; empty where they are not known.
 
     They are those of its training, of its library's configuration, or of ImageNet where that says that the weights are
     for it. A model with another number of classes than the configuration has none.
     """
-    record = record_of(model) or {}
+    record = record or record_of(model) or {}
     if record.get("classes"):
         return tuple(str(name) for name in record["classes"])
     config = data_config(model)

@@ -24,11 +24,9 @@ class PushOptions:
     )
     base_model: str | None = option_field(
         None,
-        "Repository on the hub of the model whose weights the network started from; default: the one that was built "
-        "with --pretrained.",
+        "Repository on the hub of the model whose weights the network started from; default: the one that was built by "
+        "name with pretrained weights.",
         panel=CARD,
-        python_help="Repository on the hub of the model whose weights the network started from; default: the one that "
-        "was built by name with pretrained weights.",
     )
     original_accuracy: float | None = option_field(
         None,
