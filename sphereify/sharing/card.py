@@ -137,7 +137,7 @@ def _head(facts: Facts, repository: str, licence: str, options: PushOptions) -> 
         head["base_model"] = base
     if (data := _hub_data(facts.training.get("data"))) is not None:
         head["datasets"] = [data]
-    if (accuracy := _accuracy(facts)) is not None:
+    if (accuracy := _accuracy(facts, options)) is not None:
         head["metrics"] = ["accuracy"]
         data_name = _data_name(facts)
         result = {
@@ -168,8 +168,8 @@ def _data_name(facts: Facts) -> str:
     return (Path(name).name if Path(name).is_absolute() or "\\" in name else name) + comma + more
 
 
-def _accuracy(facts: Facts) -> float | None:
-    value = facts.training.get("accuracy")
+def _accuracy(facts: Facts, options: PushOptions) -> float | None:
+    value = facts.training.get("accuracy") if options.accuracy is None else options.accuracy
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -263,7 +263,7 @@ def _kept(facts: Facts, options: PushOptions) -> str:
     if facts.training:
         epochs = facts.training.get("epochs")
         lines.append(f"- Trained on {_data_name(facts)}" + (f" for {count(epochs, 'epoch')}." if epochs else "."))
-    after, before = _accuracy(facts), options.original_accuracy
+    after, before = _accuracy(facts, options), options.original_accuracy
     if after is not None:
         beside = f"; the original: {before:.2%}" if before is not None else ""
         lines.append(f"- Accuracy on the test images: {after:.2%}{beside}.")
@@ -297,7 +297,7 @@ def _limits(facts: Facts, options: PushOptions) -> str:
             "It was neither calibrated nor trained after the conversion, as far as its artifact says: expect no useful "
             "answers before a training."
         )
-    elif _accuracy(facts) is None:
+    elif _accuracy(facts, options) is None:
         limits.append("Its accuracy was not measured.")
     if facts.preparation is None:
         limits.append("How its inputs are prepared is not part of it.")

@@ -28,6 +28,14 @@ class PushOptions:
         "name with pretrained weights.",
         panel=CARD,
     )
+    accuracy: float | None = option_field(
+        None,
+        "Accuracy of the network on test images, in [0, 1], as `sphereify evaluate` measures it; default: that of its "
+        "training.",
+        panel=CARD,
+        at_least=0,
+        at_most=1,
+    )
     original_accuracy: float | None = option_field(
         None,
         "Accuracy of the original network on the same test images, in [0, 1], to put beside that of the converted one.",

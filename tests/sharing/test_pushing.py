@@ -186,6 +186,13 @@ def test_the_card_says_what_was_measured(document):
     assert "neither calibrated nor trained" not in text
 
 
+def test_an_accuracy_that_was_measured_later_counts(document):
+    text = card(document, {"training": {"data": "pets", "accuracy": 0.5}}, accuracy=0.75)
+    assert "Accuracy on the test images: 75.00%." in text
+    assert "50.00%" not in text
+    assert head_of(text)["metrics"] == ["accuracy"]
+
+
 def test_the_path_of_a_folder_stays_private(document):
     text = card(document, {"training": {"data": "/home/someone/secret/pets, 40 test images", "accuracy": 0.5}})
     assert "pets, 40 test images" in text
