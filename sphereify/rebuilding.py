@@ -16,6 +16,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
+from sphereify.model_images import PREPARATION_ATTRIBUTE
 from sphereify.sources import BASE_ATTRIBUTE, Source, build_model, recognise
 
 _PROOF_ATTRIBUTE = "_sphereify_proof"
@@ -98,6 +99,7 @@ _NO_SETTING = {
     "output_read_only",
     CALIBRATED_ATTRIBUTE,
     BASE_ATTRIBUTE,
+    PREPARATION_ATTRIBUTE,
 }
 """Attributes that change without making another network."""
 
