@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sphereify.deployment.exporting import export
     from sphereify.deployment.folding import fold
     from sphereify.nn import AngularLoss, HypersphericalEnergy, OrthogonalityPenalty
+    from sphereify.prediction.predicting import predict
+    from sphereify.sharing.pushing import push_to_hub
     from sphereify.training.comparison import compare
     from sphereify.training.evaluation import evaluate
     from sphereify.training.optim import param_groups
@@ -48,6 +50,8 @@ _HOMES = {
     "load": "sphereify.artifact",
     "param_groups": "sphereify.training.optim",
     "plan_conversion": "sphereify.convert.planner",
+    "predict": "sphereify.prediction.predicting",
+    "push_to_hub": "sphereify.sharing.pushing",
     "save": "sphereify.artifact",
     "sphereify": "sphereify.conversion",
     "suggest": "sphereify.calibration.suggestion",
@@ -71,6 +75,8 @@ __all__ = [
     "load",
     "param_groups",
     "plan_conversion",
+    "predict",
+    "push_to_hub",
     "save",
     "sphereify",
     "suggest",

@@ -1,6 +1,7 @@
 """A converted model on disk: a folder with model.safetensors and conversion.json. Nothing is pickled.
 
-conversion.json says where the model comes from, how it was converted and by which versions. The header of
+conversion.json says where the model comes from, how it was converted and by which versions, and how its images are
+prepared. The header of
 model.safetensors repeats it, so that the tensors alone are complete: both files are written aside and moved into place
 one after the other, and a crash between the two moves leaves new tensors with their own description next to an old
 JSON, which `load` recognises by its id and ignores.
@@ -19,32 +20,44 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name, is_site, weight_of
 from sphereify.deployment.folded_layers import FoldedLayer
 from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
 from sphereify.devices import find_device
 from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option, wrong_type
 from sphereify.files import as_path, replacing
+from sphereify.hub import download, has_file, is_hub_name, repository_of
+from sphereify.model_images import preparation_of, set_preparation
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import check_complete
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
+from sphereify.preparation import Preparation
 from sphereify.rebuilding import proven_source
-from sphereify.sources import RECORD_ATTRIBUTE, Source, build_model, versions
+from sphereify.sources import BASE_ATTRIBUTE, RECORD_ATTRIBUTE, Source, base_of, build_model, versions
+from sphereify.timm_folders import is_saved_by_timm
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 DOCUMENT = "conversion.json"
 
 
-def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    training: dict[str, Any] | None = None,
+    preparation: Preparation | None = None,
+) -> Path:
     """Write a converted model to the folder `path`, which is made if it is missing.
 
     Args:
         model: from `sphereify` or `apply_plan`, trained further or not, folded or not, on any device.
         path: a folder. An artifact in it is replaced: at any moment it holds the old one or the new one.
         training: JSON values to store with it, such as the name of the data and the accuracy.
+        preparation: how an image becomes an input, with the names of the classes; default: what the model knows of it,
+            by its training, its artifact or the configuration of its library.
 
     Returns:
         The folder.
@@ -69,6 +82,9 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
             f"will need {option('factory')}=…, a function that builds the plain model"
         )
         warnings.warn(warning, stacklevel=2)
+    if preparation is not None and not isinstance(preparation, Preparation):
+        raise wrong_type("preparation", preparation, "a Preparation")
+    prepared = preparation or preparation_of(model, training)
     document = {
         "format_version": FORMAT_VERSION,
         "id": uuid.uuid4().hex,
@@ -83,6 +99,9 @@ def save(model: nn.Module, path: str | Path, *, training: dict[str, Any] | None 
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in _unsaved_buffers(model).items()},
         "calibrated": bool(getattr(model, CALIBRATED_ATTRIBUTE, False)),
+        "calibration": getattr(model, FIT_ATTRIBUTE, None),
+        "base": base_of(model),
+        "preparation": prepared.to_json() if prepared is not None else None,
         "training": training,
     }
     try:
@@ -98,43 +117,87 @@ def load(
     factory: Callable[[], nn.Module] | None = None,
     objects: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    token: str | None = None,
 ) -> nn.Module:
     """The converted model that `save` wrote, in eval mode, with bit-identical weights; folded if it was.
 
+    Tensors and JSON are read, and nothing that comes with them is executed.
+
     Args:
-        path: the folder.
+        path: the folder, or an artifact on the Hugging Face Hub: "hf-hub:user/name", "hf-hub:user/name@revision".
         factory: returns the plain model, unconverted; needed for a model that is neither timm's nor torchvision's.
         objects: operator objects of your own by their class name, if the conversion used any.
         device: where the model goes.
+        token: for a private repository on the hub; default: HF_TOKEN, or the login on this machine.
 
     Raises:
-        ArtifactError: missing, damaged, of a newer format, or tensors that do not fit, with name and both shapes.
+        ArtifactError: missing, damaged, of a newer format, or tensors that do not fit, with name and both shapes; or a
+            repository that cannot be read (`HubError`).
         UsageError: a factory is needed, or torch does not have the device.
     """
     target = find_device(device)
     if factory is not None and not callable(factory):
         raise wrong_type("factory", factory, "a function that returns the plain model")
-    document = read_document(path)
+    folder = located(path, token=token)
+    document = _read_document(folder, path)
     plan = ConversionPlan.from_json(json.dumps(document["plan"]))
     plan.objects.update(objects or {})
     model = apply_plan(_plain_model(path, document, factory), plan, inplace=True)
     if document.get("folding") is not None:
         apply_folding(model, _folding(document["folding"], path))
-    _fill(model, Path(path) / TENSORS, document)
+    _fill(model, folder / TENSORS, document)
     if document.get("calibrated"):
         setattr(model, CALIBRATED_ATTRIBUTE, True)
+    if document.get("calibration") is not None:
+        setattr(model, FIT_ATTRIBUTE, document["calibration"])
+    if (base := (document.get("base") or {}).get("model")) is not None:
+        setattr(model, BASE_ATTRIBUTE, base)
+    if "preparation" in document:  # earlier versions did not write it
+        set_preparation(model, stored_preparation(document, path))
     if document["training"] is not None:
         setattr(model, RECORD_ATTRIBUTE, document["training"])
     return model.to(target).eval()
 
 
+def located(path: str | Path, *, token: str | None = None) -> Path:
+    """The folder of an artifact; of one on the hub, that in which its two files were downloaded.
+
+    Raises:
+        HubError: a repository that cannot be read, or holds no artifact.
+        UsageError: a name on the hub of another form.
+    """
+    if not is_hub_name(path):
+        return as_path("path", path)
+    others = f"an artifact has {DOCUMENT} and {TENSORS}"
+    return download(repository_of(path), [DOCUMENT, TENSORS], token=token, others=others)
+
+
+def stored_preparation(document: dict[str, Any], path: str | Path) -> Preparation | None:
+    """The preparation of images in the content of conversion.json; None if there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    plain = document.get("preparation")
+    try:
+        return None if plain is None else Preparation.from_json(plain)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged, its part 'preparation' is of another form ({error})") from None
+
+
 def read_document(path: str | Path) -> dict[str, Any]:
     """The content of conversion.json, checked against the tensors beside it.
+
+    Args:
+        path: as for `load`.
 
     Raises:
         ArtifactError: as `load`.
     """
-    folder = as_path("path", path)
+    return _read_document(located(path), path)
+
+
+def _read_document(folder: Path, path: str | Path) -> dict[str, Any]:
     for name in (DOCUMENT, TENSORS):
         if not (folder / name).is_file():
             what = f"there is no {name} in it" if folder.is_dir() else "there is no such folder"
@@ -179,7 +242,13 @@ def _checked(document: Any, place: Path) -> dict[str, Any]:
 
 
 def is_artifact(path: str | Path) -> bool:
-    """True if `path` is a folder with a file of an artifact in it, sound or damaged."""
+    """True if `path` is a folder or a repository on the hub with a file of an artifact in it, sound or damaged.
+
+    Raises:
+        ArtifactError: the hub cannot be asked.
+    """
+    if is_hub_name(path):
+        return has_file(repository_of(path), DOCUMENT)
     return any((Path(path) / name).is_file() for name in (DOCUMENT, TENSORS))
 
 
@@ -278,6 +347,8 @@ def _plain_model(path: str | Path, document: dict[str, Any], factory: Callable[[
             f"{path}: holds a {document['plan']['model']} that cannot be built by name ({reason}); "
             f"give {option('factory')}=…, a function that returns the plain model"
         )
+    if is_saved_by_timm(source.name):  # `save` writes none; reading an artifact must not fetch what it names
+        raise ArtifactError(f"{path}: damaged, its source {source.name} is no model of {source.library}'s own")
     return build_model(source)
 
 

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from sphereify.errors import DataError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.image_folders import classes_in, image_files, open_parts
-from sphereify.pictures import as_rgb
+from sphereify.pictures import as_rgb, open_image
+from sphereify.preparation import SMALL, Preparation
 from sphereify.scikit_learn import handwritten_digits
-from sphereify.transforms import SMALL, Normalization, make_transform, normalization_of
+from sphereify.transforms import make_transform
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
 """Beginnings of the names that `timm.data.create_dataset` reads through another library."""
@@ -39,6 +40,14 @@ class Data:
     """Standard deviation of each channel by which they were normalized; None: not known."""
     held_out: tuple[str, ...] = ()
     """Classes of the data set that were left out, with their images; see `sphereify.class_splits`."""
+    preparation: Preparation | None = None
+    """Preparation of the test images, without the names of classes; None: not known."""
+
+    @classmethod
+    def prepared(cls, name: str, train: Any, test: Any, classes: list[str], preparation: Preparation) -> "Data":
+        """The data whose test images are prepared so."""
+        size, mean, std = preparation.image_size, preparation.mean, preparation.std
+        return cls(name, train, test, classes, size, mean, std, preparation=preparation)
 
 
 def load_data(
@@ -173,15 +182,16 @@ def _load(
         return _digits(channels, img_size or 32)
     size = _size(img_size, config)
     moves = [make_transform(size, channels, config, training=on, shift=shift, **changes) for on in (True, False)]
+    preparation = Preparation.of(size, channels, config)
     if spec.startswith(TIMM_READERS):
-        return _of_timm(spec, root, splits, moves, (channels, size, size), normalization_of(channels, config))
+        return _of_timm(spec, root, splits, moves, preparation)
     folder = Path(spec)
     if not folder.is_dir():
         raise DataError(
             f"data {spec!r}: neither 'digits' nor a folder. A folder needs train/ and val/ (or test/) inside."
         )
-    train, test = open_parts(folder, moves, _open_image, test_only=test_only)
-    return Data(str(folder), train, test, test.classes, (channels, size, size), *normalization_of(channels, config))
+    train, test = open_parts(folder, moves, open_image, test_only=test_only)
+    return Data.prepared(str(folder), train, test, test.classes, preparation)
 
 
 def load_images(
@@ -222,10 +232,8 @@ def load_images(
     if spec == "digits":
         part: Any = _digits(channels, img_size or 32).train
     elif spec.startswith(TIMM_READERS):
-        size = _size(img_size, config or {})
-        move = make_transform(size, channels, config or {}, training=False, augment=None)
-        shape, normalization = (channels, size, size), normalization_of(channels, config or {})
-        part = _of_timm(spec, data_root, (split,), [move], shape, normalization).train
+        preparation = Preparation.of(_size(img_size, config or {}), channels, config or {})
+        part = _of_timm(spec, data_root, (split,), [preparation.transform()], preparation).train
     else:
         if not Path(spec).is_dir():
             raise DataError(f"data {spec!r}: neither 'digits' nor a folder; any folder of images will do")
@@ -307,15 +315,15 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, files: Sequence[Path], *, channels: int = 3, img_size: int | None = None, config: Any = None):
-        size = _size(img_size, config or {})
-        self.files, self.image_size = list(files), (channels, size, size)
-        self.transform = make_transform(size, channels, config or {}, training=False, augment=None)
+        preparation = Preparation.of(_size(img_size, config or {}), channels, config or {})
+        self.files, self.image_size = list(files), preparation.image_size
+        self.transform = preparation.transform()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(_open_image(str(self.files[number]))), number
+        return self.transform(open_image(str(self.files[number]))), number
 
 
 def class_count(spec: str, *, data_root: str | Path | None = None, test_only: bool = False) -> int:
@@ -351,32 +359,11 @@ def _digits(channels: int, size: int) -> Data:
     images = images.expand(-1, channels, -1, -1).contiguous()
     labels, half = torch.from_numpy(targets), (0.5,) * channels
     parts = [TensorDataset(images[rows], labels[rows]) for rows in (train, test)]
-    return Data("digits", parts[0], parts[1], classes, (channels, size, size), half, half)
+    preparation = Preparation((channels, size, size), half, half, "bilinear", 1.0, "squash")
+    return Data.prepared("digits", parts[0], parts[1], classes, preparation)
 
 
-def _open_image(path: str) -> Any:
-    """The image in a file, in RGB.
-
-    Raises:
-        DataError: it cannot be read, or the range of its pixels is not known.
-    """
-    try:
-        with Image.open(path) as picture:
-            return as_rgb(picture)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
-        raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
-
-
-def _of_timm(
-    spec: str,
-    root: Any,
-    splits: tuple[str, ...],
-    moves: list[Any],
-    image_size: tuple[int, int, int],
-    normalization: Normalization,
-) -> Data:
+def _of_timm(spec: str, root: Any, splits: tuple[str, ...], moves: list[Any], preparation: Preparation) -> Data:
     from timm.data import create_dataset
     from torchvision.transforms import Compose
 
@@ -390,7 +377,7 @@ def _of_timm(
             raise DataError(f"data {spec!r} comes as a stream, which cannot be continued inside an epoch; download it")
         part.transform = Compose([as_rgb, transform])
         parts.append(part)
-    return Data(spec, parts[0], parts[-1], _classes_of(parts[0]), image_size, *normalization)
+    return Data.prepared(spec, parts[0], parts[-1], _classes_of(parts[0]), preparation)
 
 
 def _classes_of(part: Any) -> list[str]:

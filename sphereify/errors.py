@@ -86,6 +86,19 @@ class ArtifactError(SphereifyError):
     """An artifact on disk is missing, damaged, newer than this version, or in the way."""
 
 
+class HubError(ArtifactError):
+    """A repository on the Hugging Face Hub is missing, closed to this user, or out of reach.
+
+    Attributes:
+        is_missing: True if there is no such repository or revision.
+        is_missing_file: True if the repository is there, and has no such file.
+    """
+
+    def __init__(self, message: str, *, is_missing: bool = False, is_missing_file: bool = False):
+        super().__init__(message)
+        self.is_missing, self.is_missing_file = is_missing, is_missing_file
+
+
 class DataError(SphereifyError):
     """A data set cannot be read or does not fit the model."""
 

@@ -76,12 +76,18 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    within = folder / TRAIN if (folder / TRAIN).is_dir() else folder
-    files = sorted(file for file in _files_below(within, set()) if is_image(file))
+    return images_below(folder / TRAIN if (folder / TRAIN).is_dir() else folder)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder at any depth, in order; links are followed as by `image_files`.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(file for file in _files_below(folder, set()) if is_image(file))
     if not files:
-        raise DataError(
-            f"data {str(folder)!r}: no images in {within}, expected files such as *.jpg or *.png, at any depth"
-        )
+        raise DataError(f"no images in {folder}, expected files such as *.jpg or *.png, at any depth")
     return files
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 MODEL = "The model"
 
-SPECIFICATION = "A timm name, torchvision:NAME, package.module:factory, path/to/file.py:factory, or a saved artifact."
+SPECIFICATION = (
+    "A timm name, hf-hub:USER/NAME, local-dir:FOLDER, torchvision:NAME, package.module:factory, "
+    "path/to/file.py:factory, or a saved artifact."
+)
 """A sentence that lists the forms in which `open_model` takes a model."""
 
 
@@ -58,7 +61,8 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
 
     Args:
         spec: a timm name, "torchvision:NAME", "package.module:factory", "path/to/file.py:factory", or the folder of an
-            artifact.
+            artifact; or "hf-hub:user/name", with "@revision" if one likes, for an artifact or a model of timm on the
+            hub; or "local-dir:folder" for a model that timm saved.
         options: how to build or load it. A `seed` of None leaves torch's generator as it is.
 
     With `num_classes`, a checkpoint or pretrained weights for other classes fill all but the classifier, which is new;
@@ -116,7 +120,11 @@ def untrained_part(model: "nn.Module") -> str:
 
 
 def is_saved(spec: str) -> bool:
-    """True if this names the folder of an artifact, sound or damaged, and not a model to build."""
+    """True if this names an artifact, sound or damaged, in a folder or on the hub, and not a model to build.
+
+    Raises:
+        ArtifactError: the hub cannot be asked.
+    """
     from sphereify.artifact import is_artifact
 
     return bool(spec) and (Path(spec).is_dir() or is_artifact(spec))

@@ -1,27 +1,78 @@
-"""Pictures of any depth as 8-bit RGB, their whole range of brightness kept."""
+"""Pictures of any depth as 8-bit RGB, upright, their whole range of brightness kept."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from sphereify.errors import DataError
+from sphereify.errors import DataError, first_line
 
 _BITS_PER_SAMPLE = 258
 """Tag of a TIFF file."""
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation."""
+_HOLDERS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Names under which PIL keeps what a file says about its orientation."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in a file, upright and in RGB.
+
+    Raises:
+        DataError: it cannot be read, or the range of its pixels is not known; with the name of the file.
+    """
+    try:
+        with Image.open(path) as picture:
+            return as_rgb(picture)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
+        raise DataError(f"{path}: cannot be read as an image ({first_line(error)}). Remove or replace it.") from error
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture with three channels of 8 bits. Deeper ones are scaled, where PIL would cut values off at 255.
+    """A picture with three channels of 8 bits, upright where its EXIF data says how a camera held it.
+
+    Deeper pixels are scaled, where PIL would cut values off at 255. Transparency is left out.
 
     Raises:
         DataError: pixels of a range that is not known, with the range that they take.
     """
+    rgb = _in_rgb(picture)
+    turn = _TURNS.get(_orientation(picture))
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    for name in _HOLDERS:  # of an orientation that is no longer true
+        upright.info.pop(name, None)
+    return upright
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         values = np.asarray(picture)
         scaled = values * (255 / _white(picture, values))
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """The orientation in the EXIF data of a picture that has been read; 1, upright, where there is none."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data says nothing, and the pixels are sound
+        return 1
 
 
 def _white(picture: Image.Image, values: Any) -> float:

@@ -16,7 +16,8 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
-from sphereify.sources import Source, build_model, recognise
+from sphereify.model_images import PREPARATION_ATTRIBUTE
+from sphereify.sources import BASE_ATTRIBUTE, Source, build_model, recognise
 
 _PROOF_ATTRIBUTE = "_sphereify_proof"
 
@@ -91,7 +92,15 @@ def _same(rebuilt: tuple[Any, ...], original: tuple[Any, ...]) -> bool:
     return rebuilt[:-1] == original[:-1] and settings[0] == settings[1]
 
 
-_NO_SETTING = {"training", "training_logits", "grad_checkpointing", "output_read_only", CALIBRATED_ATTRIBUTE}
+_NO_SETTING = {
+    "training",
+    "training_logits",
+    "grad_checkpointing",
+    "output_read_only",
+    CALIBRATED_ATTRIBUTE,
+    BASE_ATTRIBUTE,
+    PREPARATION_ATTRIBUTE,
+}
 """Attributes that change without making another network."""
 
 

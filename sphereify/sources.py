@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.convert.model_inputs import IMAGE_CONFIG_ATTRIBUTE
 from sphereify.convert.sites import is_site
 from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line, invalid, option
+from sphereify.hub import PREFIX, is_hub_name, repository_of
 from sphereify.imports import import_file
+from sphereify.timm_folders import LOCAL_DIR, config_of, is_saved_by_timm, registered
 from sphereify.weights import load_weights as load_weights  # part of opening a model by name
 from sphereify.weights import note_untrained, with_new_classifier
 
@@ -22,6 +25,15 @@ SOURCE_ATTRIBUTE = "conversion_source"
 
 RECORD_ATTRIBUTE = "training_record"
 """The attribute with the record of training that an artifact brings: the data, the classes, the size of the images."""
+
+BASE_ATTRIBUTE = "base_model"
+"""The attribute with the name of the pretrained model whose weights a model started from."""
+
+FORMS = (
+    f"a timm name, {PREFIX}USER/NAME, {LOCAL_DIR}FOLDER, torchvision:NAME, package.module:factory, "
+    "path/to/file.py:factory"
+)
+"""The forms of a plain model's name."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,13 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
     """The source that a name stands for.
 
     Args:
-        spec: a timm name, "torchvision:NAME", "package.module:factory" or "path/to/file.py:factory".
+        spec: a timm name, a model of timm on the hub or in a folder ("hf-hub:user/name", "local-dir:folder"),
+            "torchvision:NAME", "package.module:factory" or "path/to/file.py:factory".
         num_classes, in_chans: arguments of the builder; None leaves them to it.
 
     Raises:
         UsageError: no such model, with the nearest names; or an argument below 1.
+        ArtifactError: the hub does not have it, or cannot be reached.
     """
     arguments = {k: v for k, v in {"num_classes": num_classes, "in_chans": in_chans}.items() if v is not None}
     for name, value in arguments.items():
@@ -61,6 +75,9 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
             raise invalid(name, value, "a number of at least 1")
     if spec.startswith("torchvision:"):
         return _find_torchvision(spec.removeprefix("torchvision:"), arguments)
+    if is_saved_by_timm(spec):
+        config_of(spec)  # an unknown name fails now
+        return Source("timm", spec, arguments)
     if ":" in spec:
         _import_factory(spec)
         return Source("factory", spec, arguments)
@@ -75,7 +92,7 @@ def find_model(spec: str, *, num_classes: int | None = None, in_chans: int | Non
 
 def accepts(spec: str, argument: str) -> bool:
     """True if the builder of a model may take this argument; timm and torchvision decide it when they build."""
-    if ":" not in spec or spec.startswith("torchvision:"):
+    if ":" not in spec or spec.startswith("torchvision:") or is_saved_by_timm(spec):
         return True
     parameters = inspect.signature(_import_factory(spec)).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -94,7 +111,7 @@ def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
     except TypeError as error:
         raise UsageError(f"{source}: cannot be built with {source.arguments or 'no arguments'}: {error}") from error
     except OSError as error:
-        if not pretrained:
+        if not pretrained and not is_saved_by_timm(source.name):
             raise
         raise ArtifactError(
             f"{source}: its pretrained weights could not be fetched ({error}). Download them where there is a network "
@@ -102,8 +119,35 @@ def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{source}: returned {type(model).__name__}, expected a torch.nn.Module")
-    setattr(model, SOURCE_ATTRIBUTE, source)
+    if is_saved_by_timm(source.name):  # from now on it needs neither the hub nor the folder
+        setattr(model, SOURCE_ATTRIBUTE, Source("timm", *registered(source.name, source.arguments, model)))
+    else:
+        setattr(model, SOURCE_ATTRIBUTE, source)
+    if pretrained:
+        setattr(model, BASE_ATTRIBUTE, _published_name(model, source))
     return model
+
+
+def base_of(model: nn.Module) -> dict[str, str | None]:
+    """The pretrained model that a model started from, and the licence that its library names for these weights.
+
+    Either is None where it is not known: a model does not tell whether its weights are pretrained ones, except where it
+    was built by name.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    licence = config.get("license") if isinstance(config, dict) else None
+    return {"model": getattr(model, BASE_ATTRIBUTE, None), "license": licence or None}
+
+
+def _published_name(model: nn.Module, source: Source) -> str:
+    """The name of pretrained weights on the hub, or else of the model."""
+    if is_hub_name(source.name):
+        return repository_of(source.name).name
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("hf_hub_id") if source.library == "timm" else None
+    if not name:
+        return str(source)
+    return f"{name}{config['architecture']}.{config['tag']}" if name.endswith("/") else str(name)
 
 
 def _find_torchvision(name: str, arguments: dict[str, Any]) -> Source:
@@ -122,10 +166,7 @@ def _find_torchvision(name: str, arguments: dict[str, Any]) -> Source:
 def _unknown_model(spec: str, names: list[str]) -> UsageError:
     near = difflib.get_close_matches(spec, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names."
-    return UsageError(
-        f"model {spec!r}: not found; {hint} Accepted are a timm name, torchvision:NAME, package.module:factory, "
-        f"path/to/file.py:factory, or the folder of a saved artifact."
-    )
+    return UsageError(f"model {spec!r}: not found; {hint} Accepted are {FORMS}, or the folder of a saved artifact.")
 
 
 def _build_timm(source: Source, pretrained: bool) -> nn.Module:
@@ -152,6 +193,35 @@ def _classifiers(model: nn.Module) -> list[str]:
 
 
 def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
+    model = _torchvision_model(source, pretrained)
+    if config := _torchvision_config(source.name, source.arguments):
+        setattr(model, IMAGE_CONFIG_ATTRIBUTE, config)
+    return model
+
+
+def _torchvision_config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The preparation of images for the default weights of a classifier, in the keys of timm's `pretrained_cfg`."""
+    from torchvision import models
+
+    weights = getattr(models.get_model_weights(name), "DEFAULT", None)
+    images: Any = weights.transforms() if weights is not None else None
+    if not hasattr(images, "crop_size"):
+        return {}
+    crop, resized = images.crop_size[0], images.resize_size[0]
+    names = list(weights.meta.get("categories") or ())  # type: ignore[union-attr]
+    return {
+        "input_size": (3, crop, crop),
+        "mean": tuple(images.mean),
+        "std": tuple(images.std),
+        "interpolation": images.interpolation.value,
+        "crop_pct": crop / (resized + 1e-3),  # timm rounds the size before the crop down
+        "crop_mode": "center",
+        "num_classes": len(names) if arguments.get("num_classes", len(names)) == len(names) else None,
+        "label_names": names,
+    }
+
+
+def _torchvision_model(source: Source, pretrained: bool) -> nn.Module:
     from torchvision import models
 
     arguments = dict(source.arguments)

@@ -1,6 +1,6 @@
 """Tables and lines for a person at the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,7 @@ from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.convert.plan import ConversionPlan
 from sphereify.deployment.exporting import Exported
+from sphereify.prediction.predicting import Prediction
 from sphereify.terminal import Name, add_row, say, text_table, width_of
 from sphereify.training import Comparison, Evaluation, Robustness, Verification
 
@@ -67,6 +68,23 @@ def print_export(out: Console, written: Exported) -> None:
         add_row(table, *row)
     out.print(table)
     say(out, written.note, "" if written.difference is not None else "yellow")
+    if written.preparation is not None:
+        say(out, f"images: {written.preparation.described()}")
+
+
+def print_predictions(out: Console, predictions: Sequence[Prediction]) -> None:
+    """Print a row for each class of each image that has a prediction."""
+    predicted = [prediction for prediction in predictions if prediction.error is None]
+    if not predicted:
+        return
+    table = text_table("image", "class", "probability")
+    table.columns[-1].justify = "right"
+    for prediction in predicted:
+        for place, guess in enumerate(prediction.guesses):
+            is_last = place == len(prediction.guesses) - 1 and prediction is not predicted[-1]
+            cells = Text("" if place else prediction.image), Text(str(guess)), Text(f"{guess.probability:.2%}")
+            table.add_row(*cells, end_section=is_last)
+    out.print(table)
 
 
 def calibration_table(layers: Iterable[LayerFit], title: str) -> Table:

@@ -3,13 +3,7 @@
 from typing import Any
 
 from sphereify.errors import UsageError, first_line, option
-
-SMALL = 64
-"""Largest size in pixels of images that are shifted rather than cropped at random, and that may stay in memory."""
-
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel."""
-
+from sphereify.preparation import SMALL, Preparation, normalization_of
 
 PHOTOGRAPH_JITTER = 0.4
 """Strength of the colour jitter of larger images, timm's default."""
@@ -25,7 +19,9 @@ def make_transform(
     shift: bool = True,
     color_jitter: float | None = None,
 ) -> Any:
-    """The transform of timm for the model; images of up to SMALL pixels are shifted and mirrored instead of cropped.
+    """The transform of timm for the model: for tests that of `Preparation`, for training with random changes.
+
+    In training, images of up to SMALL pixels are shifted and mirrored instead of cropped.
 
     Args:
         size, channels: of an image as the model takes it.
@@ -33,6 +29,8 @@ def make_transform(
         training: True for training images, False for test images, which are neither moved nor changed in colour.
         augment, shift, color_jitter: as for `sphereify.datasets.load_data`.
     """
+    if not training:
+        return Preparation.of(size, channels, config).transform()
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -40,9 +38,9 @@ def make_transform(
     gray = [transforms.Grayscale()] if channels == 1 else []
     if size <= SMALL:
         shifts = [transforms.RandomCrop(size, padding=size // 8)] if shift else []
-        moves = [*shifts, transforms.RandomHorizontalFlip()] if training else []
-        moves += [transforms.ColorJitter(*(color_jitter,) * 3)] if training and color_jitter else []
-        moves += [_augmentation(augment, size, mean)] if training and augment else []
+        moves = [*shifts, transforms.RandomHorizontalFlip()]
+        moves += [transforms.ColorJitter(*(color_jitter,) * 3)] if color_jitter else []
+        moves += [_augmentation(augment, size, mean)] if augment else []
         steps = [transforms.Resize((size, size)), *moves, transforms.ToTensor(), transforms.Normalize(mean, deviation)]
         return transforms.Compose([*gray, *steps])
     usual = 0.0 if channels == 1 else PHOTOGRAPH_JITTER
@@ -50,7 +48,7 @@ def make_transform(
         _augmentation(augment, size, mean)  # fails now if timm does not know it
     photographs = create_transform(
         (channels, size, size),
-        is_training=training,
+        is_training=True,
         mean=mean,
         std=deviation,
         interpolation=config.get("interpolation") or "bicubic",
@@ -60,16 +58,8 @@ def make_transform(
         crop_mode=config.get("crop_mode"),
     )
     # A policy takes the place of timm's own jitter, so one that is asked for comes before it.
-    jitters = [transforms.ColorJitter(*(color_jitter,) * 3)] if training and augment and color_jitter else []
+    jitters = [transforms.ColorJitter(*(color_jitter,) * 3)] if augment and color_jitter else []
     return transforms.Compose([*gray, *jitters, photographs])
-
-
-def normalization_of(channels: int, config: dict[str, Any]) -> Normalization:
-    """The normalization that the configuration of a model names; for one channel, the means over the three."""
-    mean, deviation = (tuple(config.get(name, (0.5,) * 3)) for name in ("mean", "std"))
-    if channels == 1:
-        mean, deviation = (sum(mean) / len(mean),), (sum(deviation) / len(deviation),)
-    return mean, deviation
 
 
 def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:

@@ -16,14 +16,15 @@ from sphereify import errors
 from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning, UsageError, option
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "rich", "matplotlib", "PIL", "numpy"}
+HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "rich", "matplotlib", "PIL", "numpy",
+         "huggingface_hub"}  # fmt: skip
 
 # The public contract: code outside of the package relies on these names.
 PUBLIC = {
     "sphereify": (
         "sphereify plan_conversion apply_plan ConversionOptions ConversionPlan Decision calibrate suggest fold export "
         "load save finetune evaluate compare Settings AngularLoss HypersphericalEnergy OrthogonalityPenalty "
-        "param_groups"
+        "param_groups predict push_to_hub"
     ),
     "sphereify.nn": (
         "LinearOperator CosineOperator SigmoidOperator LearnableSigmoidOperator "
@@ -34,7 +35,7 @@ PUBLIC = {
     "sphereify.training": "finetune evaluate compare Settings Terms Epoch accuracy param_groups",
     "sphereify.models": "SourceOptions open_model",
 }
-COMMANDS = ["convert", "inspect", "suggest", "finetune", "evaluate", "compare", "export"]
+COMMANDS = ["convert", "inspect", "suggest", "finetune", "evaluate", "compare", "predict", "export", "push"]
 
 
 def loaded_after(*steps: str) -> list[set[str]]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sphereify.datasets import load_images
 from sphereify.errors import DataError
-from sphereify.pictures import as_rgb
+from sphereify.pictures import as_rgb, open_image
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 EXPECTED = np.round(RAMP * 255)
@@ -79,3 +79,39 @@ def test_pixels_whose_range_is_not_known_are_refused_with_the_file(tmp_path, val
 def test_a_black_picture_is_black_at_any_depth(tmp_path):
     for kind in (np.uint16, np.int32, np.float32):
         assert (opened(np.zeros((4, 4), kind), tmp_path / "a.tif") == 0).all()
+
+
+def corners(picture):
+    """The colours of the four corners, from the top left on, clockwise."""
+    right, bottom = picture.width - 1, picture.height - 1
+    return [picture.getpixel(place) for place in ((0, 0), (right, 0), (right, bottom), (0, bottom))]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_set_upright_once(tmp_path, orientation):
+    from PIL import ImageOps
+
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 200)]
+    photo = Image.new("RGB", (4, 2))
+    for place, colour in zip(((0, 0), (3, 0), (3, 1), (0, 1)), colours, strict=True):
+        photo.putpixel(place, colour)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "photo.png", exif=exif)
+    upright = open_image(tmp_path / "photo.png")
+    with Image.open(tmp_path / "photo.png") as stored:
+        expected = ImageOps.exif_transpose(stored)
+    assert upright.size == expected.size == ((2, 4) if orientation > 4 else (4, 2))
+    assert corners(upright) == corners(expected)
+    assert corners(as_rgb(upright)) == corners(upright)
+
+
+def test_damaged_exif_data_does_not_hide_the_picture(tmp_path):
+    Image.new("RGB", (4, 2)).save(tmp_path / "photo.jpg", exif=b"Exif\x00\x00no such thing")
+    assert open_image(tmp_path / "photo.jpg").size == (4, 2)
+
+
+def test_gray_and_transparent_pictures_have_three_channels(tmp_path):
+    for mode, colour in (("L", 7), ("LA", (7, 0)), ("RGBA", (7, 7, 7, 0)), ("P", 0), ("1", 1), ("CMYK", (0, 0, 0, 9))):
+        Image.new(mode, (2, 2), colour).save(tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
+        assert open_image(tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}").mode == "RGB"

@@ -24,7 +24,7 @@ from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
 from sphereify.errors import UsageError, invalid, option
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns, pattern_of
@@ -216,7 +216,19 @@ def choose_radius(
     network.to(home)
     noted = replace(result.plan, notes=[*result.plan.notes, f"radius chosen by agreement: {_told(result)}"])
     setattr(network, PLAN_ATTRIBUTE, noted)
+    setattr(network, FIT_ATTRIBUTE, calibration.to_json(steps=steps, **_measured(result)))
     return result
+
+
+def _measured(choice: RadiusChoice) -> dict[str, Any]:
+    """The agreement of a choice as plain JSON values."""
+    inputs, _, reported = choice.inputs
+    return {
+        "inputs": inputs,
+        "agreement": choice.agreement,
+        "agreement_inputs": reported,
+        "low_contrast_agreement": choice.contrast,
+    }
 
 
 def _told(choice: RadiusChoice) -> str:

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.input_channels import input_channels
-from sphereify.convert.model_inputs import data_config
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
 from sphereify.errors import UsageError, option
+from sphereify.model_images import image_config
 
 
 def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Tensor]:
@@ -37,6 +37,6 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
         options.images,
         channels=input_channels(model),
         img_size=options.img_size,
-        config=data_config(model),
+        config=image_config(model),
         data_root=options.data_root,
     )

@@ -28,7 +28,7 @@ from sphereify.calibration.trial_runs import can_take_turns, first_run
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, PLAN_ATTRIBUTE
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE, PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, wrong_type
 from sphereify.nn import AngularHead
 from sphereify.nn.precision import no_autocast
@@ -104,6 +104,9 @@ def calibrate(
                 model, original, inputs, steps=steps, seed=seed, contrast_jitter=contrast_jitter, on_step=on_step
             )
     setattr(model, CALIBRATED_ATTRIBUTE, True)
+    setattr(
+        model, FIT_ATTRIBUTE, calibration.to_json(steps=steps, inputs=sum(len(batch.tensors()[0]) for batch in inputs))
+    )
     return calibration
 
 

@@ -1,6 +1,8 @@
 """The results of a calibration: how much of each layer, and of the network, the angular form explains."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from sphereify.convert.plan import count
 
@@ -60,6 +62,13 @@ class Calibration:
             sentences.append(f"steps: the outputs' error fell from {before:.3f} to {after:.3f} of their variance")
         return "\n".join(sentences)
 
+    def to_json(self, **more: Any) -> dict[str, Any]:
+        """The fits as plain JSON values, with `more` of them; a number that is not finite is None."""
+        layers = {
+            fit.name: {"copied": _finite(fit.before), "calibrated": _finite(fit.after)} for fit in self.layers.values()
+        }
+        return {"r2": layers, "notes": list(self.notes), **{name: _finite(value) for name, value in more.items()}}
+
     def __str__(self) -> str:
         layers = [
             f"{fit.name}: R² {fit.before:.3f} copied, {fit.after:.3f} calibrated"
@@ -67,3 +76,7 @@ class Calibration:
             for fit in self.layers.values()
         ]
         return "\n".join([self.summary(), *layers, *(f"note: {note}" for note in self.notes)])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from sphereify import __version__
-from sphereify.cli import convert, doctor, export, train
+from sphereify.cli import convert, doctor, export, predict, push, train
 from sphereify.cli.spelling import command_line
 from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning
 from sphereify.terminal import is_first_process
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (convert.convert, convert.inspect, convert.suggest, train.finetune, train.evaluate, train.compare,
-                export.export, doctor.doctor):  # fmt: skip
+                predict.predict, export.export, push.push, doctor.doctor):  # fmt: skip
     app.command()(command)
 
 

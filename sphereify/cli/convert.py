@@ -1,5 +1,6 @@
 """Commands before any training: convert, inspect, suggest."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError, option
 from sphereify.models import SPECIFICATION, SourceOptions, open_model, untrained_part
+from sphereify.preparation import PreparationOptions
 
 if TYPE_CHECKING:
     from sphereify.calibration.agreement import RadiusChoice
@@ -40,7 +42,8 @@ def convert(
     model: Model,
     conversion: Annotated[dict[str, Any], Fields(of=ConversionOptions)],
     source: SourceOptions,
-    calibration: CalibrationOptions,
+    calibration: Annotated[CalibrationOptions, Fields(without=("img_size",))],
+    preparation: PreparationOptions,
     inputs: Annotated[InputOptions, Fields(only=("input",))],
     output: Annotated[
         Path | None,
@@ -63,10 +66,14 @@ def convert(
     from sphereify.artifact import save
     from sphereify.calibration.images import calibration_images
     from sphereify.conversion import sphereify
+    from sphereify.model_images import prepare_as, record_of, unknown_preparation
     from sphereify.tables import print_calibration, print_radius_choice
     from sphereify.terminal import console
 
     network = open_model(model, source)
+    prepare_as(network, preparation, size_is_used=calibration.data is not None)
+    if calibration.data is not None:
+        calibration = dataclasses.replace(calibration, img_size=preparation.img_size)
     before = getattr(network, "conversion_plan", None)
     example_inputs = inputs.for_model(network)
     batches = None if calibration.data is None else calibration_images(network, calibration)
@@ -79,7 +86,7 @@ def convert(
         converted = sphereify(network, inplace=inplace, example_inputs=example_inputs, **options.keywords())
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
-    save(converted, folder)
+    save(converted, folder, training=record_of(network) if converted.conversion_plan == before else None)
     _print_plan(converted.conversion_plan, json, every, verbose)  # type: ignore[arg-type]
     if report is not None:
         agreement = {} if choice is None else {"inputs with the original's class": f"{100 * choice.agreement:.1f} %"}
@@ -108,6 +115,8 @@ def convert(
         )
     if choice is not None:
         print_radius_choice(console(), choice)
+    if what := unknown_preparation(converted):
+        print(f"note: {what}; --mean, --std and --img-size store it in the artifact")
     if converted.conversion_plan == before:
         print("nothing new was converted: other options need the plain model, not its artifact")
     print(f"saved to {folder}/ (model.safetensors, conversion.json)")

@@ -166,7 +166,8 @@ def _terminal_type(hint: Any) -> Any:
     """The type by which Typer reads the words of an option."""
     kinds = alternatives(hint)
     if _is_repeatable(hint):
-        return list[int] | None if any(int in get_args(kind) for kind in kinds) else list[str] | None
+        inside = next((one for one in (int, float) if any(one in get_args(kind) for kind in kinds)), str)
+        return list[inside] | None  # type: ignore[valid-type]
     kind = next((kind for kind in (bool, int, float, Path) if kind in kinds), str)
     return kind | None if type(None) in kinds else kind
 

@@ -39,6 +39,8 @@ PLAN_ATTRIBUTE = "conversion_plan"
 """Attribute of a converted model that holds the plan that made it."""
 CALIBRATED_ATTRIBUTE = "calibrated"
 """Attribute that is True in a converted model whose layers were fitted to those of the original."""
+FIT_ATTRIBUTE = "calibration_fit"
+"""Attribute with the results of that calibration, as plain JSON values."""
 
 
 def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:

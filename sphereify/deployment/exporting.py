@@ -5,6 +5,7 @@ place: the file at the path has been checked, as far as its runtime is installed
 """
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import warnings
@@ -30,7 +31,8 @@ from sphereify.deployment.formats import Axes, Format, Written, check_installed,
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
 from sphereify.files import as_path, replacing_with_companions
-from sphereify.sources import RECORD_ATTRIBUTE
+from sphereify.model_images import chosen_size, preparation_of
+from sphereify.preparation import Preparation
 
 TOLERANCE = 1e-3
 """Largest difference of outputs that counts as rounding, relative to the largest output."""
@@ -53,6 +55,8 @@ class Exported:
         opset: version of the ONNX operators; None for other formats.
         operators: the number of times each operator is used, the most frequent first.
         companions: further files, which must stay beside the file: the weights of an ONNX file of 2 GB or more.
+        preparation: how an image becomes an input, with the names of the classes, as the file holds it; None: it does
+            not, since the model does not say it.
     """
 
     path: Path
@@ -63,6 +67,7 @@ class Exported:
     opset: int | None
     operators: dict[str, int]
     companions: tuple[Path, ...] = ()
+    preparation: Preparation | None = None
 
 
 def export(
@@ -81,6 +86,9 @@ def export(
 
     ONNX files may not reach 2 GiB. The weights of a larger model are written to a second file beside it, `path` with
     ".data" at its end, which belongs to it.
+
+    The file holds how an image becomes an input, and the names of the classes, where the model says it: as JSON in the
+    entries "preparation" and "classes", of an ONNX file's metadata or a .pt2 file's extra files.
 
     Args:
         model: converted or folded; in evaluation it takes and returns tensors. It is not changed.
@@ -120,11 +128,12 @@ def export(
         _check_finite(reference, inputs)
         network = fold(model, inputs) if folded and not is_folded(model) else reference
         axes = tuple(_dynamic_axes(one, options) for one in inputs.values())
+        preparation = _preparation(model, inputs)
         with chosen.tracing(options.opset or LOWEST_OPSET):
             program = _traced(network, inputs, axes)
         try:
             with replacing_with_companions(target, chosen.companions) as aside:
-                written = _write(chosen, program, aside, axes, options, target)
+                written = _write(chosen, program, aside, axes, options, target, preparation)
                 others = inputs.with_values(map(_other_input, inputs.values(), axes))
                 agreement, note = _check(chosen, aside, reference, others)
                 files = list(aside.parent.iterdir())
@@ -133,7 +142,7 @@ def export(
             raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from error
     operators = dict(written.operators.most_common())
     companions = tuple(target.with_name(file.name) for file in files if file.name != target.name)
-    return Exported(target, options.format, size, agreement, note, written.opset, operators, companions)
+    return Exported(target, options.format, size, agreement, note, written.opset, operators, companions, preparation)
 
 
 def _checked_path(path: str | Path) -> Path:
@@ -196,15 +205,27 @@ def _in_order(arguments: ModelArguments, model: nn.Module) -> ModelArguments:
 def _default_inputs(model: nn.Module, options: ExportOptions) -> ModelArguments:
     """Random inputs of the size that is asked for, or trained on, or usual for such a model."""
     batch = options.batch_size or 2
-    trained = (getattr(model, RECORD_ATTRIBUTE, None) or {}).get("image_size") or []
-    size = trained[-2:] if options.img_size is None else [options.img_size] * 2
-    if size:
+    size = chosen_size(model) if options.img_size is None else (options.img_size,) * 2
+    if size is not None:
         like = next(model.parameters(), torch.empty(0))
         return ModelArguments((noise([batch, input_channels(model), *size]).to(like),))
     try:
         return runnable_inputs(model, batch)
     except UsageError as error:
         raise UsageError(f"{error}; give {option('img_size')} or {option('example_inputs')}") from error
+
+
+def _preparation(model: nn.Module, inputs: ModelArguments) -> Preparation | None:
+    """The preparation of images of the size that the file takes; None where the model does not say it."""
+    preparation, images = preparation_of(model), inputs.values()
+    if preparation is None or len(images) != 1 or images[0].dim() != 4:
+        return None
+    channels, height, width = images[0].shape[1:]
+    if channels != preparation.image_size[0]:
+        return None
+    if height == width:
+        return preparation.resized(height)
+    return dataclasses.replace(preparation, image_size=(channels, height, width))
 
 
 def _dynamic_axes(one: Tensor, options: ExportOptions) -> Axes:
@@ -259,9 +280,11 @@ def _write(
     axes: tuple[Axes, ...],
     options: ExportOptions,
     target: Path,
+    preparation: Preparation | None,
 ) -> Written:
+    metadata = {} if preparation is None else preparation.metadata()
     try:
-        return chosen.write(program, aside, axes, options.opset or LOWEST_OPSET)
+        return chosen.write(program, aside, axes, options.opset or LOWEST_OPSET, metadata)
     except (OSError, SphereifyError):
         raise
     except Exception as error:  # a converter may raise anything

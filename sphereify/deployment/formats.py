@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from sphereify.convert.arguments import ModelArguments
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.deployment.onnx_layers import traced_for_onnx
 from sphereify.errors import ExportError, UsageError, option
+from sphereify.preparation import CLASSES, PREPARATION
 
 Axes = dict[int, str]
 """The dimensions of one input that may differ from run to run, with their names."""
@@ -24,6 +26,17 @@ class Written(NamedTuple):
 
     operators: Counter[str]
     opset: int | None = None
+
+
+class Opened(NamedTuple):
+    """An exported file, ready to run."""
+
+    run: Callable[[ModelArguments], list[Tensor]]
+    """The outputs of the file for these inputs."""
+    metadata: dict[str, str]
+    """The entries that were written with it."""
+    batch: int | None
+    """The only number of rows that it takes; None: any."""
 
 
 class Format(Protocol):
@@ -42,13 +55,23 @@ class Format(Protocol):
     def tracing(self, opset: int) -> AbstractContextManager[None]:
         """A context in which models are traced for this format."""
 
-    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
-        """Write the file, and beside it what belongs to it.
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        path: Path,
+        axes: tuple[Axes, ...],
+        opset: int,
+        metadata: Mapping[str, str],
+    ) -> Written:
+        """Write the file with entries of text by name, and beside it what belongs to it.
 
         Raises:
             UsageError: an opset that does not exist.
             ExportError: the format cannot express the program.
         """
+
+    def open(self, path: Path) -> Opened:
+        """The file, on the CPU."""
 
     def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
         """The outputs of the file for these inputs."""
@@ -68,7 +91,14 @@ class Onnx:
     def tracing(self, opset: int) -> AbstractContextManager[None]:
         return traced_for_onnx(opset)
 
-    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        path: Path,
+        axes: tuple[Axes, ...],
+        opset: int,
+        metadata: Mapping[str, str],
+    ) -> Written:
         import onnx
 
         highest = onnx.defs.onnx_opset_version()
@@ -88,15 +118,25 @@ class Onnx:
         if foreign:
             raise ExportError(f"the model needs operators that are not ONNX's own: {', '.join(foreign)}")
         size = sum(value.const_value.nbytes for value in converted.model.graph.initializers.values())
+        converted.model.metadata_props.update(metadata)
         converted.save(str(path), external_data=size > LARGEST_ONNX)
         return Written(operators, converted.model.opset_imports[""])
 
-    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
+    def open(self, path: Path) -> Opened:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        feed = {slot.name: one.cpu().numpy() for slot, one in zip(session.get_inputs(), inputs.values(), strict=True)}
-        return [torch.from_numpy(output) for output in session.run(None, feed)]
+        slots = session.get_inputs()
+
+        def run(inputs: ModelArguments) -> list[Tensor]:
+            feed = {slot.name: one.cpu().numpy() for slot, one in zip(slots, inputs.values(), strict=True)}
+            return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+        rows = slots[0].shape[0] if slots and slots[0].shape else None
+        return Opened(run, dict(session.get_modelmeta().custom_metadata_map), rows if isinstance(rows, int) else None)
+
+    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
+        return self.open(path).run(inputs)
 
 
 def _compute_constants(model: Any) -> None:
@@ -142,18 +182,40 @@ class TorchExport:
     def tracing(self, opset: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def write(self, program: torch.export.ExportedProgram, path: Path, axes: tuple[Axes, ...], opset: int) -> Written:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        path: Path,
+        axes: tuple[Axes, ...],
+        opset: int,
+        metadata: Mapping[str, str],
+    ) -> Written:
         with path.open("wb") as file:  # a path would have to end in .pt2
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files=dict(metadata))
         nodes = (node for node in program.graph.nodes if node.op == "call_function")
         return Written(Counter(str(node.target) for node in nodes))
 
-    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
+    def open(self, path: Path) -> Opened:
+        metadata = dict.fromkeys(ENTRIES, "")
         with path.open("rb") as file:
-            program = torch.export.load(file)
-        return list(tensors_in(inputs.run(program.module())))
+            program = torch.export.load(file, extra_files=metadata)
+        network = program.module()
+        given = set(program.graph_signature.user_inputs)
+        values = [
+            node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in given
+        ]
+        rows = values[0].shape[0] if values and isinstance(values[0], Tensor) and values[0].dim() else None
+        texts = {name: text for name, text in metadata.items() if isinstance(text, str) and text}
+        return Opened(
+            lambda inputs: list(tensors_in(inputs.run(network))), texts, rows if isinstance(rows, int) else None
+        )
+
+    def run(self, path: Path, inputs: ModelArguments) -> list[Tensor]:
+        return self.open(path).run(inputs)
 
 
+ENTRIES = (PREPARATION, CLASSES)
+"""Names of the entries that are written."""
 FORMATS: dict[str, Format] = {"onnx": Onnx(), "torch-export": TorchExport()}
 assert tuple(FORMATS) == choices.EXPORT_FORMATS
 

@@ -140,15 +140,13 @@ class DataOptions:
     def preparation(self, model: "nn.Module", *, as_trained: bool = False) -> dict[str, Any]:
         """The arguments of `sphereify.datasets.load_data` for images as `model` takes them; as for `open`."""
         from sphereify.convert.input_channels import input_channels
-        from sphereify.convert.model_inputs import data_config
-        from sphereify.sources import RECORD_ATTRIBUTE
+        from sphereify.model_images import image_config, recorded_size, test_config
 
-        record = getattr(model, RECORD_ATTRIBUTE, None) or {} if as_trained else {}
-        trained = record["image_size"][-1] if record.get("image_size") else None
+        size = recorded_size(model) if as_trained else None
         return {
             "channels": input_channels(model),
-            "img_size": trained if self.img_size is None else self.img_size,
-            "config": data_config(model),
+            "img_size": size if self.img_size is None else self.img_size,
+            "config": test_config(model) if as_trained else image_config(model),
         }
 
     def _classes_left_out(self, data: "Data", record: dict[str, Any] | None) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.results import Calibration
+from sphereify.convert.rewrite import FIT_ATTRIBUTE
 from sphereify.datasets import Data, training_images
 from sphereify.errors import choose, option
 from sphereify.models import SourceOptions, open_model
@@ -74,6 +76,8 @@ def keep_knowledge(
         result = calibrate(model, original, training_images(data, images), device=device, on_layer=on_layer)
     for name in heads:
         result.layers.pop(name, None)
+    fit: dict[str, Any] = getattr(model, FIT_ATTRIBUTE)
+    setattr(model, FIT_ATTRIBUTE, {**fit, "r2": {name: r2 for name, r2 in fit["r2"].items() if name in result.layers}})
     return result
 
 

@@ -15,6 +15,7 @@ from sphereify.artifact import save
 from sphereify.datasets import TIMM_READERS
 from sphereify.errors import ArtifactError, UsageError, first_line, option
 from sphereify.files import as_path, replacing, write_text
+from sphereify.timm_folders import LOCAL_DIR
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.settings import WITHOUT_EFFECT
 
@@ -157,14 +158,15 @@ PLACES = (*MOVABLE, "model", "factory", "weights", "teacher", "teacher_weights")
 def locate(value: Any, bases: Iterable[Path]) -> Any:
     """The value of an option with an absolute path, if it names a file or a folder in one of `bases`.
 
-    A value is a path, or "file.py:factory"; any other, such as the name of a model, stays as it is.
+    A value is a path, "file.py:factory" or "local-dir:path"; any other, such as the name of a model, stays as it is.
     """
     if not isinstance(value, str) or not value or value in ("digits", "original") or value.startswith(TIMM_READERS):
         return value
-    path, colon, factory = value.rpartition(":") if ".py:" in value else (value, "", "")
+    start = LOCAL_DIR if value.startswith(LOCAL_DIR) else ""
+    path, colon, factory = value.rpartition(":") if ".py:" in value else (value.removeprefix(start), "", "")
     places = (base / path for base in bases)
     place = next((place for place in places if place.exists()), None)
-    return value if place is None else f"{os.path.realpath(place)}{colon}{factory}"
+    return value if place is None else f"{start}{os.path.realpath(place)}{colon}{factory}"
 
 
 def state_file(path: Path) -> Path:
