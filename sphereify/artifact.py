@@ -33,6 +33,7 @@ from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import check_complete
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
+from sphereify.nn.quantized import is_quantized
 from sphereify.preparation import Preparation
 from sphereify.rebuilding import proven_source
 from sphereify.sources import BASE_ATTRIBUTE, RECORD_ATTRIBUTE, Source, base_of, build_model, versions
@@ -283,6 +284,11 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{name}: state of type {type(tensor).__name__} cannot be saved, only tensors can")
+        if is_quantized(tensor):
+            raise UsageError(
+                f"{name}: is quantized ({type(tensor).__name__}), and an artifact holds plain numbers. Save the model "
+                f"before it is quantized, and quantize what load returns; export writes a quantized model to one file"
+            )
         if id(tensor) in names:
             tied[name] = names[id(tensor)]
             continue

@@ -9,13 +9,14 @@ from torch.utils.data import DataLoader
 
 from sphereify import AngularLoss, param_groups, sphereify
 from sphereify.datasets import load_data
+from sphereify.nn import MarginAnnealing
 
 
 class Classifier(lightning.LightningModule):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.criterion = AngularLoss(model)
+        self.criterion = AngularLoss(model, annealing=MarginAnnealing(start=100, floor=1))
 
     def training_step(self, batch, _):
         images, targets = batch

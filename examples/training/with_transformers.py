@@ -10,14 +10,14 @@ from transformers import Trainer, TrainingArguments
 
 from sphereify import AngularLoss, param_groups, sphereify
 from sphereify.datasets import load_data
-from sphereify.nn import AngularOutput
+from sphereify.nn import AngularOutput, MarginAnnealing
 
 
 class WithLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.criterion = AngularLoss(model)
+        self.criterion = AngularLoss(model, annealing=MarginAnnealing(start=100, floor=1))
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         output = self.model(images)

@@ -9,6 +9,7 @@ from torch import nn
 from sphereify.convert.sites import attribute_of, is_site
 from sphereify.errors import UnsupportedModelError, wrong_type
 from sphereify.nn.layers import is_folded_layer
+from sphereify.nn.quantized import is_quantized
 
 WRAPPERS = {
     "DistributedDataParallel": "torch.nn.parallel",
@@ -64,7 +65,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
         of_torch = cls.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized"))
         weight = _weight(module) if is_site(module) else torch.empty(0)
         integer = not (weight.is_floating_point() or weight.is_complex())
-        if integer or (of_torch and re.search("Conv|Linear", cls.__name__)):
+        if integer or is_quantized(weight) or (of_torch and re.search("Conv|Linear", cls.__name__)):
             names.append(name)
     return names
 

@@ -73,6 +73,8 @@ class AngularLoss(nn.Module):
         targets: (B,) int64; or (y_a, y_b, share) for mixup, which is share·loss(y_a) + (1 - share)·loss(y_b), the share
             in [0, 1] a float or (B,); or probabilities (B, num_classes), for plain logits and for sphereface2: the
             margin of a softmax has one target.
+        sample_weight: (B,), by which the losses of samples are multiplied, or None; the mean still divides by the
+            number of samples (with `class_weight`, by the sum of these).
         -> a scalar, or (B,) for "none"; at least in fp32, under autocast too.
 
     Raises:
@@ -149,16 +151,18 @@ class AngularLoss(nn.Module):
         """True if this loss computes scores from the features, and needs no logits."""
         return self.chunk_size is not None or self.sampled_classes is not None
 
-    def forward(self, output: Any, targets: Targets) -> Tensor:
+    def forward(self, output: Any, targets: Targets, sample_weight: Tensor | None = None) -> Tensor:
         scores = self._unpacked(scores_of(output))
         targets = as_targets(targets)
+        if sample_weight is not None and sample_weight.shape != (scores.size,):
+            raise UsageError(f"sample_weight: got shape {tuple(sample_weight.shape)}, expected ({scores.size},)")
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):
             if isinstance(targets, tuple):
-                loss = self._mixed(scores, targets)
+                loss = self._mixed(scores, targets, sample_weight)
             elif targets.is_floating_point():
-                loss = self._soft(scores, targets)
+                loss = self._soft(scores, targets, sample_weight)
             else:
-                loss = self._hard(scores, targets)
+                loss = self._hard(scores, targets, sample_weight)
             if self.training and self.annealing is not None:
                 self.annealing.calls += 1
         return loss
@@ -222,19 +226,21 @@ class AngularLoss(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- kinds of targets
 
-    def _hard(self, scores: _Scores, targets: Tensor) -> Tensor:
+    def _hard(self, scores: _Scores, targets: Tensor, sample_weight: Tensor | None) -> Tensor:
         loss, weight = self._per_sample(scores, targets)
-        return self._reduced(loss, weight)
+        return self._reduced(loss, weight, sample_weight)
 
-    def _mixed(self, scores: _Scores, targets: tuple) -> Tensor:
+    def _mixed(self, scores: _Scores, targets: tuple, sample_weight: Tensor | None) -> Tensor:
         first, second, share = targets
         share = share_of_first(share, scores.size, first.device)
         losses = [self._per_sample(scores, y) for y in (first, second)]
         shares = [s.to(losses[0][0].dtype) for s in (share, 1 - share)]
-        parts = [self._reduced(loss * s, weight) for (loss, weight), s in zip(losses, shares, strict=True)]
+        parts = [
+            self._reduced(loss * s, weight, sample_weight) for (loss, weight), s in zip(losses, shares, strict=True)
+        ]
         return parts[0] + parts[1]
 
-    def _soft(self, scores: _Scores, targets: Tensor) -> Tensor:
+    def _soft(self, scores: _Scores, targets: Tensor, sample_weight: Tensor | None) -> Tensor:
         logits, size = scores.logits, (scores.size, scores.classes)
         if targets.dim() == 1:
             raise UsageError(
@@ -266,7 +272,7 @@ class AngularLoss(nn.Module):
             energy = self._separation(scores.head, every).to(loss.dtype)
             weight = energy if self.class_weight is None else energy * self.class_weight.to(loss.dtype)
             loss = loss + self.separation * (targets.to(loss.dtype) @ weight)
-        return self._reduced(loss, torch.ones_like(loss))
+        return self._reduced(loss, torch.ones_like(loss), sample_weight)
 
     # --------------------------------------------------------------------------------------------------- one sample
 
@@ -348,7 +354,9 @@ class AngularLoss(nn.Module):
         if self.class_weight is not None and self.class_weight.shape != (classes,):
             raise UsageError(f"class_weight: got shape {tuple(self.class_weight.shape)}, expected ({classes},)")
 
-    def _reduced(self, loss: Tensor, weight: Tensor) -> Tensor:
+    def _reduced(self, loss: Tensor, weight: Tensor, sample_weight: Tensor | None) -> Tensor:
+        if sample_weight is not None:
+            loss = loss * sample_weight.to(loss)
         if self.reduction == "none":
             return loss
         total = loss.sum()

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sphereify.errors import UsageError, wrong_type
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.losses import AngularLoss
 from sphereify.nn.outputs import made_by
+from sphereify.nn.precision import accumulate_dtype
 from sphereify.nn.targets import Targets
 
 
@@ -22,13 +24,22 @@ class MetricLoss(nn.Module):
         self.head = head
         self.loss = AngularLoss(head, **options)
 
-    def forward(self, embeddings: Tensor, labels: Targets) -> Tensor:
-        """(B, in_features), targets as for `AngularLoss` -> the loss."""
+    def forward(self, embeddings: Tensor, labels: Targets, indices_tuple: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The loss of embeddings (B, in_features) with targets as for `AngularLoss`.
+
+        Args:
+            embeddings: the features that the head classifies.
+            labels: their classes.
+            indices_tuple: what a miner of pytorch-metric-learning found, the pairs or triplets of samples as tensors of
+                their numbers in the batch. A sample then counts as often as it occurs in them, relative to the most
+                frequent one, as it does in that library's own classification losses. None, or no pairs: all alike.
+        """
         self._check(embeddings)
+        weight = None if indices_tuple is None else occurrences(indices_tuple, embeddings)
         if self.loss.needs_features or self.head.has_margin:
             logits = None if self.loss.needs_features else self.head.logits(embeddings)
-            return self.loss(made_by(self.head, logits, embeddings), labels)  # type: ignore[no-any-return]
-        return self.loss(self.head.logits(embeddings), labels)  # type: ignore[no-any-return]
+            return self.loss(made_by(self.head, logits, embeddings), labels, weight)  # type: ignore[no-any-return]
+        return self.loss(self.head.logits(embeddings), labels, weight)  # type: ignore[no-any-return]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(B, in_features) -> (B, num_classes), without a margin."""
@@ -42,8 +53,14 @@ class MetricLoss(nn.Module):
             )
 
 
+def occurrences(indices_tuple: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+    """How often each sample of a batch occurs in mined pairs or triplets, relative to the most frequent one; (B,)."""
+    counts = torch.bincount(torch.cat(indices_tuple), minlength=len(embeddings)).to(accumulate_dtype(embeddings.dtype))
+    return counts / counts.max() if counts.any() else torch.ones_like(counts)
+
+
 def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
-    """`loss(embeddings, labels)` and `loss.get_logits(embeddings)` of an angular head.
+    """`loss(embeddings, labels, indices_tuple=None)` and `loss.get_logits(embeddings)` of an angular head.
 
     Args:
         head: its weights become parameters of the loss.

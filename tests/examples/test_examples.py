@@ -51,7 +51,7 @@ def test_energy_falls_on_a_plain_network(tmp_path):
     assert all(float(w) < float(wo) for w, wo in zip(rows["with"][1:], rows["without"][1:], strict=True))
 
 
-@pytest.mark.parametrize("framework", ["", "lightning", "transformers"])
+@pytest.mark.parametrize("framework", ["", "lightning", "transformers", "timm"])
 def test_a_converted_network_trains_in_other_loops(tmp_path, framework):
     if framework:
         pytest.importorskip(framework)
