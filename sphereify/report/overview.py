@@ -57,7 +57,8 @@ def _numbers(contents: Contents) -> Iterator[tuple[str, str, str]]:
     yield "angular layers", str(len(contents.angular)), f"of {sites}"
     yield "kept layers", str(len(contents.kept)), ""
     if contents.share is not None:
-        total = f"of {amount(contents.costs.total)}"
+        run = f", run on {contents.plan.inputs}" if contents.plan.inputs else ""
+        total = f"of {amount(contents.costs.total)}{run}"
         yield "multiplications that are angular", percent(contents.share), total
     if contents.parameters is not None:
         before = contents.parameters_before
