@@ -62,7 +62,9 @@ SECTIONS = (
     Section("sphereify.report", "Reports"),
     Section("sphereify.report.angles", "Results of measuring angles", ("Angles", "Spread")),
     Section("sphereify.prediction.predicting", "Results of predict", ("Prediction", "Guess")),
-    Section("sphereify.preparation", "Preparation of images", ("Preparation", "PreparationOptions", "read_class_names")),
+    Section(
+        "sphereify.preparation", "Preparation of images", ("Preparation", "PreparationOptions", "read_class_names")
+    ),
     Section("sphereify.model_images", "Images of a model", ("preparation_of", "set_preparation")),
     Section("sphereify.sharing.pushing", "Model cards, and results of push_to_hub", ("card_of", "Pushed")),
     Section("sphereify.deployment.exporting", "Results of an export", ("Exported",)),
