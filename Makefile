@@ -28,7 +28,7 @@ check: test marked
 
 # The site of docs/ in site/, where each warning is an error. A test of `check` builds it, too, into a folder of its own.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "written to site/; $(BIN)/python -m http.server --directory site shows it"
 
 # One architecture of each structure converted, and the smallest of each model file run with real weights.

@@ -6,7 +6,8 @@
 
 A block of the language `console` is run: its lines that begin with `$ ` are commands, the others are what the one above
 printed. The blocks of a page run one after the other in one empty folder, which has the repository's examples/. A block
-of the language `sh` is not run: it needs a GPU, pretrained weights, or pictures that the reader has.
+of the language `sh` is not run: it needs a GPU, pretrained weights, pictures that the reader has, or much time. Its
+output is a block of the language `text`, which is not compared.
 
 A line `…` stands for any number of lines. Spaces, and the lines that tables are drawn with, may differ in length. A
 number with a decimal point depends on the machine and the versions of the libraries: it may differ by 3 in a line that

@@ -22,14 +22,16 @@ GENERATED = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated pages, the first page, which is README.md, and the page of the examples with its pictures."""
+    """Add the generated pages, README.md as the first page, and the page of the examples with the files it links to."""
     pages = {name: make() for name, make in GENERATED.items()}
     pages["index.md"] = first_page((ROOT / "README.md").read_text(encoding="utf-8"))
     pages["examples.md"] = examples_page((ROOT / "examples" / "README.md").read_text(encoding="utf-8"))
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
-    for picture in sorted((ROOT / "examples" / "results").glob("*.png")):
-        files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
+    examples = ROOT / "examples"
+    for file in [examples / "tutorial.ipynb", *sorted((examples / "results").glob("*.png"))]:
+        name = file.relative_to(examples).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(file)))
     return files
 
 

@@ -15,6 +15,9 @@ CLASSES = (
     "sphereify.training.verification_options.VerificationOptions",
     "sphereify.calibration.options.CalibrationOptions",
     "sphereify.deployment.options.ExportOptions",
+    "sphereify.preparation.PreparationOptions",
+    "sphereify.prediction.options.PredictOptions",
+    "sphereify.sharing.options.PushOptions",
     "sphereify.models.SourceOptions",
     "sphereify.convert.input_options.InputOptions",
 )

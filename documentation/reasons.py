@@ -13,7 +13,7 @@ MODULES = {
     "convert/graph.py": {"read_graph", "_is_shortcut_by_name"},
     "convert/sites.py": set(),
     "convert/causality.py": set(),
-    "convert/plan.py": {"summary", "__str__", "from_json"},
+    "convert/plan.py": {"of", "summary", "__str__", "size", "from_json"},
 }
 """The modules in which reasons and notes are worded, each with the functions whose texts are something else."""
 FUNCTIONS = {"convert/merging.py": "merging_note"}
