@@ -21,6 +21,7 @@ from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.network_state import on_device
 from sphereify.calibration.results import Calibration
 from sphereify.convert.arguments import Inputs, ModelArguments
+from sphereify.convert.notes import radius_notes
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
@@ -385,7 +386,9 @@ class RadiusSearch:
             else d
             for d in self._plan.decisions
         ]
-        return replace(self._plan, decisions=decisions)
+        before, now = radius_notes(self._plan.decisions), radius_notes(decisions)
+        notes = [*(note for note in self._plan.notes if note not in before), *now]
+        return replace(self._plan, decisions=decisions, notes=notes)
 
 
 def _moved(inputs: list[ModelArguments], device: torch.device | None) -> list[ModelArguments]:

@@ -21,7 +21,7 @@ def plan_notes(model: nn.Module, graph: ModelGraph, decisions: list[Decision]) -
     return [
         *_notes_on_passes(type(model).__name__, graph, decisions),
         *_depthwise_notes(graph, decisions),
-        *_radius_notes(decisions),
+        *radius_notes(decisions),
         *([merging] if merging else []),
     ]
 
@@ -77,7 +77,7 @@ def _elements(graph: ModelGraph, sites: Sequence[Site]) -> int:
     return sum(graph.elements.get(weight, 0) for weight in weights)
 
 
-def _radius_notes(decisions: list[Decision]) -> list[str]:
+def radius_notes(decisions: list[Decision]) -> list[str]:
     """One line on the converted layers with a radius and those without one, where some have one."""
     layers = [d for d in decisions if d.action == "convert" and not d.head]
     if not any(layer.radius for layer in layers):

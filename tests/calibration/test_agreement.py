@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sphereify import plan_conversion, sphereify
-from sphereify.calibration.agreement import LADDER, RadiusSearch, Trial, choose_radius
+from sphereify.calibration.agreement import LADDER, RadiusSearch, Trial, choose_radius, plan_with_radius
 from sphereify.calibration.batches import checked_batches
-from sphereify.calibration.held_out import divide
+from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.convert.plan import ConversionPlan
 from sphereify.errors import SphereifyWarning, UsageError
 from tests.calibration.networks import Residual, smooth_images, trained_statistics
@@ -151,6 +151,16 @@ def test_radii_of_the_layers_own_are_taken_if_they_keep_more_at_equal_contrast(g
 
 
 # --------------------------------------------------------------------------------------------- in the conversion
+
+
+@pytest.mark.parametrize(("radius", "told"), [(0.0, False), (2.0, True)])
+def test_the_plan_of_a_trial_tells_of_the_radii_that_it_has(network, inputs, radius, told):
+    plan, names = plan_with_radius(network, inputs[:2], {})
+    search = RadiusSearch(network, plan, names, [], HeldOut(network, checked_batches([inputs[:8]]), "test"), 0.9)
+    tried = search._plan_with(dict.fromkeys(names, radius))
+    assert any("pooled radius" in note for note in plan.notes)
+    assert any("pooled radius" in note for note in tried.notes) == told
+    assert {decision.radius for decision in tried.decisions if decision.name in names} == {radius}
 
 
 def test_the_options_and_the_plan_of_a_choice_give_the_same_network_again(network, inputs):
