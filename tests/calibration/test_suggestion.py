@@ -25,7 +25,13 @@ def test_suggestions_exclude_the_least_explained_layers_until_the_networks_agree
     assert float(same[224:].mean()) == pytest.approx(suggestion.agreement)
 
 
-@pytest.mark.parametrize("overrides", [{"*": {"operator": "linear"}}, {"a": {"k": 0.4}, "b": {"operator": "linear"}}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"*": {"operator": "linear"}}, marks=pytest.mark.exhaustive),
+        {"a": {"k": 0.4}, "b": {"operator": "linear"}},
+    ],
+)
 def test_the_suggested_options_keep_the_layers_in_spite_of_the_overrides_that_were_given(overrides, monkeypatch):
     monkeypatch.setattr("sphereify.calibration.agreement.LADDER", (0.1,))  # not enough
     torch.manual_seed(7)

@@ -231,6 +231,7 @@ def test_converting_an_attention_twice_changes_nothing():
     torch.testing.assert_close(twice(*example), once(*example), rtol=0, atol=0)
 
 
+@pytest.mark.exhaustive
 def test_a_converted_attention_compiles_without_graph_breaks():
     example = inputs()
     angular, _ = convert(example)

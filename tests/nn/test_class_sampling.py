@@ -43,7 +43,7 @@ def test_of_few_classes_all_are_taken():
     assert [block.classes for block in chunks(5, 2)] == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
-@pytest.mark.parametrize("gradient", ["true", "detached"])
+@pytest.mark.parametrize("gradient", ["true", pytest.param("detached", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("smoothing", [pytest.param(0, marks=pytest.mark.exhaustive), 0.2])
 def test_loss_and_gradient_of_sphereface2_are_those_of_all_classes_in_expectation(smoothing, gradient):
     head = build("sphereface2", "cosine", scale=4, sizes=(6, 20), bias=True, margin_gradient=gradient)

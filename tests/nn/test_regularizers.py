@@ -526,7 +526,8 @@ def make_with_duplicates():
 
 
 @pytest.mark.parametrize("build", [make_model, make_long_named, make_with_duplicates])
-def test_report_prints_one_line_a_layer_in_aligned_columns(build):
+def test_report_prints_one_line_a_layer_in_aligned_columns(build, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "600")  # wide enough for whole names
     report = HypersphericalEnergy(2).report(build())
     title, header, *lines = str(report).splitlines()
     assert title == "hyperspherical energy (s=2, euclidean)"

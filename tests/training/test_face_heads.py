@@ -21,7 +21,10 @@ FACE_HEADS = ("arcface", "cosface", "sphereface2")
 
 @pytest.mark.parametrize(
     ("kind", "gradient"),
-    grid([(kind, g) for kind in FACE_HEADS for g in ("true", "detached")], lambda kind, g: kind != "cosface"),
+    grid(
+        [(kind, g) for kind in FACE_HEADS for g in ("true", "detached")],
+        lambda kind, g: (kind, g) in (("arcface", "true"), ("sphereface2", "detached")),
+    ),
 )
 def test_a_run_learns_to_tell_patterns_apart(kind, gradient):
     model, data = net(head=kind, margin_gradient=gradient), images(60)

@@ -45,6 +45,13 @@ def run_kernels(selection, interpreted, file="kernels_against_reference.py"):
 
 @needs_triton
 @pytest.mark.parametrize("interpreted", INTERPRETED)
+def test_a_convolution_and_the_curves_agree_with_the_reference(interpreted):
+    run_kernels("grouped_and_strided or arcsine", interpreted)
+
+
+@needs_triton
+@pytest.mark.triton
+@pytest.mark.parametrize("interpreted", INTERPRETED)
 def test_each_kernel_and_one_map_of_each_kind_agree_with_the_reference(interpreted):
     run_kernels("not any_ and not pooled", interpreted)
 
