@@ -161,7 +161,10 @@ def test_the_types_of_the_wheel_accept_a_program_and_refuse_mistakes(installed, 
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("sphereify ", {"convert", "inspect", "suggest", "finetune", "evaluate", "compare", "export", "doctor"}),
+        (
+            "sphereify ",
+            {"convert", "inspect", "suggest", "finetune", "evaluate", "compare", "predict", "export", "push", "doctor"},
+        ),
         ("sphereify con", {"convert"}),
         ("sphereify convert resnet18 --oper", {"--operator"}),
         ("sphereify inspect resnet18 --al", {"--all"}),
