@@ -53,9 +53,7 @@ def test_the_wheel_has_the_package_with_its_kernels_its_mark_of_types_and_the_lo
         metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
     modules = {path.relative_to(root).as_posix() for path in (root / "sphereify").rglob("*.py")}
     others = {"nn/passes/kernels.cpp", "py.typed", "report/report.css", "report/report.js"}
-    assert modules | {f"sphereify/{other}" for other in others} == {
-        name for name in names if ".dist-info/" not in name
-    }
+    assert modules | {f"sphereify/{other}" for other in others} == {name for name in names if ".dist-info/" not in name}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert len(metadata.get_all("Project-URL")) == 2

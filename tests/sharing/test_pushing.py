@@ -241,3 +241,15 @@ def test_a_training_after_the_calibration_is_told_beside_it(document):
     text = card(document, {"calibration": fit, "training": {"data": "pets"}}, license="mit")
     assert "the layers then explained 0.90 of" in text
     assert "- Trained further, which changed the layers since, on pets." in text
+
+
+def test_the_accuracy_of_an_artifact_is_not_told_of_a_model_that_was_changed_since(model, tmp_path):
+    folder = save(model, tmp_path / "a", training={"data": "pets", "accuracy": 0.5})
+    loaded = load(folder)
+    assert "Accuracy on the test images: 50.00%." in card_of(loaded, "me/net")
+    with torch.no_grad():
+        loaded.fc.bias[0] += 1
+    text = card_of(loaded, "me/net")
+    assert "50.00%" not in text
+    assert "Its accuracy was not measured." in text
+    assert "Accuracy on the test images: 75.00%." in card_of(loaded, "me/net", accuracy=0.75)
