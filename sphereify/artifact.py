@@ -27,6 +27,7 @@ from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_foldi
 from sphereify.devices import find_device
 from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option, wrong_type
 from sphereify.files import as_path, replacing
+from sphereify.fingerprint import FINGERPRINT_ATTRIBUTE, fingerprint
 from sphereify.hub import download, has_file, is_hub_name, repository_of
 from sphereify.model_images import preparation_of, set_preparation
 from sphereify.nn import AngularHead
@@ -104,6 +105,7 @@ def save(
         "base": base_of(model),
         "preparation": prepared.to_json() if prepared is not None else None,
         "training": training,
+        "fingerprint": fingerprint(tensors),
     }
     try:
         _write(folder, document, tensors)
@@ -155,6 +157,8 @@ def load(
         setattr(model, BASE_ATTRIBUTE, base)
     if "preparation" in document:  # earlier versions did not write it
         set_preparation(model, stored_preparation(document, path))
+    if document.get("fingerprint") is not None:
+        setattr(model, FINGERPRINT_ATTRIBUTE, document["fingerprint"])
     if document["training"] is not None:
         setattr(model, RECORD_ATTRIBUTE, document["training"])
     return model.to(target).eval()

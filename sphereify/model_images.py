@@ -14,7 +14,7 @@ from sphereify.convert.input_channels import input_channels
 from sphereify.convert.model_inputs import data_config
 from sphereify.errors import UsageError, option
 from sphereify.nn import SphereConv2d
-from sphereify.preparation import Preparation, PreparationOptions
+from sphereify.preparation import CHANNELS, Preparation, PreparationOptions
 from sphereify.sources import RECORD_ATTRIBUTE
 
 PREPARATION_ATTRIBUTE = "image_preparation"
@@ -32,7 +32,7 @@ def preparation_of(model: nn.Module, record: dict[str, Any] | None = None) -> Pr
         return getattr(model, PREPARATION_ATTRIBUTE)  # type: ignore[no-any-return]
     config = _library_config(model)
     channels = input_channels(model)
-    if channels not in (1, 3) or not config.get("mean") or not config.get("std"):
+    if channels not in CHANNELS or not config.get("mean") or not config.get("std"):
         return None
     record = record or record_of(model) or {}
     try:
@@ -80,9 +80,12 @@ def prepare_as(model: nn.Module, options: PreparationOptions, *, size_is_used: b
 
 
 def unknown_preparation(model: nn.Module) -> str:
-    """A sentence on a network of images that does not say how these are prepared; empty if it does."""
+    """A sentence on a network of images that does not say how these are prepared; empty if it does.
+
+    It is also empty for a network whose images have more channels than those in files have.
+    """
     takes_images = any(isinstance(module, (nn.Conv2d, SphereConv2d)) for module in model.modules())
-    if not takes_images or preparation_of(model) is not None:
+    if not takes_images or preparation_of(model) is not None or input_channels(model) not in CHANNELS:
         return ""
     return "how images are prepared for this network is not known, so that predict will ask for it"
 

@@ -6,12 +6,12 @@ Imports no torch, so that `--help` answers at once.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sphereify.errors import DataError, first_line, invalid, option
+from sphereify.errors import DataError, UsageError, first_line, invalid, option
 from sphereify.options import check_options, option_field, options_of, to_json
 
 SMALL = 64
@@ -19,6 +19,8 @@ SMALL = 64
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
+CHANNELS = (1, 3)
+"""Numbers of channels that an image from a file may have: grey, or RGB."""
 CROP_PCT = 0.875
 """Share of an image's shorter edge that is taken where nothing says it, as in timm."""
 
@@ -51,10 +53,16 @@ class Preparation:
     """Name of each class in the order of the network's scores; empty if they are not known."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.classes, str):
+            raise ValueError(f"classes is {self.classes!r}, expected the names of all classes")
         for name in ("image_size", "mean", "std", "classes"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            values = getattr(self, name)
+            if not isinstance(values, Iterable):
+                raise ValueError(f"{name} is {values!r}, expected several values")
+            values = values.tolist() if hasattr(values, "tolist") else values  # of NumPy or torch
+            object.__setattr__(self, name, tuple(values))
         size = self.image_size
-        if len(size) != 3 or any(type(edge) is not int or edge < 1 for edge in size) or size[0] not in (1, 3):
+        if len(size) != 3 or any(type(edge) is not int or edge < 1 for edge in size) or size[0] not in CHANNELS:
             raise ValueError(f"image_size is {size!r}, expected 1 or 3 channels, a height and a width")
         for name, least in (("mean", None), ("std", 0)):
             values = getattr(self, name)
@@ -286,6 +294,8 @@ class PreparationOptions:
             size = self.img_size or size
             if self.mean is None or self.std is None or size is None:
                 return None
+            if channels not in (None, *CHANNELS):
+                raise UsageError(f"the network takes images of {channels} channels, and files of images have 1 or 3")
             own = Preparation.of(size, channels or len(self.mean), {})
         elif self.img_size is not None:
             own = own.resized(self.img_size)

@@ -16,6 +16,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, apply_plan
 from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
+from sphereify.fingerprint import FINGERPRINT_ATTRIBUTE
 from sphereify.model_images import PREPARATION_ATTRIBUTE
 from sphereify.sources import BASE_ATTRIBUTE, Source, build_model, recognise
 
@@ -99,6 +100,7 @@ _NO_SETTING = {
     "output_read_only",
     CALIBRATED_ATTRIBUTE,
     BASE_ATTRIBUTE,
+    FINGERPRINT_ATTRIBUTE,
     PREPARATION_ATTRIBUTE,
 }
 """Attributes that change without making another network."""

@@ -26,8 +26,10 @@ SOURCE_ATTRIBUTE = "conversion_source"
 RECORD_ATTRIBUTE = "training_record"
 """The attribute with the record of training that an artifact brings: the data, the classes, the size of the images."""
 
-BASE_ATTRIBUTE = "base_model"
-"""The attribute with the name of the pretrained model whose weights a model started from."""
+BASE_ATTRIBUTE = "pretrained_base"
+"""The attribute with the name of the pretrained model whose weights a model started from.
+
+Not `base_model`, by which models of transformers give the network below their head."""
 
 FORMS = (
     f"a timm name, {PREFIX}USER/NAME, {LOCAL_DIR}FOLDER, torchvision:NAME, package.module:factory, "

@@ -4,6 +4,8 @@ Names of layers, classes, files and networks may hold brackets and colons, which
 Whatever is printed goes through `console`, `say` and `text_table`, which take all text as it is.
 """
 
+import codecs
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,6 +37,28 @@ def say(out: Console, text: str, style: str = "", *, soft_wrap: bool = False) ->
     With `soft_wrap`, and where the output is no terminal, the line stays whole, so that programs find what it says.
     """
     out.print(Text(text), style=style or None, soft_wrap=soft_wrap or not out.is_terminal, highlight=False)
+
+
+def escape_what_cannot_be_written() -> None:
+    """Let the output of this process escape characters that its encoding does not have, in place of failing on them.
+
+    It is so where output goes through a pipe on Windows, and with names of files that are no valid text. The escapes
+    are those of JSON, so that JSON stays JSON.
+    """
+    codecs.register_error(_ESCAPES, _as_json_escapes)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ESCAPES)
+
+
+_ESCAPES = "sphereify.json-escapes"
+"""Name of the way to treat characters that an encoding does not have."""
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 class Name:

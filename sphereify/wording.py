@@ -16,6 +16,15 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def in_one_line(text: str) -> str:
+    """A text of someone else's without line breaks, which would begin a heading or a list in Markdown.
+
+    >>> in_one_line("mit\\n# a heading ")
+    'mit # a heading'
+    """
+    return " ".join(text.split())
+
+
 def shortened(text: str, most: int = 100) -> str:
     """A text for a line that has little room: its end is cut off where it is longer than `most` characters.
 

@@ -338,6 +338,20 @@ def test_a_model_that_was_built_by_name_says_which_function_made_it(tmp_path):
     assert type(load(tmp_path, factory=Mlp).a) is SphereLinear
 
 
+def test_a_model_with_a_base_model_of_its_own_is_saved_and_loaded(tmp_path):
+    class OfTransformers(Mlp):
+        @property
+        def base_model(self):
+            return self.a
+
+    model = sphereify(OfTransformers())
+    folder = save(model, tmp_path / "net")
+    assert document_of(folder)["base"] == {"model": None, "license": None}
+    document = {**document_of(folder), "base": {"model": "someone/plain", "license": None}}
+    (folder / DOCUMENT).write_text(json.dumps(document))
+    assert load(folder, factory=OfTransformers).base_model is not None
+
+
 def test_a_factory_of_another_network_is_refused_with_the_layer(artifact):
     with pytest.raises(PlanMismatchError, match="the plan for"):
         load(artifact, factory=Mlp)

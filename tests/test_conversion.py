@@ -69,3 +69,16 @@ def test_a_calibrated_conversion_in_place_has_the_outputs_of_a_copied_one():
     changed = sphereify(model, calibration=batches, inplace=True)
     assert changed is model
     torch.testing.assert_close(changed(images()), copied(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_calibration_measured_goes_with_a_further_conversion_and_stays_without_one():
+    torch.manual_seed(0)
+    first, last, *_ = (d.name for d in plan_conversion(plain()).converted)
+    model = sphereify(plain(), include=first, head="keep", calibration=[images()])
+    assert model.calibrated
+    same = sphereify(model, include=first, head="keep")
+    assert same.calibrated
+    assert same.calibration_fit == model.calibration_fit
+    further = sphereify(model, include=last, head="keep")
+    assert not hasattr(further, "calibrated")
+    assert not hasattr(further, "calibration_fit")

@@ -79,6 +79,7 @@ def test_a_model_of_the_users_own_knows_nothing_until_it_is_told():
     assert preparation_of(model) is None
     assert "not known" in unknown(model)
     assert unknown(nn.Linear(3, 4)) == ""
+    assert unknown(nn.Conv2d(5, 4, 3)) == ""  # no file of an image has five channels
     with pytest.raises(UsageError, match="give img_size, std, or leave"):
         prepare_as(model, PreparationOptions(mean=(0.5,)))
     prepare_as(model, PreparationOptions(img_size=40, mean=(0.5,), std=(0.5,)))

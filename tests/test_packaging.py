@@ -46,15 +46,14 @@ def test_the_sdist_has_what_a_reader_needs_and_nothing_of_this_machine(built):
     assert not [name for name in names if re.match(r"(data|demo|dist|\.venv|\.git/)", name) or name.endswith(".pyc")]
 
 
-def test_the_wheel_has_the_package_with_its_kernels_and_its_mark_of_types(built):
+def test_the_wheel_has_the_package_with_its_kernels_its_mark_of_types_and_the_looks_of_the_report(built):
     root = release.ROOT
     with zipfile.ZipFile(built[1]) as archive:
         names = set(archive.namelist())
         metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
     modules = {path.relative_to(root).as_posix() for path in (root / "sphereify").rglob("*.py")}
-    assert modules | {"sphereify/nn/passes/kernels.cpp", "sphereify/py.typed"} == {
-        name for name in names if ".dist-info/" not in name
-    }
+    others = {"nn/passes/kernels.cpp", "py.typed", "report/report.css", "report/report.js"}
+    assert modules | {f"sphereify/{other}" for other in others} == {name for name in names if ".dist-info/" not in name}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert len(metadata.get_all("Project-URL")) == 2
@@ -161,7 +160,10 @@ def test_the_types_of_the_wheel_accept_a_program_and_refuse_mistakes(installed, 
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("sphereify ", {"convert", "inspect", "suggest", "finetune", "evaluate", "compare", "export", "doctor"}),
+        (
+            "sphereify ",
+            {"convert", "inspect", "suggest", "finetune", "evaluate", "compare", "predict", "export", "push", "doctor"},
+        ),
         ("sphereify con", {"convert"}),
         ("sphereify convert resnet18 --oper", {"--operator"}),
         ("sphereify inspect resnet18 --al", {"--all"}),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,8 @@ def test_a_key_of_a_later_version_is_passed_over_and_no_metadata_is_no_preparati
         ({"crop_mode": "left"}, "expected one of center"),
         ({"crop_pct": 1.5}, "at most 1"),
         ({"classes": [1, 2]}, "not all text"),
+        ({"classes": "cats"}, "expected the names of all classes"),
+        ({"mean": 0.5}, "mean is 0.5, expected several values"),
     ],
 )
 def test_damaged_values_are_refused(change, told):
@@ -87,6 +90,13 @@ def test_damaged_values_are_refused(change, told):
         Preparation.from_json({**SMALL.to_json(), **change})
     with pytest.raises(ValueError):  # noqa: PT011
         Preparation.from_json([1])
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_numbers_in_an_array_become_plain_ones(make):
+    made = Preparation(make([3, 32, 32]), make([0.5, 0.25, 0.75]), make([0.5, 0.25, 0.5]))
+    assert json.loads(json.dumps(made.to_json()))["mean"] == [0.5, 0.25, 0.75]
+    assert made == Preparation((3, 32, 32), (0.5, 0.25, 0.75), (0.5, 0.25, 0.5))
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -120,6 +130,11 @@ def test_without_a_preparation_three_options_make_one():
 def test_options_that_are_not_valid_are_refused(given, told):
     with pytest.raises(UsageError, match=told):
         PreparationOptions(**given)
+
+
+def test_images_of_more_channels_than_files_have_cannot_be_prepared():
+    with pytest.raises(UsageError, match="takes images of 5 channels, and files of images have 1 or 3"):
+        PreparationOptions(img_size=80, mean=(0.5,), std=(0.2,)).over(None, 5)
 
 
 def test_numbers_for_other_channels_are_refused():

@@ -14,7 +14,7 @@ from sphereify import __version__
 from sphereify.cli import convert, doctor, export, predict, push, train
 from sphereify.cli.spelling import command_line
 from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning
-from sphereify.terminal import is_first_process
+from sphereify.terminal import escape_what_cannot_be_written, is_first_process
 
 app = typer.Typer(
     name="sphereify",
@@ -32,6 +32,7 @@ def main() -> None:
     """Run the command line of this process. Exit codes: 0 done, 1 the work failed, 2 wrong use."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    escape_what_cannot_be_written()
     shown = warnings.showwarning
     warnings.showwarning = _show_warning
     try:

@@ -27,6 +27,7 @@ def export(
     if not is_saved(model):
         raise UsageError(f"{model}: is no saved artifact; make one with: sphereify convert {model}")
     file = output or Path(f"{Path(model).resolve().name}{form.suffix}")
+    form.check_suffix(file)
     if file.exists() and not force:
         raise UsageError(
             f"{file}: exists already; {option('force')} replaces it, {option('output')} names another file"

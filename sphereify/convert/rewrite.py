@@ -96,6 +96,9 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     _leave_fast_paths(model)
     refuse_merging(model, {d.module for d in plan.converted})
     guard_methods(model)
+    if hasattr(model, PLAN_ATTRIBUTE) and plan.converted:  # a calibration before did not know these layers
+        for fact in (CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE):
+            vars(model).pop(fact, None)
     setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
     return model
 

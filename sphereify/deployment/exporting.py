@@ -120,6 +120,7 @@ def export(
     if not is_folded(model):
         check_model(model)
     target = _checked_path(path)
+    options.check_suffix(target)
     if torch.is_inference_mode_enabled():
         raise UsageError("export: cannot trace a model inside torch.inference_mode; call it outside")
     with _without_warnings(), torch.no_grad():

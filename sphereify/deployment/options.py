@@ -1,6 +1,7 @@
 """Options of an export, each declared once. Imports no torch, so that `--help` answers at once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sphereify import choices
 from sphereify.errors import UsageError, option
@@ -49,3 +50,15 @@ class ExportOptions:
     def suffix(self) -> str:
         """The usual end of the file's name, with its dot."""
         return SUFFIXES[self.format]
+
+    def check_suffix(self, file: Path) -> None:
+        """Refuse a file whose name says that it has another format.
+
+        Raises:
+            UsageError: it is so.
+        """
+        named = next((name for name, suffix in SUFFIXES.items() if suffix == file.suffix), self.format)
+        if named != self.format:
+            raise UsageError(
+                f"{file}: is the name of a file for {option('format', named)}, and the format is {self.format}"
+            )

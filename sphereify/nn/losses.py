@@ -154,6 +154,8 @@ class AngularLoss(nn.Module):
     def forward(self, output: Any, targets: Targets, sample_weight: Tensor | None = None) -> Tensor:
         scores = self._unpacked(scores_of(output))
         targets = as_targets(targets)
+        if not isinstance(sample_weight, (Tensor, type(None))):
+            raise wrong_type("sample_weight", sample_weight, f"a tensor of shape ({scores.size},)")
         if sample_weight is not None and sample_weight.shape != (scores.size,):
             raise UsageError(f"sample_weight: got shape {tuple(sample_weight.shape)}, expected ({scores.size},)")
         with no_autocast((targets if isinstance(targets, Tensor) else targets[0]).device.type):

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sphereify.convert.plan import ConversionPlan
 from sphereify.errors import ArtifactError, UsageError, option
 from sphereify.preparation import Preparation
 from sphereify.sharing.options import PushOptions
-from sphereify.sharing.yaml_text import as_yaml
-from sphereify.wording import count
+from sphereify.wording import count, in_one_line
 
 NAMED_LICENCES = (
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc",
@@ -94,7 +95,8 @@ def model_card(document: dict[str, Any], repository: str, options: PushOptions) 
         _limits(facts, options),
         f"## Licence\n\n{licence}, {whence}.\n",
     ]
-    return f"---\n{as_yaml(head)}---\n\n" + "\n".join(section for section in sections if section)
+    data = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{data}---\n\n" + "\n".join(section for section in sections if section)
 
 
 # ----------------------------------------------------------------------------------------------------------------- head
@@ -103,7 +105,7 @@ def model_card(document: dict[str, Any], repository: str, options: PushOptions) 
 def _licence(facts: Facts, options: PushOptions) -> tuple[str, str]:
     """The licence, and whence it is known."""
     if options.license is not None:
-        return options.license.strip(), "as its author says"
+        return in_one_line(options.license), "as its author says"
     known = (facts.document.get("base") or {}).get("license") or _licence_of_timm(facts.source)
     if not known:
         name = facts.source.get("name") or facts.plan.model
@@ -165,7 +167,7 @@ def _data_name(facts: Facts) -> str:
     """The data set of the training, without the path of the folder that it lies in."""
     data = str(facts.training.get("data") or "its test images")
     name, comma, more = data.partition(",")
-    return (Path(name).name if Path(name).is_absolute() or "\\" in name else name) + comma + more
+    return in_one_line((Path(name).name if Path(name).is_absolute() or "\\" in name else name) + comma + more)
 
 
 def _accuracy(facts: Facts, options: PushOptions) -> float | None:
@@ -180,7 +182,7 @@ def _introduction(facts: Facts, repository: str, options: PushOptions) -> str:
     name = facts.source.get("name") or facts.plan.model.rpartition(".")[2]
     library = f" of {facts.source['library']}" if facts.source else ""
     base = options.base_model or (facts.document.get("base") or {}).get("model")
-    start = f" It started from the weights of {base}." if base else ""
+    start = f" It started from the weights of {in_one_line(base)}." if base else ""
     return (
         f"# {repository.rpartition('/')[2]}\n\n"
         f"The network `{name}`{library}, made hyperspherical with sphereify: {len(facts.plan.converted)} of its "
@@ -242,7 +244,7 @@ def _tally(words: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return in_one_line(text).replace("|", "\\|")
 
 
 def _kept(facts: Facts, options: PushOptions) -> str:
@@ -252,17 +254,21 @@ def _kept(facts: Facts, options: PushOptions) -> str:
     if r2:
         worst = min(r2, key=r2.__getitem__)
         lines.append(
-            f"- Calibrated without labels on {facts.fit.get('inputs')} inputs: the layers explain {_mean(r2):.2f} of "
-            f"the variance of the original's outputs on average (R²), {r2[worst]:.2f} at the least (`{worst}`)."
+            f"- Calibrated without labels on {facts.fit.get('inputs')} inputs: the layers then explained "
+            f"{_mean(r2):.2f} of the variance of the original's outputs on average (R²), {r2[worst]:.2f} at the least "
+            f"(`{worst}`)."
         )
     if facts.fit.get("agreement") is not None:
         lines.append(
-            f"- {facts.fit['agreement']:.1%} of {facts.fit['agreement_inputs']} inputs that the calibration had not "
-            f"seen got the class that the original gives them."
+            f"- After the calibration, {facts.fit['agreement']:.1%} of {facts.fit['agreement_inputs']} inputs that it "
+            f"had not seen got the class that the original gives them."
         )
     if facts.training:
         epochs = facts.training.get("epochs")
-        lines.append(f"- Trained on {_data_name(facts)}" + (f" for {count(epochs, 'epoch')}." if epochs else "."))
+        further = " further, which changed the layers since," if lines else ""
+        lines.append(
+            f"- Trained{further} on {_data_name(facts)}" + (f" for {count(epochs, 'epoch')}." if epochs else ".")
+        )
     after, before = _accuracy(facts, options), options.original_accuracy
     if after is not None:
         beside = f"; the original: {before:.2%}" if before is not None else ""
@@ -280,7 +286,7 @@ def _images(facts: Facts) -> str:
     if facts.preparation is None:
         return ""
     names = facts.preparation.classes
-    first = "; ".join(name.partition(",")[0] for name in names[:20])
+    first = in_one_line("; ".join(name.partition(",")[0] for name in names[:20]))
     shown = f"\n\nClasses: {first}{'; …' if len(names) > 20 else '.'}" if names else ""
     return f"## Images\n\n{facts.preparation.described()}.{shown}\n"
 

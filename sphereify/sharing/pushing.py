@@ -13,6 +13,7 @@ from torch import nn
 
 from sphereify.artifact import DOCUMENT, TENSORS, located, read_document, save
 from sphereify.errors import UsageError, option, wrong_type
+from sphereify.fingerprint import is_as_loaded
 from sphereify.hub import Repository, check_token, has_file_to_keep, repository_of, upload
 from sphereify.options import with_keywords_of
 from sphereify.sharing.card import model_card
@@ -47,7 +48,8 @@ def push_to_hub(model: "nn.Module | str | os.PathLike[str]", repository: str, **
     model card that it has already.
 
     Args:
-        model: a converted model, or the folder of an artifact.
+        model: a converted model, or the folder of an artifact. A model that was trained further since it was loaded
+            loses the accuracy that its artifact tells: give `accuracy`.
         repository: "user/name".
         {options}
 
@@ -108,7 +110,10 @@ def _artifact(model: "nn.Module | str | os.PathLike[str]") -> Iterator[tuple[Pat
     if isinstance(model, nn.Module):
         with tempfile.TemporaryDirectory() as aside:
             folder = save(model, Path(aside) / "artifact", training=getattr(model, RECORD_ATTRIBUTE, None))
-            yield folder, read_document(folder)
+            document = read_document(folder)
+            if document["training"] and not is_as_loaded(model, document["fingerprint"]):
+                document["training"].pop("accuracy", None)  # of other weights
+            yield folder, document
     elif isinstance(model, (str, os.PathLike)):
         folder = located(model)  # type: ignore[arg-type]
         yield folder, read_document(folder)

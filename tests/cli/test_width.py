@@ -1,6 +1,9 @@
 """Tables fit into 80 columns wherever they go, and use more where the terminal has more; no name or reason is lost."""
 
+import io
+import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
-from sphereify import plan_conversion, tables
+from sphereify import plan_conversion, tables, terminal
 from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.calibration.suggestion import Suggestion
 from sphereify.deployment.exporting import Exported
@@ -160,3 +163,13 @@ def test_a_shortened_name_is_short_enough_and_keeps_numbers_where_it_can():
         ]
     assert shortened_name("layer12.conv3", 9) == "l…12.co…3"
     assert shortened_name("stages.2.blocks.10.token_mixer.conv", 26) == "sta….2.bloc….10.toke….conv"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_an_encoding_lacks_is_escaped_and_json_stays_json(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    terminal.escape_what_cannot_be_written()
+    name = 'ρ ‖x‖ 🙂 "ü" \udcff'  # the last one is a byte in a file's name that is no text
+    print(json.dumps([name], ensure_ascii=False), file=stream, flush=True)
+    assert json.loads(stream.buffer.getvalue().decode(encoding)) == [name]

@@ -332,6 +332,13 @@ def test_the_images_of_a_loaded_model_have_the_size_that_it_was_trained_on(tmp_p
     assert written.note == "checked with torch on a random input of 3×3×20×24"
 
 
+@pytest.mark.parametrize(("format", "other"), [("onnx", "torch-export"), ("torch-export", "onnx")])
+def test_a_name_of_the_other_format_is_refused(format, other, tmp_path):
+    with pytest.raises(UsageError, match=f"is the name of a file for format='{other}', and the format is {format}"):
+        export(sphereify(plain()), tmp_path / f"m.{SUFFIXES[other]}", format=format)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("format", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
 def test_each_format_has_its_suffix(format, suffix):
     assert ExportOptions(format).suffix == suffix

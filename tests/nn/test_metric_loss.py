@@ -65,3 +65,12 @@ def test_weights_of_another_number_of_samples_are_refused():
     head, x, y = batch()
     with pytest.raises(UsageError, match=r"sample_weight: got shape \(3,\), expected \(32,\)"):
         AngularLoss(head)(head.logits(x), y, torch.ones(3))
+    with pytest.raises(TypeError, match="sample_weight: got list, expected a tensor"):
+        AngularLoss(head)(head.logits(x), y, [1.0] * 32)
+
+
+def test_mined_samples_outside_the_batch_are_refused():
+    head, x, y = batch()
+    mined = tuple(torch.tensor([number]) for number in (0, 1, 40))
+    with pytest.raises(UsageError, match="indices_tuple: names sample 40 of a batch of 32"):
+        as_metric_loss(head)(x, y, mined)

@@ -1,6 +1,5 @@
 """A converted network goes to the hub with a model card that says what is known of it, and comes back."""
 
-import io
 import json
 
 import huggingface_hub
@@ -16,7 +15,6 @@ from sphereify.preparation import Preparation
 from sphereify.sharing.card import model_card
 from sphereify.sharing.options import PushOptions
 from sphereify.sharing.pushing import card_of
-from sphereify.sharing.yaml_text import as_yaml
 from sphereify.sources import BASE_ATTRIBUTE
 from tests.convert.models import plain
 
@@ -175,10 +173,10 @@ def test_the_card_says_what_was_measured(document):
     assert result["metrics"] == [{"type": "accuracy", "value": 0.9123}]
     for words in (
         "Calibrated without labels on 512 inputs",
-        "0.80 of the variance",
+        "explained 0.80 of the variance",
         "0.70 at the least (`conv1.3`)",
         "98.1% of 128 inputs",
-        "for 3 epochs",
+        "Trained further, which changed the layers since, on hfds/uoft-cs/cifar10 for 3 epochs",
         "Accuracy on the test images: 91.23%; the original: 92.00%.",
         "It started from the weights of timm/test_resnet.r160_in1k.",
     ):
@@ -223,11 +221,35 @@ def test_a_calibration_and_pretrained_weights_are_told_by_the_artifact(tmp_path)
     assert head_of(text)["base_model"] == "someone/plain"
 
 
-def test_values_come_back_from_yaml():
-    import yaml
+def test_text_of_others_stays_text_in_the_head_and_in_the_body(document):
+    prepared = Preparation.of(32, 3, {}, ("cat\n# Owned", "dog"))
+    changes = {
+        "training": {"data": "pets\n- a: list", "accuracy": 0.5},
+        "base": {"model": "me/x\n# Base", "license": None},
+        "preparation": prepared.to_json(),
+    }
+    text = card(document, changes, license="mit\ntags: [owned]\n---\n# Heading")
+    head = head_of(text)
+    assert head["license_name"] == "mit tags: [owned] --- # heading"
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == "pets - a: list"
+    body = text.split("---\n\n", 1)[1].splitlines()
+    assert [line for line in body if line.startswith(("# ", "- a", "tags", "---"))] == ["# net"]
 
-    value = {
-        "a": "plain", "b": "with: colon", "c": "yes", "d": 0.5, "e": ["x", "- y", "1.0"], "f": True, "g": None,
-        "é": "#", "nested": [{"task": {"type": "t"}, "list": [{"k": 1}, {"k": "2"}]}], "empty": [],
-    }  # fmt: skip
-    assert yaml.safe_load(io.StringIO(as_yaml(value))) == value
+
+def test_a_training_after_the_calibration_is_told_beside_it(document):
+    fit = {"r2": {"a": {"copied": 0.1, "calibrated": 0.9}}, "inputs": 8}
+    text = card(document, {"calibration": fit, "training": {"data": "pets"}}, license="mit")
+    assert "the layers then explained 0.90 of" in text
+    assert "- Trained further, which changed the layers since, on pets." in text
+
+
+def test_the_accuracy_of_an_artifact_is_not_told_of_a_model_that_was_changed_since(model, tmp_path):
+    folder = save(model, tmp_path / "a", training={"data": "pets", "accuracy": 0.5})
+    loaded = load(folder)
+    assert "Accuracy on the test images: 50.00%." in card_of(loaded, "me/net")
+    with torch.no_grad():
+        loaded.fc.bias[0] += 1
+    text = card_of(loaded, "me/net")
+    assert "50.00%" not in text
+    assert "Its accuracy was not measured." in text
+    assert "Accuracy on the test images: 75.00%." in card_of(loaded, "me/net", accuracy=0.75)
