@@ -19,6 +19,7 @@ from sphereify import plots, sphereify
 from sphereify.datasets import load_data
 from sphereify.training import Objective
 from sphereify.training.comparison import build_variant
+from tests.examples.colours import write_pictures
 
 TRAINED = (
     "operators_and_losses",
@@ -36,15 +37,7 @@ EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.papers] * (name != "without
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Four classes of 32×32 noise, each of its own colour."""
-    folder = tmp_path_factory.mktemp("photos")
-    for part, count in (("train", 12), ("test", 5)):
-        for name in range(4):
-            (folder / part / f"class {name}").mkdir(parents=True)
-            for number in range(count):
-                pixels = np.random.default_rng(number).integers(0, 60, (32, 32, 3)) + 60 * (name % 3)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"class {name}" / f"{number}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("photos"))
 
 
 def table(path) -> dict[str, list[str]]:
