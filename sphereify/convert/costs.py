@@ -14,8 +14,8 @@ def multiplications(plan_or_model: ConversionPlan | nn.Module, example_inputs: I
 
     Args:
         plan_or_model: a plan, which holds those of the run that it was made from; or a model, plain or converted.
-        example_inputs: as for `plan_conversion`, for a model; default: those of its plan, or the usual ones. A converted
-            model is then run as it is, and the sums over the windows of its grouped convolutions are counted as well.
+        example_inputs: as for `plan_conversion`, for a model; default: those of its plan, or the usual ones. With them
+            a converted model is run as it is, and sums over the windows of its grouped convolutions count as well.
 
     Returns:
         An empty dictionary for a plan of a model that could not be run.
