@@ -187,6 +187,7 @@ def test_radii_of_the_layers_own_become_overrides_and_keep_the_given_ones(networ
     assert settings == {"stem": ("cosine", 0.0), "a": ("linear", 1.0), "b": ("linear", 2.0)}
 
 
+@pytest.mark.exhaustive
 def test_a_conversion_to_an_agreement_in_place_is_that_of_a_copy(network, inputs, short_ladder):
     batches = inputs.split(64)
     copied = sphereify(network, calibration=batches, agreement=0.9)

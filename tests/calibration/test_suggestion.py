@@ -8,6 +8,7 @@ from sphereify.errors import UsageError
 from tests.calibration.networks import Residual, smooth_images, trained_statistics
 
 
+@pytest.mark.exhaustive
 def test_suggestions_exclude_the_least_explained_layers_until_the_networks_agree():
     torch.manual_seed(7)
     original = trained_statistics(Residual())

@@ -79,6 +79,7 @@ def test_wrong_use_is_told_in_a_line_and_writes_nothing(given, run, tiny):
     assert sorted(p.name for p in Path().iterdir()) == ["broken", "here.onnx", "tiny"]
 
 
+@pytest.mark.export
 def test_a_disk_that_cannot_be_written_is_told(run, tiny, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -486,6 +486,7 @@ def test_each_option_of_the_images_is_an_option_of_finetune():
 SMALL = ["--img-size", 8, "--epochs", 1, "--batch-size", 4, "--device", "cpu"]
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_continued_from_another_folder_with_data_that_moved(run, shapes, monkeypatch):
     home = shapes.parent
     assert run("finetune", TINY, "--data", "shapes", *SMALL, "-o", "run")[0] == 0

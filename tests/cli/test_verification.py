@@ -226,6 +226,7 @@ def test_an_image_that_cannot_be_read_is_counted(run, faces, own):
     assert (code, "2.png: cannot be read" in one_line(err)) == (1, True)
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_tells_how_its_networks_verify(run, own):
     code, out, err = run("compare", f"{own}:gray", "--data", "digits", "--hold-out-classes", 5, *QUICK,
                          "--verification", "--seeds", 2, "-o", "all")  # fmt: skip

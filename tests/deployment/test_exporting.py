@@ -186,6 +186,7 @@ def test_arcsin_of_zero_is_zero_and_of_a_rounded_one_a_number(tmp_path):
     torch.testing.assert_close(outputs, layer(x).detach(), atol=1e-3, rtol=0)  # near ±1 the slope has no bound
 
 
+@pytest.mark.export
 def test_a_gelu_is_one_operation_of_the_runtime(tmp_path):
     torch.manual_seed(0)
     model = scrambled(sphereify(nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 3)), head="keep"))
@@ -325,6 +326,7 @@ def test_the_images_have_the_size_that_is_asked_for_and_the_batch_is_fixed(tmp_p
     assert written.note == "checked with torch on a random input of 3×3×12×12"
 
 
+@pytest.mark.export
 def test_the_images_of_a_loaded_model_have_the_size_that_it_was_trained_on(tmp_path):
     save(sphereify(plain()), tmp_path / "artifact", training={"image_size": [3, 20, 24]})
     model = load(tmp_path / "artifact", factory=plain)

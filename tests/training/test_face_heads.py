@@ -44,6 +44,7 @@ def test_what_was_trained_with_sampled_classes_is_loaded_by_its_name_as_any_othe
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.exhaustive
 def test_only_margins_that_multiply_the_angle_come_in_step_by_step():
     annealed = {kind for kind in MARGIN_HEADS if Objective(net(head=kind), Terms()).loss.annealing is not None}
     assert annealed == {"ga-softmax", "a-softmax"}

@@ -143,6 +143,7 @@ def trained_small() -> nn.Module:
     return model
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_calibrates_its_conversions_once_and_leaves_the_original(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, original = weights()
@@ -172,6 +173,7 @@ def test_a_comparison_calibrates_its_conversions_once_and_leaves_the_original(we
         compared(learned="some")
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_under_corruptions_has_the_rival_of_the_original(tmp_path):
     data = load_data("digits", channels=1, train_images=64, test_images=30, **EIGHT)
     networks = [Variant("original", None), Variant("cosine", {})]

@@ -295,6 +295,7 @@ def test_where_no_cache_can_be_kept_each_process_compiles(monkeypatch, tmp_path,
     assert set(library.load()) == set(library.FUNCTIONS)
 
 
+@pytest.mark.exhaustive
 def test_a_library_that_is_not_whole_is_compiled_again(monkeypatch, fresh):
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
     library.load()
