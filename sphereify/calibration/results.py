@@ -69,6 +69,13 @@ class Calibration:
         }
         return {"r2": layers, "notes": list(self.notes), **{name: _finite(value) for name, value in more.items()}}
 
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "Calibration":
+        """The fits that an artifact tells of; it does not say on how many positions they are."""
+        finite = {name: r2 for name, r2 in plain["r2"].items() if None not in r2.values()}
+        layers = {name: LayerFit(name, r2["copied"], r2["calibrated"], 0, 0) for name, r2 in finite.items()}
+        return cls(layers, list(plain["notes"]))
+
     def __str__(self) -> str:
         layers = [
             f"{fit.name}: R² {fit.before:.3f} copied, {fit.after:.3f} calibrated"

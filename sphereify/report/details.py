@@ -70,7 +70,7 @@ def _fits(contents: Contents) -> Markup:
         radius = [f"{radii[fit.name]:.3g}" if fit.name in radii else ""] if radii else []
         chart = bar(fit.after, fit.before, f"R² {r2(fit.after)} after the calibration, {r2(fit.before)} before")
         note = [fit.note] if noted else []
-        return [name, *radius, r2(fit.after), chart, r2(fit.before), f"{fit.rows:,}", *note]
+        return [name, *radius, r2(fit.after), chart, r2(fit.before), f"{fit.rows:,}" if fit.rows else "", *note]
 
     shift = 1 if radii else 0
     numeric = [1, 1 + shift, 3 + shift, 4 + shift]

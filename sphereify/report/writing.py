@@ -10,7 +10,7 @@ from torch import nn
 from sphereify.calibration.results import Calibration
 from sphereify.convert.arguments import Inputs
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan, check_fit
+from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan, check_fit
 from sphereify.errors import UsageError, invalid, wrong_type
 from sphereify.files import as_path, write_text
 from sphereify.report.contents import contents_of_model, contents_of_plan
@@ -41,7 +41,8 @@ def write_report(
         inputs: as `example_inputs` of `plan_conversion`, to measure angles on; of a batch, the first eight samples.
             Default: the inputs that the model is assumed to take, filled with noise.
         inputs_described: these inputs in words, such as "8 of the calibration images".
-        calibration: what `calibrate` returned, for the R² of each layer.
+        calibration: what `calibrate` returned, for the R² of each layer. Default: what a converted model, or its
+            artifact, tells of its calibration; training after it has changed the layers.
         robustness: accuracies under corruption, as in robustness.json or from `Robustness.to_json()`.
         epochs: epochs of a training, as in the lines of metrics.jsonl.
         facts: further numbers for the summary, such as {"test accuracy": "93.4 %"}.
@@ -58,6 +59,8 @@ def write_report(
         ArtifactError: the file cannot be written.
     """
     file = checked_path(path)
+    if calibration is None and (fit := getattr(model_or_plan, FIT_ATTRIBUTE, None)) is not None:
+        calibration = Calibration.from_json(fit)
     known = {
         "calibration": calibration,
         "robustness": robustness,

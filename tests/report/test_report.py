@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sphereify import apply_plan, calibrate, plan_conversion
+from sphereify import apply_plan, calibrate, load, plan_conversion, save
 from sphereify.convert.costs import angular_share, multiplications
 from sphereify.convert.multiplied import Costs
 from sphereify.errors import ArgumentTypeError, ArtifactError, PlanMismatchError, UsageError
@@ -160,6 +160,16 @@ def test_the_fits_are_those_of_the_calibration(everything, networks):
     assert [row[:6] for row in rows] == expected
     worst = [item.all("code")[0].text for item in read(everything).part("resist").all("ol")[0].all("li")]
     assert worst == [fit.name for fit in calibration.worst()]
+
+
+def test_an_artifact_tells_of_its_calibration_in_later_reports(networks, tmp_path):
+    _, model, calibration, inputs = networks
+    save(model, tmp_path / "net")
+    loaded = load(tmp_path / "net", factory=Net)
+    rows = read(write_report(loaded, tmp_path / "later.html", inputs=inputs)).part("fit").rows()
+    assert [(row[0], row[2], row[5]) for row in rows] == [
+        (fit.name, "< 0" if fit.after < 0 else f"{fit.after:.3f}", "") for fit in calibration.layers.values()
+    ]
 
 
 def test_every_layer_has_its_shape_cost_and_reason(everything, networks):
