@@ -87,7 +87,7 @@ def unknown_preparation(model: nn.Module) -> str:
     takes_images = any(isinstance(module, (nn.Conv2d, SphereConv2d)) for module in model.modules())
     if not takes_images or preparation_of(model) is not None or input_channels(model) not in CHANNELS:
         return ""
-    return "how images are prepared for this network is not known, so that predict will ask for it"
+    return "how images are prepared for this network is not known, so predict will ask"
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def convert(
     if choice is not None:
         print_radius_choice(console(), choice)
     if what := unknown_preparation(converted):
-        print(f"note: {what}; --mean, --std and --img-size store it in the artifact")
+        print(f"note: {what}\nnote: --mean, --std and --img-size store it in the artifact")
     if converted.conversion_plan == before:
         print("nothing new was converted: other options need the plain model, not its artifact")
     print(f"saved to {folder}/ (model.safetensors, conversion.json)")

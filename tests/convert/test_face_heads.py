@@ -104,10 +104,10 @@ def test_in_eval_mode_it_returns_logits_that_are_saved_and_folded(kind, operator
 
 @pytest.mark.parametrize("kind", grid(KINDS, lambda kind: kind == "sphereface2"))
 @pytest.mark.export
-@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
-def test_an_exported_file_is_checked_against_the_model(kind, name, tmp_path):
+@pytest.mark.parametrize(("name", "format"), [("model.pt2", "torch-export"), ("model.onnx", "onnx")])
+def test_an_exported_file_is_checked_against_the_model(kind, name, format, tmp_path):
     model = sphereify(plain(), head=kind, **KINDS[kind]).eval()
-    export(model, tmp_path / name, example_inputs=inputs())
+    export(model, tmp_path / name, example_inputs=inputs(), format=format)
     assert (tmp_path / name).stat().st_size > 0
 
 
