@@ -29,7 +29,7 @@ SECTIONS = (
     ),
     Section("sphereify.convert", "Conversion"),
     Section("sphereify.convert.plan", "Rows of a plan", ("PlanRow",)),
-    Section("sphereify.convert.costs", "Multiplications", ("multiplications", "costs", "angular_share")),
+    Section("sphereify.convert.costs", "Multiplications", ("multiplications", "costs")),
     Section("sphereify.convert.multiplied", "Results of counting", ("Costs",)),
     Section("sphereify.calibration.agreement", "Choice of a radius", ("choose_radius", "RadiusChoice", "Trial")),
     Section("sphereify.calibration.results", "Results of a calibration", ("Calibration", "LayerFit")),

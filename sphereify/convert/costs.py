@@ -37,11 +37,3 @@ def costs(plan_or_model: ConversionPlan | nn.Module, example_inputs: Inputs = No
     if plan is not None and plan.costs.total and example_inputs is None:
         return plan.costs
     return read_graph(plan_or_model, example_inputs).costs
-
-
-def angular_share(plan: ConversionPlan) -> float | None:
-    """The share in [0, 1] of a network's multiplications that belong to converted sites.
-
-    None for a plan whose model could not be run, or that was written by a version which did not count them.
-    """
-    return plan.angular_share

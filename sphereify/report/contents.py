@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sphereify.calibration.layer_pairs import path_of
-from sphereify.calibration.results import Calibration
+from sphereify.calibration.results import Calibration, LayerFit
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import skeletons
 from sphereify.convert.costs import costs
@@ -76,6 +76,11 @@ class Contents:
         total = self.costs.total
         return sum(self.costs.sites.get(d.name, 0) for d in self.angular) / total if total else None
 
+    @property
+    def fits(self) -> list[LayerFit]:
+        """The fits of the layers that were calibrated, the least explained first; none without a calibration."""
+        return self.calibration.worst() if self.calibration is not None else []
+
     def r2(self, decision: Decision) -> float | None:
         """R² of a layer after the calibration; None for one that was not calibrated."""
         fit = self.calibration.layers.get(decision.name) if self.calibration is not None else None
@@ -124,16 +129,20 @@ def _costs(model: nn.Module, plan: ConversionPlan) -> Costs:
 
 
 def _planned_radii(plan: ConversionPlan) -> dict[str, float]:
-    return {decision.name: decision.radius for decision in plan.converted if decision.kind.startswith("conv")}
+    return {decision.name: decision.radius for decision in _with_patches(plan)}
+
+
+def _with_patches(plan: ConversionPlan) -> list[Decision]:
+    """The converted convolutions, which may have a radius."""
+    return [decision for decision in plan.converted if decision.kind.startswith("conv")]
 
 
 def _radii(model: nn.Module, plan: ConversionPlan) -> dict[str, float]:
     """The radii that the layers have, which may have learned them."""
-    radii = {}
-    for name, planned in _planned_radii(plan).items():
-        decision = next(decision for decision in plan.converted if decision.name == name)
-        radii[name] = getattr(model.get_submodule(path_of(decision)), "radius_value", planned)
-    return radii
+    return {
+        decision.name: getattr(model.get_submodule(path_of(decision)), "radius_value", decision.radius)
+        for decision in _with_patches(plan)
+    }
 
 
 def _energy(model: nn.Module) -> tuple[EnergyReport | None, tuple[str, ...]]:

@@ -23,7 +23,7 @@ BINS = 60
 
 def sections(contents: Contents) -> Iterator[tuple[str, str, Markup]]:
     """Identifier, title and content of each part for which there is something to show."""
-    if contents.calibration is not None and contents.calibration.layers:
+    if contents.fits:
         yield "fit", "What the angles explain of each layer", _fits(contents)
     if contents.robustness is not None:
         yield "robustness", "Accuracy under corruption", _robustness(contents.robustness)
@@ -206,7 +206,7 @@ def _chosen(contents: Contents, names: list[str]) -> list[str]:
     """The layers with histograms: the least explained ones, the first and the last, and others at equal distances."""
     if len(names) <= PANELS:
         return names
-    fits = contents.calibration.worst() if contents.calibration is not None else []
+    fits = contents.fits
     chosen = {fit.name for fit in fits[: PANELS // 3] if fit.name in names}
     spaces = PANELS - len(chosen)
     chosen |= {names[round(place * (len(names) - 1) / (spaces - 1))] for place in range(spaces)}

@@ -29,7 +29,7 @@ def headline(contents: Contents) -> Markup:
     if contents.share is not None:
         parts[1] = f", with {percent(contents.share)} of the multiplications"
     sentence = joined([*parts, ". "])
-    fits = contents.calibration.worst() if contents.calibration is not None else []
+    fits = contents.fits
     if not fits:
         return sentence
     worst, low = fits[0], sum(fit.after < LOW for fit in fits)
@@ -67,8 +67,7 @@ def _numbers(contents: Contents) -> Iterator[tuple[str, str, str]]:
     radii = sorted({round(radius, 3) for radius in contents.radii.values()})
     if radii and radii[-1]:
         yield "pooled radius ρ", f"{radii[0]:g}" if len(radii) == 1 else f"{radii[0]:g} to {radii[-1]:g}", ""
-    fits = list(contents.calibration.layers.values()) if contents.calibration is not None else []
-    if fits:
+    if fits := contents.fits:
         before, after = (statistics.mean(getattr(fit, name) for fit in fits) for name in ("before", "after"))
         yield "mean R² of the layers", r2(after), f"{r2(before)} with copied weights"
     for label, value in contents.facts.items():
@@ -151,7 +150,7 @@ def _caption(contents: Contents) -> Markup:
         text += ", as wide as its share of the multiplications (with a least width, so that all are seen)"
     else:
         text += ", all of one width, since the multiplications are not known"
-    if contents.calibration is not None and contents.calibration.layers:
+    if contents.fits:
         text += "; filled to R², so that what is pale is not explained"
     if contents.costs.total and contents.costs.other:
         share = percent(contents.costs.other / contents.costs.total)
@@ -174,7 +173,7 @@ def resisting(contents: Contents) -> Markup:
 
 
 def _least_explained(contents: Contents) -> Markup:
-    fits = contents.calibration.worst()[:WORST] if contents.calibration is not None else []
+    fits = contents.fits[:WORST]
     if not fits:
         return element(
             "p",

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from sphereify.artifact import DOCUMENT, stored_preparation
 from sphereify.convert.plan import ConversionPlan
-from sphereify.errors import ArtifactError, UsageError, option
+from sphereify.errors import UsageError, option
 from sphereify.preparation import Preparation
 from sphereify.sharing.options import PushOptions
 from sphereify.wording import count, in_one_line
@@ -64,12 +65,9 @@ def facts_of(document: dict[str, Any]) -> Facts:
     Raises:
         ArtifactError: it is damaged.
     """
-    plain = document.get("preparation")
-    try:
-        preparation = None if plain is None else Preparation.from_json(plain)
-    except ValueError as error:
-        raise ArtifactError(f"conversion.json: damaged, its part 'preparation' is of another form ({error})") from None
-    return Facts(document, ConversionPlan.from_json(json.dumps(document["plan"])), preparation)
+    return Facts(
+        document, ConversionPlan.from_json(json.dumps(document["plan"])), stored_preparation(document, DOCUMENT)
+    )
 
 
 def model_card(document: dict[str, Any], repository: str, options: PushOptions) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sphereify import ConversionPlan, apply_plan, plan_conversion
-from sphereify.convert.costs import angular_share, costs, multiplications
+from sphereify.convert.costs import costs, multiplications
 from sphereify.convert.multiplied import Costs
 
 
@@ -52,7 +52,7 @@ def test_the_multiplications_of_each_kind_of_site_are_those_counted_by_hand():
     assert multiplications(plan) == MIXED
     assert plan.costs.other == SCORES
     angular = MIXED["conv"] + MIXED["table"] + MIXED["head"]
-    assert angular_share(plan) == angular / (sum(MIXED.values()) + SCORES)
+    assert plan.angular_share == angular / (sum(MIXED.values()) + SCORES)
 
 
 def test_the_order_is_that_of_the_plan():
@@ -95,7 +95,7 @@ def test_the_costs_survive_json_and_an_earlier_plan_has_none():
     before = ConversionPlan.from_json(json.dumps(plain))
     assert before == plan
     assert before.costs == Costs()
-    assert angular_share(before) is None
+    assert before.angular_share is None
 
 
 def test_a_model_that_does_not_run_has_no_costs():
@@ -109,7 +109,7 @@ def test_a_model_that_does_not_run_has_no_costs():
 
     plan = plan_conversion(Broken())
     assert costs(plan) == Costs({"conv": 0}, 0)
-    assert angular_share(plan) is None
+    assert plan.angular_share is None
 
 
 @pytest.mark.parametrize("batch", [1, 5])

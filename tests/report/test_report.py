@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sphereify import apply_plan, calibrate, load, plan_conversion, save
-from sphereify.convert.costs import angular_share, multiplications
+from sphereify.convert.costs import multiplications
 from sphereify.convert.multiplied import Costs
 from sphereify.errors import ArgumentTypeError, ArtifactError, PlanMismatchError, UsageError
 from sphereify.nn import HypersphericalEnergy
@@ -135,7 +135,7 @@ def test_the_numbers_are_those_of_the_plan(everything, networks):
     shown = {card.all("dt")[0].text: card.all("dd")[0].text for card in cards.children}
     assert shown["angular layers"] == "3of 5"
     assert shown["kept layers"] == "2"
-    assert shown["multiplications that are angular"].startswith(percent(angular_share(model.conversion_plan)))
+    assert shown["multiplications that are angular"].startswith(percent(model.conversion_plan.angular_share))
     more = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in original.parameters())
     assert f"{more:+,} by the conversion" in shown["parameters"]
     assert shown["pooled radius ρ"] == "1.5"
