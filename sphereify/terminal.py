@@ -110,3 +110,8 @@ def progress_bar(out: Console) -> Progress:
 def is_first_process() -> bool:
     """True in the only process, and in the first of those that torchrun started: the one that writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    """True in each of several processes that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"

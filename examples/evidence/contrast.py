@@ -98,6 +98,13 @@ def resnet20(classes: int, *, file: Path) -> nn.Module:
     return network
 
 
+def rivals(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """The conversion with a radius against all else of its panel."""
+    ours = {SCRATCH: f"ρ = {RADIUS:g}", TRAINED: f"ρ = {TRAINED_RADIUS:g}"}
+    return [(one, other) for one in cells if one.label == ours[one.panel]
+            for other in cells if other.panel == one.panel and other is not one]  # fmt: skip
+
+
 def corrupted(network: nn.Module, data: Data, seed: int, *, images: int) -> dict[str, Any]:
     """Accuracies on test images as they are and corrupted, as in `CorruptedAccuracy`."""
     some = choose_images(data, "test", min(images, len(data.test)))  # type: ignore[arg-type]
@@ -141,6 +148,7 @@ EXPERIMENT = Experiment(
     full=replace(FULL, goals=()),
     quick=replace(QUICK, goals=()),
     columns={**{f"{name}, %": partial(under, corruption=name) for name in CORRUPTIONS}, "mean of these, %": under_all},
+    pairs=rivals,
     figure=draw,
     arguments={"--plain": {"type": Path, "default": Path("data/plain"), "help": "folder with resnet20.pt, trained"}},
 )

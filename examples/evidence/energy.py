@@ -15,6 +15,7 @@ from dataclasses import replace
 from examples.evidence.networks import ANGULAR, plain_cnn
 from examples.papers.cells import CPU, FULL, QUICK, SMOOTHED, Cell, Experiment, Scale, run
 from examples.papers.minimum_energy import energy
+from examples.papers.results import against
 from sphereify.training import Terms
 
 LOSSES: dict[str, Terms] = {
@@ -37,6 +38,7 @@ EXPERIMENT = Experiment(
     "energy",
     __doc__,
     cells,
+    pairs=against("baseline"),
     cpu=replace(CPU, width=1 / 2, train_images=None, seeds=2, tests=16, goals=(0.6, 0.7)),
     full=replace(FULL, iterations=20_000, goals=(0.7, 0.8)),
     quick=replace(QUICK, goals=(0.1,)),

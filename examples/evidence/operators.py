@@ -17,7 +17,7 @@ from typing import Any
 from examples.evidence.networks import plain_cnn
 from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
 from examples.papers.operators_and_losses import options_of, terms_of
-from examples.papers.results import Outcome, curves
+from examples.papers.results import Outcome, against, curves
 from sphereify.plots import plot_panels
 
 SOFTMAX, MARGIN = "softmax", "linear GA-Softmax m=4"
@@ -44,6 +44,7 @@ EXPERIMENT = Experiment(
     "operators",
     __doc__,
     cells,
+    pairs=against("plain"),
     cpu=replace(CPU, width=1 / 2, iterations=4_000, train_images=None, seeds=3, goals=(0.7, 0.75, 0.8)),
     full=replace(FULL, iterations=20_000, goals=(0.7, 0.75, 0.8)),
     quick=replace(QUICK, goals=(0.1,)),

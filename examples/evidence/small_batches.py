@@ -16,6 +16,7 @@ from typing import Any
 from examples.evidence.networks import ANGULAR, normalized, plain_cnn
 from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
 from examples.papers.operators_and_losses import terms_of
+from examples.papers.results import against
 
 BATCHES = {"quick": (4,), "cpu": (2, 4, 8, 16), "full": (2, 4, 8, 16)}
 RATES = (1e-4, 3e-4, 1e-3)
@@ -42,6 +43,7 @@ EXPERIMENT = Experiment(
     "small_batches",
     __doc__,
     cells,
+    pairs=against("BatchNorm"),
     cpu=replace(
         CPU,
         width=1 / 4,

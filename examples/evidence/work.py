@@ -1,7 +1,6 @@
 """Pieces of work of a program: each is done once, several at a time on request, and its result is kept in a file."""
 
 import json
-import os
 import re
 import statistics
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.papers.cells import in_processes
+from examples.papers.cells import in_processes, place_of
 from sphereify.errors import SphereifyError, TrainingError
 from sphereify.files import write_text
 
@@ -43,7 +42,7 @@ def complete(pieces: Sequence[Piece], args: Any) -> dict[str, Found]:
     Returns:
         The results by the name of the piece, in the order of the pieces, of those that are finished.
     """
-    data = _place(args.data)
+    data = place_of(args.data)
     waiting = [piece for piece in pieces if _read(piece, args.output, data) is None]
     if waiting and not args.report:
         work = [(piece, args.data, args.output) for piece in waiting]
@@ -68,7 +67,7 @@ def _do(piece: Piece, data: str, output: Path) -> None:
     except TrainingError as error:
         found = {"failure": str(error)}
     seconds = time.process_time() - began
-    outcome = {"asked": piece.asked, "data": _place(data), "cpu_seconds": seconds, "found": found}
+    outcome = {"asked": piece.asked, "data": place_of(data), "cpu_seconds": seconds, "found": found}
     write_text(folder / "outcome.json", json.dumps(outcome, indent=1) + "\n")
     told = ", ".join(f"{name} {_short(value)}" for name, value in found.items() if not isinstance(value, (list, dict)))
     print(f"{piece.name}: {told} ({seconds:.0f} s)", file=sys.stderr, flush=True)
@@ -85,10 +84,6 @@ def cpu_minutes(output: Path) -> float:
     """Processor time of all pieces that have finished in a folder, of the last attempt where one was interrupted."""
     files = (output / "runs").glob("*/outcome.json")
     return sum(json.loads(file.read_text())["cpu_seconds"] for file in files) / 60
-
-
-def _place(data: str) -> str:
-    return os.path.realpath(data) if Path(data).is_dir() else data
 
 
 def _short(value: Any) -> str:

@@ -153,6 +153,8 @@ class Experiment:
     quick: Scale = QUICK
     columns: dict[str, Callable[[Outcome], float]] = field(default_factory=dict)
     """Further columns of the table, in %."""
+    pairs: Callable[[list[Cell]], list[tuple[Cell, Cell]]] | None = None
+    """Function that says which cells are compared seed by seed in a table below the first."""
     table: Callable[..., str] | None = None
     """Function that writes another table than that of `results.table`; it takes the same."""
     figure: Callable[[list[Cell], dict[str, list[Outcome]], Path], Any] | None = None
@@ -323,12 +325,25 @@ def _asked(cell: Cell, settings: Settings, scale: Scale, data: str) -> dict[str,
     lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
     asked = {
         **lasting,
-        "data": [data, scale.train_images, scale.test_images, scale.last_images, cell.shift, cell.jitter, cell.rare],
+        "data": [
+            place_of(data),
+            scale.train_images,
+            scale.test_images,
+            scale.last_images,
+            cell.shift,
+            cell.jitter,
+            cell.rare,
+        ],
         "conversion": repr(cell.options),
         "learned": cell.learned,
         "measure": None if cell.measure is None else repr(getattr(cell.measure, "keywords", {})),
     }
     return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
+
+
+def place_of(data: str) -> str:
+    """The name of the data, of a folder its absolute path, wherever the program was started."""
+    return os.path.realpath(data) if Path(data).is_dir() else data
 
 
 def folder_of(folder: Path, cell: Cell, seed: int = 0) -> Path:

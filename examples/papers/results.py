@@ -1,7 +1,7 @@
 """The outcomes of cells, their table and their curves."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,47 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
         row += ["" if authors is None else f"{authors:.2f}"] if source else []
         row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
         rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
-    return markdown(columns, rows)
+    compared = differences(experiment, cells, outcomes)
+    return markdown(columns, rows) + (f"\n{compared}" if compared else "")
+
+
+def differences(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcome]]) -> str:
+    """The table of differences between the cells of `experiment.pairs`, seed by seed; empty where there is none."""
+    values: dict[str, Callable[[Outcome], float | None]] = {"test accuracy": lambda outcome: outcome.accuracy}
+    values |= {name.removesuffix(", %"): value for name, value in experiment.columns.items()}
+    rows = []
+    for one, other in experiment.pairs(cells) if experiment.pairs else []:
+        both = paired(outcomes[one.name], outcomes[other.name])
+        if both:
+            told = [signed([100 * (f(a) - f(b)) for a, b in both]) for f in values.values()]  # type: ignore[operator]
+            rows += [[f"{one.panel}: {one.label} less {other.label}", str(len(both)), *told]]
+    return markdown(["difference in points", "seeds", *values], rows) if rows else ""
+
+
+def paired(some: Sequence[Outcome], others: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+    """The outcomes of two cells with the same seed, where both converged."""
+    by_seed = {outcome.seed: outcome for outcome in others if outcome.accuracy is not None}
+    return [(one, by_seed[one.seed]) for one in some if one.accuracy is not None and one.seed in by_seed]
+
+
+def signed(numbers: Sequence[float]) -> str:
+    """Mean and standard deviation, with a sign.
+
+    >>> signed([1.0, 2.0]), signed([-0.25])
+    ('+1.5 ± 0.7', '-0.2')
+    """
+    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):+.1f}{spread}"
+
+
+def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:
+    """Pairs of each cell with those of its panel that have one of the labels, in the order of the cells."""
+
+    def pairs(cells: Sequence[Any]) -> list[tuple[Any, Any]]:
+        return [(cell, other) for other in cells if other.label in labels
+                for cell in cells if cell.panel == other.panel and cell.label not in labels]  # fmt: skip
+
+    return pairs
 
 
 def of_seeds(found: Sequence[Outcome], seeds: int) -> str:

@@ -3,10 +3,12 @@
 Whatever needs torch is imported inside the commands, so that `--help` answers at once.
 """
 
+import atexit
+import os
 import sys
 import traceback
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -14,7 +16,7 @@ from sphereify import __version__
 from sphereify.cli import convert, doctor, export, predict, push, train
 from sphereify.cli.spelling import command_line
 from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning
-from sphereify.terminal import escape_what_cannot_be_written, is_first_process
+from sphereify.terminal import escape_what_cannot_be_written, is_first_process, is_one_of_several
 
 app = typer.Typer(
     name="sphereify",
@@ -30,6 +32,15 @@ for command in (convert.convert, convert.inspect, convert.suggest, train.finetun
 
 def main() -> None:
     """Run the command line of this process. Exit codes: 0 done, 1 the work failed, 2 wrong use."""
+    try:
+        _run()
+    except SystemExit as end:
+        if is_one_of_several():
+            _leave(end.code)
+        raise
+
+
+def _run() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     escape_what_cannot_be_written()
@@ -47,6 +58,15 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 1))
     finally:
         warnings.showwarning = shown
+
+
+def _leave(code: Any) -> None:
+    """End a process of torchrun without the end of its interpreter, during which a thread of torch's process group may
+    still free the tensors of the last exchange. It would need the interpreter for that, and abort the process."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _print_error(error: Exception) -> None:

@@ -1,5 +1,6 @@
 """The program as a whole: its help, its version, how errors and warnings are shown, exit codes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -163,3 +164,29 @@ def test_an_interrupt_is_no_error(run, instead):
     code, out, err = run("inspect", TINY)
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["convert", "resnet18", "--radius", "x"], 2)])
+def test_one_of_several_processes_ends_without_the_end_of_its_interpreter(arguments, code):
+    """A thread of torch's process group may need the interpreter until then."""
+    program = f"""
+import atexit, sys
+from sphereify.cli import main
+
+class Late:
+    def __del__(self):
+        print("the interpreter ends")
+
+late = Late()
+atexit.register(print, "what is to do at the end is done")
+sys.argv = ["sphereify", *{arguments}]
+main()
+"""
+    ended = {}
+    for world in ("1", "2"):
+        environment = {**os.environ, "WORLD_SIZE": world, "RANK": "0"}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert "what is to do at the end is done" in done.stdout
+        ended[world] = "the interpreter ends" in done.stdout
+    assert ended == {"1": True, "2": False}

@@ -16,7 +16,7 @@ from benchmarks.plain_networks import ResNet20
 from examples.evidence import all as every
 from examples.evidence import contrast, depth, networks
 from examples.papers import all as programs
-from examples.papers import cells, plain_cnn
+from examples.papers import cells, plain_cnn, results
 from examples.papers.results import Outcome
 from sphereify import plots
 from sphereify.datasets import load_data
@@ -276,3 +276,31 @@ def test_all_runs_every_program_that_there_is(tmp_path, monkeypatch):
     assert set(PROGRAMS) <= there
     where = ["--data", "photos", "-o", str(tmp_path / "depth"), "--jobs", "2", "--report"]
     assert ran["examples.evidence.depth"] == where
+
+
+def test_differences_are_taken_seed_by_seed():
+    def runs(*accuracies):
+        return [Outcome(seed, accuracy) for seed, accuracy in enumerate(accuracies)]
+
+    plain, ours = (cells.Cell("CNN", label, torch.nn.Identity, None) for label in ("plain", "ours"))
+    other = replace(ours, panel="VGG")
+    experiment = cells.Experiment("one", None, lambda scale: [], pairs=results.against("plain"))
+    outcomes = {plain.name: runs(0.5, 0.6, 0.9), ours.name: runs(0.51, 0.63, None), other.name: runs(1.0)}
+    told = results.differences(experiment, [plain, ours, other], outcomes).splitlines()
+    assert told[2:] == ["| CNN: ours less plain | 2 | +2.0 ± 1.4 |"]  # the third seed of one did not converge
+    assert results.differences(replace(experiment, pairs=None), [plain, ours], outcomes) == ""
+    assert results.differences(experiment, [plain, ours], {**outcomes, ours.name: []}) == ""
+
+
+def test_the_conversion_with_a_radius_is_compared_with_all_of_its_panel(tmp_path):
+    (tmp_path / "resnet20.pt").touch()
+    found = contrast.cells(contrast.EXPERIMENT.cpu, plain=tmp_path)
+    pairs = contrast.rivals(found)
+    assert len(pairs) == len(found) - 2
+    assert all(one.panel == other.panel and one.label.startswith("ρ = ") for one, other in pairs)
+
+
+def test_a_folder_of_images_is_the_same_from_wherever_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cells.place_of(".") == cells.place_of(str(tmp_path)) == str(tmp_path.resolve())
+    assert cells.place_of("cifar10") == "cifar10"

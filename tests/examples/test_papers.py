@@ -41,8 +41,9 @@ def photos(tmp_path_factory):
 
 
 def table(path) -> dict[str, list[str]]:
-    """The rows of a Markdown table, by their first cell."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in path.read_text().splitlines()]
+    """The rows of a file's first Markdown table, by their first cell."""
+    lines = path.read_text().partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {first: rest for first, *rest in rows[2:]}
 
 
