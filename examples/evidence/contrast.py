@@ -5,8 +5,9 @@
 CNN-9 from scratch: plain; plain with its training images changed in contrast, brightness and saturation ("jitter");
 plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm in place of
 BatchNorm; with cosine convolutions, without and with the pooled radius. And a ResNet-20 that came trained
-(benchmarks/plain_networks.py): original, with the same changes of its images, standardised and converted, each trained
-further for a pass over the images with the same batches and rate; left out where --plain has no weights.
+(benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original and
+converted with the same changes of their images. Each is trained further for a pass over the images with the same
+batches and rate; they are left out where --plain has no weights.
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
 figure.png shows the networks from scratch at each strength, second.png the ResNet-20. On a CPU: a quarter of the
@@ -70,7 +71,7 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
     file = plain / "resnet20.pt"
     if not file.is_file():
         return []
-    build = partial(resnet20, file=file)
+    build, pooled = partial(resnet20, file=file), {**ANGULAR, "radius": TRAINED_RADIUS}
     common: dict[str, Any] = {
         "terms": Terms(),
         "iterations": min(scale.iterations, TRAINED_ITERATIONS[scale.name]),
@@ -83,7 +84,8 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
         Cell(TRAINED, "original, jitter", build, None, jitter=JITTER, **common),
         Cell(TRAINED, "original, standardised", standardized(build), None, **common),
         Cell(TRAINED, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, **common),
-        Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}", build, {**ANGULAR, "radius": TRAINED_RADIUS}, **common),
+        Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}", build, pooled, **common),
+        Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}, jitter", build, pooled, jitter=JITTER, **common),
     ]
 
 
@@ -99,10 +101,14 @@ def resnet20(classes: int, *, file: Path) -> nn.Module:
 
 
 def rivals(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
-    """The conversion with a radius against all else of its panel."""
-    ours = {SCRATCH: f"ρ = {RADIUS:g}", TRAINED: f"ρ = {TRAINED_RADIUS:g}"}
-    return [(one, other) for one in cells if one.label == ours[one.panel]
-            for other in cells if other.panel == one.panel and other is not one]  # fmt: skip
+    """The conversion with a radius against all else of its panel, and with changed colours against its rival."""
+    pairs = []
+    for panel, ours, plain in ((SCRATCH, f"ρ = {RADIUS:g}", "plain"), (TRAINED, f"ρ = {TRAINED_RADIUS:g}", "original")):
+        found = {cell.label: cell for cell in cells if cell.panel == panel}
+        if found:
+            pairs += [(found[ours], other) for label, other in found.items() if label != ours]
+            pairs += [(found[f"{ours}, jitter"], found[f"{plain}, jitter"])]
+    return pairs
 
 
 def corrupted(network: nn.Module, data: Data, seed: int, *, images: int) -> dict[str, Any]:
