@@ -12,7 +12,7 @@ from sphereify.choices import OPERATORS
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularOutput
-from tests.nn.grids import grid
+from tests.grids import grid
 
 KINDS = {
     "arcface": {"margin": 0.3, "scale": 20.0, "margin_gradient": "detached"},

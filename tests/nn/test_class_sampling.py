@@ -8,7 +8,7 @@ import torch
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, as_metric_loss
 from sphereify.nn.class_blocks import chunks, sample
-from tests.nn.grids import grid
+from tests.grids import grid
 from tests.nn.loss_oracle import build
 from tests.nn.oracle import normal
 

@@ -10,8 +10,8 @@ from torch import nn
 from sphereify.errors import UsageError
 from sphereify.nn import HypersphericalEnergy
 from sphereify.nn.energies import blocks
+from tests.grids import grid
 from tests.nn.energy_oracle import banks_by_hand, between, close, f, make_model, unit_rows
-from tests.nn.grids import grid
 from tests.nn.oracle import normal
 from tests.nn.test_regularizers import HARD, Memory, hard, mean_inverse_distance
 

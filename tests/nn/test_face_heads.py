@@ -13,8 +13,8 @@ from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, AngularOutput, MarginAnnealing, as_metric_loss
 from sphereify.nn.sphereface2 import balanced_bias
+from tests.grids import grid
 from tests.nn.face_oracle import KINDS, MARGINS, SOFTMAX, angles, binary, face_loss, plain
-from tests.nn.grids import grid
 from tests.nn.loss_oracle import at_angles, build
 from tests.nn.oracle import normal
 

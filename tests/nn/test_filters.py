@@ -13,8 +13,8 @@ from sphereify import sphereify
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, HypersphericalEnergy, OrthogonalityPenalty
 from sphereify.nn.filters import filter_banks
+from tests.grids import grid
 from tests.nn.energy_oracle import banks_by_hand, close, make_model, slow_energy
-from tests.nn.grids import grid
 from tests.nn.oracle import normal
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
+from tests.grids import grid
 from tests.nn import oracle
-from tests.nn.grids import grid
 from tests.nn.loss_oracle import build
 from tests.nn.oracle import normal
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import LinearOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
+from tests.grids import grid
 from tests.nn import oracle
-from tests.nn.grids import grid
 from tests.nn.oracle import normal
 
 CLASSES = {0: SphereLinear, 1: SphereConv1d, 2: SphereConv2d, 3: SphereConv3d}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereify.choices import OPERATORS
 from sphereify.nn import AngularHead, AngularLoss, MarginAnnealing, as_metric_loss, softmax_loss
-from tests.nn.grids import grid
+from tests.grids import grid
 from tests.nn.loss_oracle import HEADS, MARGINS, build
 from tests.nn.oracle import normal
 

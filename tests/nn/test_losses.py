@@ -7,7 +7,7 @@ from torch import nn
 
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, AngularOutput, MarginAnnealing, as_metric_loss
-from tests.nn.grids import grid
+from tests.grids import grid
 from tests.nn.loss_oracle import HEADS, MARGINS, angular_loss, at_angles, build, scores, separation
 from tests.nn.oracle import normal
 

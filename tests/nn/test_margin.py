@@ -11,8 +11,8 @@ from sphereify.choices import OPERATORS
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, MarginAnnealing, as_metric_loss
 from sphereify.nn.operators import CosineOperator
+from tests.grids import grid
 from tests.nn import loss_oracle, oracle
-from tests.nn.grids import grid
 from tests.nn.loss_oracle import HEADS, MARGINS, at_angles, build
 from tests.nn.oracle import normal
 

@@ -15,8 +15,8 @@ from sphereify.errors import UsageError
 from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
 from sphereify.nn.functional import sphere_conv2d
 from sphereify.nn.operators import make_operator
+from tests.grids import grid
 from tests.nn import oracle
-from tests.nn.grids import grid
 from tests.nn.oracle import normal
 from tests.nn.test_functional import CONVS, EXACT, geometries, operators
 

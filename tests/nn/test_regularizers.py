@@ -19,8 +19,8 @@ from sphereify.nn import HypersphericalEnergy, OrthogonalityPenalty
 from sphereify.nn.energies import blocks
 from sphereify.nn.energies.pairs import pair_energy
 from sphereify.nn.filters import filter_banks
+from tests.grids import grid
 from tests.nn.energy_oracle import banks_by_hand, between, close, f, make_model, slow_energy, slow_penalty, unit_rows
-from tests.nn.grids import grid
 from tests.nn.oracle import normal
 
 DISTANCES = ("euclidean", "angular")

@@ -1,5 +1,7 @@
 """Runs with margins that are sums, binary tasks, sampled classes and mixed images."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from sphereify.training import Objective, Terms, evaluate, finetune
 from sphereify.training.distributed import Processes
 from sphereify.training.state import RunState
 from sphereify.training.step import TrainingStep
-from tests.nn.grids import grid
+from tests.grids import grid
 from tests.training.small import dropout_net, images, net, plain_net, same, state, usual
 
 FACE_HEADS = ("arcface", "cosface", "sphereface2")
@@ -50,8 +52,13 @@ def test_only_margins_that_multiply_the_angle_come_in_step_by_step():
     assert annealed == {"ga-softmax", "a-softmax"}
 
 
-@pytest.mark.parametrize("kind", MARGIN_HEADS)
-@pytest.mark.parametrize("mixing", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    ("mixing", "kind"),
+    grid(
+        itertools.product(({"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}), MARGIN_HEADS),
+        lambda mixing, kind: len(mixing) == 1 + (kind in ("a-softmax", "cosface")),
+    ),
+)
 def test_mixed_images_have_the_mixture_of_the_losses_of_their_two_classes(kind, mixing):
     model, data = net(head=kind), images(12)
     settings = usual(batch_size=6, **mixing)
@@ -137,8 +144,13 @@ def test_what_sampled_classes_do_not_go_with_is_told_before_training():
             Terms(sampled_classes=share)
 
 
-@pytest.mark.parametrize("energy", ["compressive", "separation", "determinant"])
-@pytest.mark.parametrize("head", ["keep", "arcface"])
+@pytest.mark.parametrize(
+    ("energy", "head"),
+    grid(
+        itertools.product(("compressive", "separation", "determinant"), ("keep", "arcface")),
+        lambda energy, head: head == "arcface" if energy == "separation" else head == "keep",
+    ),
+)
 def test_a_run_with_another_energy_spreads_the_filters(energy, head):
     spread = HypersphericalEnergy(energy="separation" if energy == "separation" else "mhe")
     plain, spreading = net(head=head), net(head=head)

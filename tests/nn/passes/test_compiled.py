@@ -1,5 +1,6 @@
 """The compiled passes: what they compute, where they serve, and how they are compiled."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from sphereify.nn.functional import sphere_conv2d, sphere_linear
 from sphereify.nn.operators import CURVES, LearnableSigmoidOperator, LinearOperator, SigmoidOperator
 from sphereify.nn.passes import compiled, cpu, library, self_check
 from sphereify.nn.precision import CHANNELS_LAST
+from tests.grids import grid
 from tests.nn.oracle import normal
 from tests.nn.passes.test_cpu import CONVOLUTIONS, everything, operators, pools, rescaling
 
@@ -77,8 +79,13 @@ def test_linear_maps_equal_the_reference_in_float64(shape, which, data):
     compare(sphere_linear, x, weight, operators(4)[which], **rescaling(data.draw, 4, torch.float32))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("groups", [1, 24, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("groups", "layout"),
+    grid(
+        itertools.product((1, 2, 24), (torch.contiguous_format, torch.channels_last)),
+        lambda groups, layout: (groups, layout) in ((1, torch.channels_last), (24, torch.contiguous_format)),
+    ),
+)
 def test_large_tensors_shared_by_several_threads_equal_the_reference_in_float64(layout, groups):
     x = normal(2, 24, 45, 33).contiguous(memory_format=layout)
     rescaled = {"bias": torch.linspace(-1, 1, 48), "beta": torch.linspace(0.5, -2, 48)}
@@ -311,7 +318,7 @@ def test_a_library_that_is_not_whole_is_compiled_again(monkeypatch, fresh):
     assert library._is_whole(kept)
 
 
-@pytest.mark.parametrize("value", ["env g++", "g++ -g0", " g++ ", ""])
+@pytest.mark.parametrize("value", grid(["env g++", "g++ -g0", " g++ ", ""], lambda value: value in ("env g++", "")))
 def test_the_compiler_may_have_arguments(monkeypatch, fresh, value):
     monkeypatch.setenv("CXX", value)
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
