@@ -5,13 +5,13 @@
 CNN-9 from scratch: plain; plain with its training images changed in contrast, brightness and saturation ("jitter");
 plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm in place of
 BatchNorm; with cosine convolutions, without and with the pooled radius. And a ResNet-20 that came trained
-(benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original and
-converted with the same changes of their images. Each is trained further for a pass over the images with the same
-batches and rate; they are left out where --plain has no weights.
+(benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original,
+standardised and converted with the same changes of their images. Each is trained further for a pass over the images,
+with the same batches and rate; they are left out where --plain has no weights.
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
 figure.png shows the networks from scratch at each strength, second.png the ResNet-20. On a CPU: a quarter of the
-filters, 20,000 images, 2,000 iterations with batches of 64, three seeds; about 45 minutes on two cores (estimated).
+filters, 20,000 images, 2,000 iterations with batches of 64, three seeds; about an hour on two cores.
 """
 
 import statistics
@@ -83,6 +83,7 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
         Cell(TRAINED, "original", build, None, **common),
         Cell(TRAINED, "original, jitter", build, None, jitter=JITTER, **common),
         Cell(TRAINED, "original, standardised", standardized(build), None, **common),
+        Cell(TRAINED, "original, standardised, jitter", standardized(build), None, jitter=JITTER, **common),
         Cell(TRAINED, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, **common),
         Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}", build, pooled, **common),
         Cell(TRAINED, f"ρ = {TRAINED_RADIUS:g}, jitter", build, pooled, jitter=JITTER, **common),
@@ -107,7 +108,8 @@ def rivals(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
         found = {cell.label: cell for cell in cells if cell.panel == panel}
         if found:
             pairs += [(found[ours], other) for label, other in found.items() if label != ours]
-            pairs += [(found[f"{ours}, jitter"], found[f"{plain}, jitter"])]
+            jittered = [other for label, other in found.items() if label.startswith(plain) and label.endswith("jitter")]
+            pairs += [(found[f"{ours}, jitter"], other) for other in jittered]
     return pairs
 
 
