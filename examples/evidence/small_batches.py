@@ -6,8 +6,8 @@ CNN-9 with batches of 2, 4, 8 and 16 images and equal numbers of iterations: pla
 with SphereNorm, rescaled, in place of BatchNorm, alone or with the pooled radius; cosine with BatchNorm ("both"). The
 learning rate is chosen for each network and batch alike, from 1e-4, 3e-4, 1e-3 and 3e-3: each is tried with the first
 seed, and all seeds take the one with the highest accuracy at the end on the test images of the training (500 on a CPU).
-The accuracy in the table is of 5,000 test images. On a CPU: a quarter of the filters, 1,600 iterations, three seeds; about
-45 minutes on two cores.
+The accuracy in the table is of 5,000 test images. On a CPU: a quarter of the filters, 1,600 iterations, three seeds;
+about 45 minutes on two cores.
 """
 
 from dataclasses import replace
