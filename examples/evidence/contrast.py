@@ -102,7 +102,7 @@ def resnet20(classes: int, *, file: Path) -> nn.Module:
 
 
 def rivals(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
-    """The conversion with a radius against all else of its panel, and with changed colours against its rival."""
+    """The conversion with a radius against all else of its panel, and with changed colours against its rivals."""
     pairs = []
     for panel, ours, plain in ((SCRATCH, f"ρ = {RADIUS:g}", "plain"), (TRAINED, f"ρ = {TRAINED_RADIUS:g}", "original")):
         found = {cell.label: cell for cell in cells if cell.panel == panel}

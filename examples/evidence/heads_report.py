@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from examples.evidence.work import percent
 from examples.papers.report import markdown, picture
+from examples.papers.results import mean_percent
 
 MAIN = {"verification": ("EER", -1), "few images": ("rare by means", 1), "label noise": ("accuracy", 1)}
 """For each kind of panel the number that decides, and 1 if more of it is better, −1 if less."""
@@ -44,8 +44,8 @@ def _table(panel: str, rows: list[dict[str, Any]], seeds: int) -> str:
         gains = [sign * (found[main] - base[seed][main]) for seed, found in converged.items()
                  if main in base.get(seed, {})] if row["seeds"] is not base else []  # fmt: skip
         told = ", ".join(f"{name} {value:g}" for name, value in row["numbers"].items())
-        cells = [percent(found[name] for found in converged.values()) for name in columns]
-        lines += [[_angular(row) + remark, row["head"], told, *cells, percent(gains, signed=True)]]
+        cells = [mean_percent(found[name] for found in converged.values()) for name in columns]
+        lines += [[_angular(row) + remark, row["head"], told, *cells, mean_percent(gains, signed=True)]]
     return markdown(["angular", "head", "chosen", *columns, f"gain in {main}"], lines)
 
 

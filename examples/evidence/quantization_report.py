@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from examples.evidence.work import percent
 from examples.papers.report import markdown, picture
+from examples.papers.results import mean_percent
 
 ORIGINAL, CONVERTED = "original", "converted"
 COLOURS = {ORIGINAL: "tab:blue", "original, contrast standardised": "tab:gray", CONVERTED: "tab:orange"}
@@ -40,9 +40,9 @@ def _quantization(found: list[dict[str, Any]], networks: Sequence[str], settings
                 continue
             is_fp32 = setting == "fp32"
             cells = [cell for variant in (ORIGINAL, CONVERTED)
-                     for cell in (percent(shares[variant].values()),
-                                  "" if is_fp32 else percent(losses[variant].values()))]  # fmt: skip
-            rows += [[network, setting, *cells, "" if is_fp32 else percent(saved, signed=True)]]
+                     for cell in (mean_percent(shares[variant].values()),
+                                  "" if is_fp32 else mean_percent(losses[variant].values()))]  # fmt: skip
+            rows += [[network, setting, *cells, "" if is_fp32 else mean_percent(saved, signed=True)]]
     columns = ["network", "quantization", ORIGINAL, "lost", CONVERTED, "lost", "saved"]
     return markdown(columns, rows) if rows else "No result yet.\n"
 
@@ -54,7 +54,7 @@ def _exposure(found: list[dict[str, Any]]) -> str:
         for noise in runs[0][ORIGINAL]:
             for title in COLOURS:
                 columns = zip(*(run[title][noise] for run in runs), strict=True)
-                rows += [[network, noise, title, *(percent(shares) for shares in columns)]]
+                rows += [[network, noise, title, *(mean_percent(shares) for shares in columns)]]
     factors = [f"×{factor:g}" for factor in found[0]["factors"]] if found else []
     return markdown(["network", "noise", "", *factors], rows) if rows else "No result yet.\n"
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.evidence.transfer_runs import OTHER, SAME, learn, source
-from examples.evidence.work import Found, Piece, complete, cpu_minutes, percent
+from examples.evidence.work import Found, Piece, complete, cpu_minutes
 from examples.papers.report import finish, markdown, parse
+from examples.papers.results import mean_percent
 from sphereify.plots import plot_panels
 from sphereify.training.recipe import GENTLE_RADIUS
 
@@ -168,10 +169,10 @@ def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
         found = _converged(row)
         originals = _converged(next(one for one in rows if (one["task"], one["variant"]) == (row["task"], ORIGINAL)))
         remark = f" ({len(found)} of {scale.seeds} seeds)" if len(found) < scale.seeds else ""
-        cells = [percent(accuracies[point - 1] for accuracies in found.values()) for point in scale.points]
+        cells = [mean_percent(accuracies[point - 1] for accuracies in found.values()) for point in scale.points]
         both = [] if row["variant"] == ORIGINAL else sorted(found.keys() & originals.keys())
         gains = [[found[seed][end - 1] - originals[seed][end - 1] for seed in both] for end in ends]
-        told = [percent(some, signed=True) for some in gains]
+        told = [mean_percent(some, signed=True) for some in gains]
         lines += [[row["task"], row["variant"] + remark, f"{row['rate']:g}", *cells, *told]]
     points = [f"after {_epochs(point)}" for point in scale.points]
     columns = ["task", "network", "learning rate", *points, *(f"gain after {_epochs(end)}" for end in ends)]

@@ -2,10 +2,9 @@
 
 import json
 import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,20 +87,3 @@ def cpu_minutes(output: Path) -> float:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------------- numbers
-
-
-def percent(shares: Iterable[float | None], *, signed: bool = False, digits: int = 1) -> str:
-    """Mean and standard deviation of shares in %; empty where there is none, or where one is missing.
-
-    >>> percent([0.5, 0.52]), percent([0.01], signed=True), percent([0.5, None])
-    ('51.0 ± 1.4', '+1.0', '')
-    """
-    values = list(shares)
-    known = [100 * share for share in values if share is not None]
-    if not known or len(known) < len(values):
-        return ""
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{'+' if signed else ''}.{digits}f}{spread}"

@@ -1,7 +1,7 @@
 """The outcomes of cells, their table and their curves."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ def differences(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[
     for one, other in experiment.pairs(cells) if experiment.pairs else []:
         both = paired(outcomes[one.name], outcomes[other.name])
         if both:
-            told = [signed([100 * (f(a) - f(b)) for a, b in both]) for f in values.values()]  # type: ignore[operator]
+            told = [mean_percent([f(a) - f(b) for a, b in both], signed=True) for f in values.values()]  # type: ignore[operator]
             rows += [[f"{one.panel}: {one.label} less {other.label}", str(len(both)), *told]]
     return markdown(["difference in points", "seeds", *values], rows) if rows else ""
 
@@ -74,14 +74,18 @@ def paired(some: Sequence[Outcome], others: Sequence[Outcome]) -> list[tuple[Out
     return [(one, by_seed[one.seed]) for one in some if one.accuracy is not None and one.seed in by_seed]
 
 
-def signed(numbers: Sequence[float]) -> str:
-    """Mean and standard deviation, with a sign.
+def mean_percent(shares: Iterable[float | None], *, signed: bool = False, digits: int = 1) -> str:
+    """Mean and standard deviation of shares in %; empty where there is none, or where one is missing.
 
-    >>> signed([1.0, 2.0]), signed([-0.25])
-    ('+1.5 ± 0.7', '-0.2')
+    >>> mean_percent([0.5, 0.52]), mean_percent([0.01], signed=True), mean_percent([0.5, None])
+    ('51.0 ± 1.4', '+1.0', '')
     """
-    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):+.1f}{spread}"
+    values = list(shares)
+    known = [100 * share for share in values if share is not None]
+    if not known or len(known) < len(values):
+        return ""
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{'+' if signed else ''}.{digits}f}{spread}"
 
 
 def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:
