@@ -183,7 +183,7 @@ class FoldedLayer(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
         with torch.no_grad():
-            return runs_eagerly(*tensors) and passes.serves(compiled, x, weight, projection)
+            return runs_eagerly(*tensors) and passes.serves(compiled, x, weight, projection, self.curve)
 
     @torch.no_grad()
     def _by_kernels(self, x: Tensor, weight: Tensor, projection: Projection | None) -> Tensor:

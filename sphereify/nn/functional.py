@@ -213,14 +213,14 @@ def _angular(
     radius = radius.to(accumulate_dtype(x.dtype)) if isinstance(radius, Tensor) else check_radius(radius)
     with no_autocast(x.device.type):
         if not is_built_in(operator):  # an operator of the user's own follows the map of the cosine
-            cos = _sphere_map(x, weight, projection, None, None, None, radius, "cosine", eps)
+            cos = _sphere_map(x, weight, projection, "cosine", None, None, None, radius, eps)
             return reference.rescale(operator(cos), beta, bias, projection)
         # The filters of a linear map are its last dimension, those of a convolution dimension 1.
         k = operator.k
         if isinstance(k, Tensor) and k.numel() not in (1, weight.shape[0]):
             raise UsageError(f"operator: got {k.numel()} values of k, expected 1 or {weight.shape[0]}, one a filter")
         k = broadcast_k(k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-        return _sphere_map(x, weight, projection, k, beta, bias, radius, operator.name, eps)
+        return _sphere_map(x, weight, projection, operator.name, k, beta, bias, radius, eps)
 
 
 def _sphere_map(*arguments: Any) -> Tensor:
@@ -270,14 +270,14 @@ class _TransformableSphereMap(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         projection: Projection | None,
+        curve: str,
         k: float | Tensor | None,
         beta: Tensor | None,
         shift: Tensor | None,
         radius: Radius,
-        curve: str,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        return with_passes(_forward, x, weight, projection, k, beta, shift, radius, curve, eps)
+        return with_passes(_forward, x, weight, projection, curve, k, beta, shift, radius, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -290,7 +290,7 @@ class _TransformableSphereMap(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     """Keep for the backward what both Functions need there."""
-    x, weight, ctx.projection, k, beta, shift, radius, ctx.curve, ctx.eps = inputs
+    x, weight, ctx.projection, ctx.curve, k, beta, shift, radius, ctx.eps = inputs
     g, norm, filter_norm = output[-1] if len(output) > 3 else output[0], output[1], output[2]
     ctx.mark_non_differentiable(*output[1:])
     ctx.shift_dtype = None if shift is None else shift.dtype
@@ -313,9 +313,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
             norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection, radius)
             _, filter_norm = reference.normalize_filters(weight, ctx.eps, x.dtype)
             if beta is not None or ctx.shift_dtype is not None:
-                g, *_ = _function().apply(x, weight, ctx.projection, k, None, None, radius, ctx.curve, ctx.eps)
+                g, *_ = _function().apply(x, weight, ctx.projection, ctx.curve, k, None, None, radius, ctx.eps)
         return with_passes(
-            _backward, x, weight, ctx.projection, k, beta, ctx.shift_dtype, radius, ctx.curve, ctx.eps,
+            _backward, x, weight, ctx.projection, ctx.curve, k, beta, ctx.shift_dtype, radius, ctx.eps,
             grad, g, norm, filter_norm, ctx.needs_input_grad,
         )  # fmt: skip
 
@@ -325,11 +325,11 @@ def _forward(
     x: Tensor,
     weight: Tensor,
     projection: Projection | None,
+    curve: str,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift: Tensor | None,
     radius: Radius,
-    curve: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
     """(y, patch norms, filter norms, g), or (g, patch norms, filter norms) where there is neither β nor shift."""
@@ -345,11 +345,11 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     projection: Projection | None,
+    curve: str,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift_dtype: torch.dtype | None,
     radius: Radius,
-    curve: str,
     eps: float,
     grad: Tensor,
     g: Tensor,
@@ -358,7 +358,7 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments of `_forward` behind the passes."""
-    needs_x, needs_weight, _, needs_k, _, _, needs_radius, *_ = needed
+    needs_x, needs_weight, _, _, needs_k, _, _, needs_radius, _ = needed
     needs = (needs_x or needs_radius, needs_weight, needs_k)
     d_dot, radial, grad_k, grad_beta, grad_shift = passes.curve_backward(
         grad, g, norm, curve, k, projection, beta, shift_dtype, needs
@@ -375,4 +375,4 @@ def _backward(
         assert radial is not None
         grad_x = passes.subtract_radial(grad_x, x, radial, weight.shape[2:], projection)
     grad_weight = None if v is None else passes.filter_gradient(v, weight, filter_norm)
-    return grad_x, grad_weight, None, grad_k, grad_beta, grad_shift, grad_radius, None, None
+    return grad_x, grad_weight, None, None, grad_k, grad_beta, grad_shift, grad_radius, None

@@ -23,31 +23,32 @@ def with_passes(
     x: Tensor,
     weight: Tensor,
     projection: Projection | None,
+    curve: str,
     *arguments: Any,
 ) -> Result:
-    """method(passes, x, weight, projection, *arguments) with the fastest passes for these tensors.
+    """method(passes, x, weight, projection, curve, *arguments) with the fastest passes for these tensors.
 
     Where kernels cannot be compiled or launched, or disagree with the reference, a warning says so once, and the other
     passes serve from then on.
     """
     if not runs_eagerly(x, weight, *(value for value in arguments if isinstance(value, Tensor))):
-        return method(reference, x, weight, projection, *arguments)
+        return method(reference, x, weight, projection, curve, *arguments)
     for maker in (triton, compiled):
-        if serves(maker, x, weight, projection):
+        if serves(maker, x, weight, projection, curve):
             try:
-                return method(maker, x, weight, projection, *arguments)
+                return method(maker, x, weight, projection, curve, *arguments)
             except KernelFailure as failure:
                 maker.give_up(failure)
     passes: Passes = cpu if cpu.usable(x, weight, projection) else reference
-    return method(passes, x, weight, projection, *arguments)
+    return method(passes, x, weight, projection, curve, *arguments)
 
 
-def serves(maker: Any, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
+def serves(maker: Any, x: Tensor, weight: Tensor, projection: Projection | None, curve: str) -> bool:
     """True if kernels can serve an angular map of x and weight, where operations run eagerly, and are right."""
     if not maker.usable(x, weight, projection):
         return False
     try:
-        return self_check.is_trusted(maker, x, weight, projection)
+        return self_check.is_trusted(maker, x, weight, projection, curve)
     except KernelFailure as failure:
         maker.give_up(failure)
         return False

@@ -74,11 +74,11 @@ def composed(
     x: Tensor,
     weight: Tensor,
     projection: Projection | None,
+    curve: str,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift: Tensor | None,
     radius: Radius,
-    curve: str,
     eps: float,
 ) -> Tensor:
     """The angular map as operations that torch differentiates itself, in any mode: β·g(θ) + shift."""

@@ -3,12 +3,13 @@
 The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
 part in them. What a result may differ by follows from its dtype (`allowed`).
 
-Kernels are checked before their first use with each device, dtype and layout (`is_trusted`). That takes
-some milliseconds once they are compiled.
+Kernels are checked before their first use with each device, dtype, layout, curve and form of a layer (`is_trusted`):
+no more than what the layer needs, since Triton compiles a kernel for about a second. Once they are compiled, a check
+takes some milliseconds.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -44,6 +45,30 @@ class Kind(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}, {self.layout.replace('_', ' ')}, on {self.device}"
 
 
+class Use(NamedTuple):
+    """What a layer asks of the passes."""
+
+    curve: str
+    form: str
+    """Which sums its norms need: one of `FORMS`; "dense" for a linear map."""
+
+    @classmethod
+    def of(cls, weight: Tensor, projection: Projection | None, curve: str) -> "Use":
+        if projection is None:
+            return cls(curve, "dense")
+        return cls(curve, form_of(weight.shape[1], weight.shape[2:], projection.groups))
+
+
+FORMS = ("dense", "grouped", "depthwise", "pointwise")
+
+
+def form_of(fan_in: int, kernel: Sequence[int], groups: int) -> str:
+    """The form of a convolution with that many channels in each of its groups."""
+    if math.prod(kernel) == 1:
+        return "pointwise"
+    return "dense" if groups == 1 else "depthwise" if fan_in == 1 else "grouped"
+
+
 # ---- What is compared
 
 
@@ -67,6 +92,10 @@ class Case(NamedTuple):
     beta: bool = False
     shift: bool = False
     radius: float = 0.0
+
+    @property
+    def form(self) -> str:
+        return form_of(self.channels // self.groups, self.kernel, self.groups)
 
     @property
     def longest_sum(self) -> int:
@@ -126,6 +155,8 @@ PASSES: dict[str, Callable[[Passes, Operands], Answer]] = {
     "filter_gradient": lambda p, o: (p.filter_gradient(o.v, o.weight, o.filter_norm),),
 }
 """The passes of the protocol, each with its arguments."""
+OF_THE_CURVE = ("curve", "curve_backward")
+"""The passes that depend on the curve; the others depend on the form."""
 
 
 def make_operands(case: Case, kind: Kind) -> Operands:
@@ -209,16 +240,19 @@ class Deviation(NamedTuple):
         )
 
 
-def deviations(passes: Passes, kind: Kind) -> Iterator[Deviation]:
-    """Each pass compared with the reference in each of the cases.
+def deviations(passes: Passes, kind: Kind, use: Use | None = None) -> Iterator[Deviation]:
+    """Each pass compared with the reference in each of the cases, or in those that resemble a use.
 
     Raises:
         KernelFailure: a kernel could not be compiled or launched.
     """
     for case in CASES:
+        asked = {name: run for name, run in PASSES.items() if use is None or _resembles(case, name, use)}
+        if not asked:
+            continue
         operands = make_operands(case, kind)
         placed, exact = operands.each(lambda t: t.to(kind.device)), operands.each(torch.Tensor.double)
-        for name, run in PASSES.items():
+        for name, run in asked.items():
             with torch.no_grad():
                 expected = run(reference, exact.each(torch.clone))
                 with triton.launches() as kernels:
@@ -230,6 +264,11 @@ def deviations(passes: Passes, kind: Kind) -> Iterator[Deviation]:
                 ),
                 key=lambda found: found.deviation / found.allowed,
             )
+
+
+def _resembles(case: Case, name: str, use: Use) -> bool:
+    """True if a pass of the case runs the code that the use needs."""
+    return case.curve == use.curve if name in OF_THE_CURVE else case.form == use.form
 
 
 def _compare(got: Tensor | None, expected: Tensor | None, terms: int) -> tuple[float, float]:
@@ -263,11 +302,11 @@ class Disagreement(ArithmeticError):
     """A pass computes something else than the reference."""
 
 
-_trusted: set[tuple[Passes, Kind]] = set()
+_trusted: set[tuple[Passes, Kind, Use]] = set()
 
 
-def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection | None) -> bool:
-    """True if a maker agrees with the reference for such tensors, which is found out before the first use.
+def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection | None, curve: str) -> bool:
+    """True if a maker agrees with the reference for such a layer, which is found out before the first use.
 
     False while a CUDA graph is captured before that, since a check reads results, and where no thread can be started,
     as when the interpreter ends: the check is left to a later call.
@@ -275,8 +314,8 @@ def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection 
     Raises:
         KernelFailure: a kernel disagrees, or could not be compiled or launched.
     """
-    kind = Kind.of(x, weight, projection)
-    if (maker, kind) in _trusted:
+    kind, use = Kind.of(x, weight, projection), Use.of(weight, projection, curve)
+    if (maker, kind, use) in _trusted:
         return True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -284,20 +323,20 @@ def is_trusted(maker: Passes, x: Tensor, weight: Tensor, projection: Projection 
     # or records operations.
     with ThreadPoolExecutor(1) as thread:
         try:
-            checked = thread.submit(check, maker, kind)
+            checked = thread.submit(check, maker, kind, use)
         except RuntimeError:
             return False
         checked.result()
-    _trusted.add((maker, kind))
+    _trusted.add((maker, kind, use))
     return True
 
 
-def check(maker: Passes, kind: Kind) -> None:
+def check(maker: Passes, kind: Kind, use: Use | None = None) -> None:
     """Compare a maker with the reference, up to the first pass that disagrees.
 
     Raises:
         KernelFailure: one disagrees, or could not be compiled or launched.
     """
-    for found in deviations(maker, kind):
+    for found in deviations(maker, kind, use):
         if not found.agrees:
             raise KernelFailure(", ".join(found.kernels) or found.name) from Disagreement(f"{found}, in {kind}")

@@ -64,10 +64,9 @@ def test_in_half_precision_too_with_weights_in_fp32(dtype):
     self_check.check(kernels, self_check.Kind(CPU, dtype, torch.float32, "channels_last"))
 
 
-def test_a_check_happens_once_for_each_dtype_and_layout_and_changes_nothing(monkeypatch):
+def test_a_check_happens_once_for_each_dtype_layout_curve_and_form_and_changes_nothing(monkeypatch):
     checked, check = [], self_check.check
-    monkeypatch.setattr(self_check, "check", lambda maker, kind: checked.append(kind) or check(maker, kind))
-    monkeypatch.setattr(self_check, "CASES", self_check.CASES[:1])
+    monkeypatch.setattr(self_check, "check", lambda *asked: checked.append(asked) or check(*asked))
     x, weight = operands()
     state = torch.get_rng_state()
     with kernels.enabled(False):
@@ -81,12 +80,44 @@ def test_a_check_happens_once_for_each_dtype_and_layout_and_changes_nothing(monk
     outcome(normal(5, 2).float(), normal(3, 2, seed=1).float(), function=sphere_linear)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         sphere_conv2d(x, weight, make_operator("linear"))
-    assert [(kind.dtype, kind.weight_dtype, kind.layout) for kind in checked] == [
-        (torch.float32, torch.float32, "contiguous"),
-        (torch.float32, torch.float32, "channels_last"),
-        (torch.float32, torch.float32, "linear"),
-        (torch.bfloat16, torch.float32, "contiguous"),
+    outcome(x, weight, make_operator("cosine"))
+    outcome(x, weight[:2, :1].contiguous(), groups=2)
+    assert [(kind.dtype, kind.weight_dtype, kind.layout, *use) for maker, kind, use in checked if maker is kernels] == [
+        (torch.float32, torch.float32, "contiguous", "linear", "dense"),
+        (torch.float32, torch.float32, "channels_last", "linear", "dense"),
+        (torch.float32, torch.float32, "linear", "linear", "dense"),
+        (torch.bfloat16, torch.float32, "contiguous", "linear", "dense"),
+        (torch.float32, torch.float32, "contiguous", "cosine", "dense"),
+        (torch.float32, torch.float32, "contiguous", "linear", "depthwise"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "groups", "untouched"),
+    [
+        ("cosine", (4, 4, 3, 3), 1, set()),
+        ("linear", (4, 2, 3, 3), 2, set()),
+        ("learnable-sigmoid", (4, 1, 3, 3), 4, {"square_sum"}),
+        ("cosine", (4, 4, 1, 1), 1, {"window_map"}),
+    ],
+)
+def test_a_check_launches_every_kernel_of_the_step_behind_it_and_few_others(
+    operator, shape, groups, untouched, monkeypatch
+):
+    """Triton compiles a kernel for a second, so what a network does not need is not checked."""
+    launched, launch = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda name, *a, **how: launched.append(name) or launch(name, *a, **how))
+    x, weight = normal(2, 4, 5, 5).float(), normal(*shape, seed=1).float()
+    padding = shape[-1] // 2
+    outcome(x, weight, make_operator(operator), groups=groups, padding=padding)
+    both = list(launched)
+    launched.clear()
+    outcome(x, weight, make_operator(operator), groups=groups, padding=padding)
+    assert {"epilogue", "prologue", "correct"} <= set(launched)
+    during = both[: -len(launched)]
+    assert set(launched) <= set(during)
+    assert not untouched & set(during)
+    assert len(during) < len(self_check.CASES) * len(self_check.PASSES) / 2
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -91,13 +91,13 @@ def test_the_reference_serves_while_a_graph_is_captured_before_the_check(monkeyp
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(self_check, "check", None)
     monkeypatch.setattr(self_check, "_trusted", set())
-    assert not self_check.is_trusted(kernels, OnGpu(), OnGpu(), None)
+    assert not self_check.is_trusted(kernels, OnGpu(), OnGpu(), None, "cosine")
     assert not self_check._trusted
     monkeypatch.setattr(kernels, "usable", lambda *_: True)
     monkeypatch.setattr(self_check, "is_trusted", lambda *_: False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert with_passes(lambda passes, *_: passes, normal(1, 2), normal(1, 2), None) is cpu
+        assert with_passes(lambda passes, *_: passes, normal(1, 2), normal(1, 2), None, "cosine") is cpu
 
 
 def test_where_no_thread_can_be_started_the_check_is_left_to_a_later_call(monkeypatch):
@@ -109,5 +109,5 @@ def test_where_no_thread_can_be_started_the_check_is_left_to_a_later_call(monkey
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
         patch.setattr(self_check.ThreadPoolExecutor, "submit", refuse)
-        assert not self_check.is_trusted(cpu, x, weight, None)
-    assert self_check.is_trusted(cpu, x, weight, None)
+        assert not self_check.is_trusted(cpu, x, weight, None, "cosine")
+    assert self_check.is_trusted(cpu, x, weight, None, "cosine")
