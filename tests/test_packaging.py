@@ -41,6 +41,7 @@ def test_the_sdist_has_what_a_reader_needs_and_nothing_of_this_machine(built):
         "examples/demo.sh",
         "examples/cnn.py",
         "sphereify/nn/passes/kernels.cpp",
+        "sphereify/nn/passes/curves.h",
         "tests/test_packaging.py",
     } <= names
     assert not [name for name in names if re.match(r"(data|demo|dist|\.venv|\.git/)", name) or name.endswith(".pyc")]
@@ -52,7 +53,12 @@ def test_the_wheel_has_the_package_with_its_kernels_its_mark_of_types_and_the_lo
         names = set(archive.namelist())
         metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
     modules = {path.relative_to(root).as_posix() for path in (root / "sphereify").rglob("*.py")}
-    others = {"nn/passes/kernels.cpp", "py.typed", "report/report.css", "report/report.js"}
+    others = {
+        *(f"nn/passes/{name}" for name in ("kernels.cpp", "curves.h", "windows.h")),
+        "py.typed",
+        "report/report.css",
+        "report/report.js",
+    }
     assert modules | {f"sphereify/{other}" for other in others} == {name for name in names if ".dist-info/" not in name}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"

@@ -15,7 +15,7 @@ and has fewer channels than there are filters, the input is divided instead, and
 
 import math
 import sys
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,10 @@ from sphereify.errors import UnsupportedModelError
 from sphereify.head_numbers import HEAD_NUMBERS
 from sphereify.nn import passes
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
-from sphereify.nn.decoupled import filter_norms
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, project, resolve
-from sphereify.nn.heads import HEAD_EPS, AngularHead, head_eps, length_of
+from sphereify.nn.heads import head_eps, length_of
 from sphereify.nn.layers import (
-    AngularLayer,
     ConvGeometry,
-    SphereConv1d,
-    SphereConv2d,
-    SphereConv3d,
-    SphereLinear,
-    adopted,
 )
 from sphereify.nn.operators import is_built_in
 from sphereify.nn.passes import compiled
@@ -54,7 +47,7 @@ from sphereify.nn.precision import (
     no_autocast,
     runs_eagerly,
 )
-from sphereify.nn.radius import HasRadius, pool
+from sphereify.nn.radius import pool
 from sphereify.nn.sphereface2 import similarity
 from sphereify.nn.tracing import one_node
 
@@ -64,13 +57,6 @@ ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "hardswish": F.hardswish}
 
 PLAIN = "plain"
 """The curve of a layer that has become an inner product again."""
-
-
-class Affine(NamedTuple):
-    """y -> scale·y + shift for each channel; both of shape (channels,), in float64."""
-
-    scale: Tensor
-    shift: Tensor
 
 
 class FoldedLayer(nn.Module):
@@ -99,7 +85,7 @@ class FoldedLayer(nn.Module):
     activation: str | None
     _map: Any
 
-    def _fold(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
+    def take_constants(self, operator: Any, scale: Tensor | None, shift: Tensor | None) -> None:
         """Become scale·g(θ) + shift, both of shape (filters,) or None for 1 and 0, from the layer that this copies."""
         unit, _ = normalize_filters(self.weight.detach().double(), self.eps, torch.float64)
         sharpness = self.activation = None
@@ -118,7 +104,7 @@ class FoldedLayer(nn.Module):
                     home.pop(name, None)
         like = self._parameters.pop("weight")
         for name, value in {"weight": unit, "bias": shift, "scale": scale, "sharpness": sharpness}.items():
-            self._parameters[name] = None if value is None else _constant(value, like)
+            self._parameters[name] = None if value is None else constant(value, like)
 
     def train(self: Layer, mode: bool = True) -> Layer:
         if mode and not _only_traced():
@@ -221,7 +207,7 @@ def _only_traced() -> bool:
     return False
 
 
-def _constant(value: Tensor, like: Any) -> nn.Parameter:
+def constant(value: Tensor, like: Any) -> nn.Parameter:
     """A parameter that requires no gradient, with the dtype and, for filters, the memory format of another."""
     last = value.dim() > 1 and not like.is_contiguous() and is_channels_last(like)
     form = CHANNELS_LAST[value.dim()] if last else torch.contiguous_format
@@ -400,60 +386,3 @@ class FoldedHead(FoldedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
-
-
-FOLDED: dict[type[nn.Module], type[FoldedLayer]] = {
-    SphereConv1d: FoldedConv1d,
-    SphereConv2d: FoldedConv2d,
-    SphereConv3d: FoldedConv3d,
-    SphereLinear: FoldedLinear,
-    AngularHead: FoldedHead,
-}
-"""The folded class of each angular class; not of subclasses, which may compute something else."""
-
-
-def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
-    """The inference form of an angular layer or head; the layer is not changed.
-
-    Args:
-        layer: of one of the types in `FOLDED`.
-        affine: the affine map of each channel that a BatchNorm behind it is in evaluation.
-    """
-    twin = FOLDED[type(layer)].__new__(FOLDED[type(layer)])
-    twin.__dict__.update(adopted(layer))
-    twin.training = False
-    if isinstance(layer, AngularHead):
-        vars(twin).update(eps=HEAD_EPS, in_features=layer.in_features, out_features=layer.num_classes)
-        shift = _double(layer.bias)
-        if layer.kind == "sphereface2":
-            common = _double(layer.common_bias).expand(layer.num_classes)  # type: ignore[union-attr]
-            del twin._parameters["common_bias"]
-            twin._fold(layer.operator, None, None)
-            twin._parameters["shift"] = _constant(common if shift is None else common + shift, layer.weight)
-            vars(twin)["spread"] = (layer.scale, layer.similarity_power)
-            return twin
-        scale = layer.weight.new_full((layer.num_classes,), layer.scale).double() if layer.has_scale else None
-        twin._fold(layer.operator, scale, shift)
-        return twin
-    if isinstance(twin, FoldedLinear):
-        twin.rows_only = affine is not None
-    if isinstance(layer, HasRadius):
-        twin._parameters.pop("log_radius")
-        del twin._radius
-        vars(twin)["radius"] = layer.radius_value
-    assert isinstance(layer, AngularLayer)
-    scale, shift = _double(layer.beta), _double(layer.bias if layer.bias is not None else layer.gamma)
-    if affine is not None:
-        shift = affine.shift if shift is None else affine.scale * shift + affine.shift
-        scale = affine.scale if scale is None else affine.scale * scale
-    if layer.magnitude.weighted:
-        lengths = filter_norms(layer.weight.detach().double(), layer.eps)
-        scale = lengths if scale is None else lengths * scale
-    twin._fold(layer.operator, scale, shift)
-    if layer.is_plain:
-        twin.curve = PLAIN
-    return twin
-
-
-def _double(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().double()

@@ -4,10 +4,10 @@ The conversion plan says which normalization follows a layer; a model built of a
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
@@ -20,12 +20,23 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
 from sphereify.convert.sites import class_name
 from sphereify.deployment.comparison import check_outputs
-from sphereify.deployment.folded_layers import FOLDED, Affine, FoldedLayer, folded
+from sphereify.deployment.folded_layers import (
+    PLAIN,
+    FoldedConv1d,
+    FoldedConv2d,
+    FoldedConv3d,
+    FoldedHead,
+    FoldedLayer,
+    FoldedLinear,
+    constant,
+)
 from sphereify.errors import PlanMismatchError, UsageError
 from sphereify.nn import AngularHead
-from sphereify.nn.decoupled import Decoupled, check_complete
+from sphereify.nn.decoupled import Decoupled, check_complete, filter_norms
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name
-from sphereify.nn.layers import AngularLayer
+from sphereify.nn.heads import HEAD_EPS
+from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
+from sphereify.nn.radius import HasRadius
 from sphereify.wording import count
 
 FOLDING_ATTRIBUTE = "folding"
@@ -45,6 +56,13 @@ BATCH_NORMS = {
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
 """The activations of `folded_layers.ACTIVATIONS` as modules, which timm's classes of a norm with an activation hold."""
+
+
+class Affine(NamedTuple):
+    """y -> scale·y + shift for each channel; both of shape (channels,), in float64."""
+
+    scale: Tensor
+    shift: Tensor
 
 
 @dataclass(frozen=True)
@@ -271,3 +289,63 @@ def _affine_of(norm: Any) -> Affine | None:
     scale = scale if norm.weight is None else scale * norm.weight.double()
     shift = -norm.running_mean.double() * scale
     return Affine(scale, shift if norm.bias is None else shift + norm.bias.double())
+
+
+# ---- One layer
+
+
+FOLDED: dict[type[nn.Module], type[FoldedLayer]] = {
+    SphereConv1d: FoldedConv1d,
+    SphereConv2d: FoldedConv2d,
+    SphereConv3d: FoldedConv3d,
+    SphereLinear: FoldedLinear,
+    AngularHead: FoldedHead,
+}
+"""The folded class of each angular class; not of subclasses, which may compute something else."""
+
+
+def folded(layer: nn.Module, affine: Affine | None = None) -> FoldedLayer:
+    """The inference form of an angular layer or head; the layer is not changed.
+
+    Args:
+        layer: of one of the types in `FOLDED`.
+        affine: the affine map of each channel that a BatchNorm behind it is in evaluation.
+    """
+    twin = FOLDED[type(layer)].__new__(FOLDED[type(layer)])
+    twin.__dict__.update(adopted(layer))
+    twin.training = False
+    if isinstance(layer, AngularHead):
+        vars(twin).update(eps=HEAD_EPS, in_features=layer.in_features, out_features=layer.num_classes)
+        shift = _double(layer.bias)
+        if layer.kind == "sphereface2":
+            common = _double(layer.common_bias).expand(layer.num_classes)  # type: ignore[union-attr]
+            del twin._parameters["common_bias"]
+            twin.take_constants(layer.operator, None, None)
+            twin._parameters["shift"] = constant(common if shift is None else common + shift, layer.weight)
+            vars(twin)["spread"] = (layer.scale, layer.similarity_power)
+            return twin
+        scale = layer.weight.new_full((layer.num_classes,), layer.scale).double() if layer.has_scale else None
+        twin.take_constants(layer.operator, scale, shift)
+        return twin
+    if isinstance(twin, FoldedLinear):
+        twin.rows_only = affine is not None
+    if isinstance(layer, HasRadius):
+        twin._parameters.pop("log_radius")
+        del twin._radius
+        vars(twin)["radius"] = layer.radius_value
+    assert isinstance(layer, AngularLayer)
+    scale, shift = _double(layer.beta), _double(layer.bias if layer.bias is not None else layer.gamma)
+    if affine is not None:
+        shift = affine.shift if shift is None else affine.scale * shift + affine.shift
+        scale = affine.scale if scale is None else affine.scale * scale
+    if layer.magnitude.weighted:
+        lengths = filter_norms(layer.weight.detach().double(), layer.eps)
+        scale = lengths if scale is None else lengths * scale
+    twin.take_constants(layer.operator, scale, shift)
+    if layer.is_plain:
+        twin.curve = PLAIN
+    return twin
+
+
+def _double(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().double()

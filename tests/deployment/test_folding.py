@@ -11,7 +11,8 @@ from torch import nn
 
 from sphereify import fold, load, save, sphereify
 from sphereify.choices import HEAD_KINDS, OPERATORS
-from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer, folded
+from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer
+from sphereify.deployment.folding import folded
 from sphereify.errors import ArtifactError, PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, SigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
 from sphereify.training import Settings, finetune

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sphereify.deployment.folded_layers import folded
+from sphereify.deployment.folding import folded
 from sphereify.errors import UsageError
 from sphereify.nn import SphereConv1d, SphereConv2d, SphereConv3d
 from sphereify.nn.functional import sphere_conv2d

@@ -22,7 +22,9 @@ import torch
 from sphereify.files import replacing
 from sphereify.nn.arcsine import ARCSINE_IN_RIGHT_ANGLES, SINE_OF_RIGHT_ANGLES
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCE = "kernels.cpp"
+HEADERS = ("curves.h", "windows.h")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 """Sums are reordered only where the source says so, and NaN and infinities stay what they are."""
 OF_PROCESSOR = {
@@ -72,7 +74,7 @@ def load() -> dict[str, Callable[..., None]]:
     """
     flags = (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
     source = _source()
-    name = f"kernels-{hashlib.sha256(repr((source, flags)).encode()).hexdigest()[:16]}.so"
+    name = _file_name(source, flags)
     try:
         path = _folder() / name
         if not _is_whole(path):
@@ -93,7 +95,17 @@ def _source() -> str:
         f"constexpr float {name}[] = {{{', '.join(f'{value:.9e}f' for value in values)}}};\n"
         for name, values in coefficients.items()
     ]
-    return "".join(tables) + SOURCE.read_text(encoding="utf-8")
+    return "".join(tables) + _text(SOURCE)
+
+
+def _file_name(source: str, flags: tuple[str, ...]) -> str:
+    """The name of the library, another one for each source, header and flag."""
+    everything = (source, *(_text(name) for name in HEADERS), flags)
+    return f"kernels-{hashlib.sha256(repr(everything).encode()).hexdigest()[:16]}.so"
+
+
+def _text(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def _folder() -> Path:
@@ -130,7 +142,7 @@ def _compile(source: str, flags: tuple[str, ...], path: Path) -> None:
     found = compiler()
     if found is None:
         raise FileNotFoundError("no C++ compiler")
-    command = [*found, *flags, "-x", "c++", "-", "-o", str(path)]
+    command = [*found, *flags, "-I", str(FOLDER), "-x", "c++", "-", "-o", str(path)]
     # In UTF-8 whatever the locale is, which may not have the letters of the comments.
     done = subprocess.run(command, input=source, encoding="utf-8", errors="replace", capture_output=True, check=False)
     if done.returncode:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -286,6 +287,7 @@ def test_a_compiler_that_fails_is_quoted_in_one_warning(monkeypatch, fresh):
     assert not list(fresh.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_the_library_is_compiled_once_and_kept(monkeypatch, fresh):
     library.load()
     (kept,) = fresh.iterdir()
@@ -293,6 +295,26 @@ def test_the_library_is_compiled_once_and_kept(monkeypatch, fresh):
     library.load.cache_clear()
     assert set(library.load()) == set(library.FUNCTIONS)
     assert list(fresh.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("name", [library.SOURCE, *library.HEADERS])
+def test_a_file_of_the_source_that_has_changed_makes_another_library(name, monkeypatch, tmp_path):
+    before = library._file_name(library._source(), ())
+    for each in (library.SOURCE, *library.HEADERS):
+        (tmp_path / each).write_text(library._text(each))
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    assert library._file_name(library._source(), ()) == before
+    (tmp_path / name).write_text("// changed\n")
+    assert library._file_name(library._source(), ()) != before
+
+
+def test_every_header_that_is_included_is_known():
+    included = {
+        name
+        for file in (library.SOURCE, *library.HEADERS)
+        for name in re.findall(r'^#include "(.*)"', library._text(file), re.MULTILINE)
+    }
+    assert included == set(library.HEADERS)
 
 
 @pytest.mark.exhaustive
