@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from examples.papers.report import finish, parse
 from examples.papers.results import Outcome, curves, percent, table
 from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
-from sphereify.errors import SphereifyError, TrainingError
+from sphereify.errors import SphereifyError, TrainingError, UsageError
 from sphereify.files import write_text
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
@@ -167,15 +167,15 @@ class Experiment:
 
 def run(experiment: Experiment, argv: list[str] | None = None) -> None:
     """Run a whole experiment, from the command line to its results."""
-    args = parse(experiment.about, argv, trains=True, further=experiment.arguments)
+    args = parse(experiment.about, argv, trains=True, further={**experiment.arguments, **ONLY})
     scale: Scale = getattr(experiment, args.scale)
     given = {name: getattr(args, name) for name in ("iterations", "seeds") if getattr(args, name)}
     scale = replace(scale, **given)
     further = {
         name: getattr(args, name) for name in (word.strip("-").replace("-", "_") for word in experiment.arguments)
     }
-    cells = experiment.cells(scale, **further)
     try:
+        cells = _chosen(experiment.cells(scale, **further), args.only)
         outcomes = _outcomes(cells, scale, args)
     except SphereifyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -190,6 +190,23 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
     finish(args, experiment.name, (experiment.table or table)(experiment, cells, outcomes, scale), None, document)
+
+
+ONLY = {
+    "--only": {"nargs": "+", "metavar": "NAME", "help": "networks to train, by their names in the table; default: all"}
+}
+
+
+def _chosen(cells: list[Cell], names: Sequence[str] | None) -> list[Cell]:
+    """The cells with these names, all without names.
+
+    Raises:
+        UsageError: there is no cell with one of the names.
+    """
+    known = [cell.name for cell in cells]
+    if unknown := [name for name in names or () if name not in known]:
+        raise UsageError(f"only: there is no {unknown[0]!r}; there are {'; '.join(known)}")
+    return [cell for cell in cells if names is None or cell.name in names]
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -50,7 +50,7 @@ def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, nam
         assert [outcome["seed"] for outcome in outcomes] == [0]
         assert [point["step"] for point in outcomes[0]["curve"]] == [1, 2]
     rows = table(tmp_path / "table.md")
-    assert len(rows) == (3 if program is depth else len(found))
+    assert len(rows) == (len(depth.NETWORKS) if program is depth else len(found))
     pictures = ["figure.png", "second.png"] if program is contrast else ["figure.png"]
     for picture in pictures:
         with Image.open(tmp_path / picture) as image:
@@ -143,6 +143,19 @@ def test_the_best_rate_of_the_first_seed_is_that_of_all_seeds(tmp_path, monkeypa
     assert rows == {"one: net": ["0.001", "50.00 ± 0.00"], "one: fixed": ["0.5", "100.00 ± 0.00"]}
 
 
+def test_only_the_networks_that_are_named_are_trained(tmp_path, monkeypatch, capsys):
+    three = [cells.Cell("one", name, Stub, None) for name in ("net", "net, wider", "other")]
+    experiment = cells.Experiment("test", "", lambda scale: three, quick=replace(cells.QUICK, goals=()))
+    found = lambda one, seed: replace(outcome(seed, 0.5), lr=1e-3)  # noqa: E731
+    asked = run_with(monkeypatch, experiment, tmp_path, found, "--only", "one: net", "one: other")
+    assert [name for name, *_ in asked] == ["one: net", "one: other"]
+    assert list(table(tmp_path / "table.md")) == ["one: net", "one: other"]
+    with pytest.raises(SystemExit) as ended:
+        run_with(monkeypatch, experiment, tmp_path, found, "--only", "one: nets")
+    assert ended.value.code == 2
+    assert "only: there is no 'one: nets'; there are one: net; one: net, wider; one: other" in capsys.readouterr().err
+
+
 def test_a_report_tells_what_has_finished_and_how_many_seeds(tmp_path, monkeypatch):
     two = [cells.Cell("one", name, Stub, None) for name in ("first", "second")]
     experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, seeds=2, goals=()))
@@ -210,8 +223,8 @@ def test_depths_are_in_order_and_rates_without_an_outcome_are_blank():
     outcomes["CNN-18: plain, rate 0.003"] = [outcome(seed, 0.4) for seed in range(3)]
     text = depth.table(depth.EXPERIMENT, found, outcomes, depth.EXPERIMENT.cpu)
     assert text.splitlines()[2:] == [
-        "| CNN-18: plain |  |  |  | 3 of 3, 40.0 ± 0.0 % |  | 0.003 |",
-        "| CNN-69: plain |  |  | 0 of 1 |  |  | none |",
+        "| CNN-18: plain |  |  | 3 of 3, 40.0 ± 0.0 % | 0.003 |",
+        "| CNN-69: plain |  | 0 of 1 |  | none |",
     ]
 
 
