@@ -103,6 +103,7 @@ def _told(runs: list[Outcome]) -> str:
 def draw(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> None:
     """The accuracy of each run over its learning rate, a panel for each depth, a line through the means."""
     depths = list(dict.fromkeys(cell.panel for cell in cells))
+    rates = sorted({cell.settings["lr"] for cell in cells})
     size = {"width": 4.0 * len(depths), "height": 3.8}
     figure, grid = new_figure(**size, ncols=len(depths), squeeze=False, sharey=True)
     for (depth, name), sweep in sweeps(cells, outcomes).items():
@@ -113,6 +114,8 @@ def draw(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> N
                   color=COLOURS[name], alpha=0.6)  # fmt: skip
         axes.set_title(depth, fontsize=10)
         axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
         axes.set_xlabel("learning rate")
         axes.grid(linewidth=0.4)
         axes.legend(fontsize=8)
