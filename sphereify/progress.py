@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from sphereify.terminal import console, is_first_process, progress_bar, say
+from sphereify.terminal import console, progress_bar, say
+from sphereify.torchrun import is_first_process
 
 if TYPE_CHECKING:
     from sphereify.calibration.agreement import Trial

@@ -105,13 +105,3 @@ def progress_bar(out: Console) -> Progress:
     """A bar with a description and the time that remains, shown in a terminal only and gone at the end."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=out, disable=not out.is_terminal, transient=True)
-
-
-def is_first_process() -> bool:
-    """True in the only process, and in the first of those that torchrun started: the one that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_one_of_several() -> bool:
-    """True in each of several processes that torchrun started."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -16,7 +16,8 @@ from sphereify import __version__
 from sphereify.cli import convert, doctor, export, predict, push, train
 from sphereify.cli.spelling import command_line
 from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning
-from sphereify.terminal import escape_what_cannot_be_written, is_first_process, is_one_of_several
+from sphereify.terminal import escape_what_cannot_be_written
+from sphereify.torchrun import is_first_process, world_size
 
 app = typer.Typer(
     name="sphereify",
@@ -35,7 +36,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        if is_one_of_several():
+        if world_size() > 1:
             _leave(end.code)
         raise
 

@@ -82,7 +82,7 @@ def finetune(
     if model is None:
         raise UsageError("MODEL: is missing; an artifact, or the name of a model to convert first")
     from sphereify.progress import TrainingProgress
-    from sphereify.terminal import is_first_process
+    from sphereify.torchrun import is_first_process
     from sphereify.training import finetune as train
     from sphereify.training.distributed import local_device
     from sphereify.training.recipe import with_recipe

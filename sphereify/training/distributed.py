@@ -1,6 +1,5 @@
 """One process, or several that torchrun started: their sums, and which of them writes."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from sphereify.torchrun import local_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,15 @@ class Processes:
 
 def local_device(device: torch.device) -> torch.device:
     """The device of this process: where torchrun started several, a GPU of its own unless one is named."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size() > 1 and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", local_rank())
     return device
 
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
     """The processes of torchrun, which sets their ranks and address in the environment; without it, this one alone."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield Processes(0, 1, device)
         return
