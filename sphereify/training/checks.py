@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
@@ -22,6 +23,11 @@ from sphereify.training.optim import make_optimizer, make_schedule
 from sphereify.training.run_folder import RunFolder
 from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import Settings, differences
+
+
+def is_trained(model: nn.Module) -> bool:
+    """True if a model keeps what a trained network knew: it was calibrated to one, or it is the artifact of a run."""
+    return bool(getattr(model, CALIBRATED_ATTRIBUTE, False) or getattr(model, RECORD_ATTRIBUTE, None))
 
 
 def check_run(

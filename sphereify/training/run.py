@@ -5,6 +5,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sphereify.datasets import Data
 from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, UsageError, option
 from sphereify.model_images import PREPARATION_ATTRIBUTE, set_preparation, with_classes
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
-from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable
+from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable, is_trained
 from sphereify.training.distributed import Processes, join
 from sphereify.training.evaluation import score
 from sphereify.training.freezing import frozen
@@ -56,8 +57,9 @@ def finetune(
         model: returns logits of shape (B, classes), an `AngularOutput`, or an output that has either as `logits`, for
             images (B, C, H, W).
         data: from `sphereify.datasets.load_data`, or a `Data` around data sets of your own.
-        settings: how to train; default: `Settings()`. What they leave open is chosen as for a network that has not been
-            trained; see `with_recipe`.
+        settings: how to train; default: `Settings()`. What they leave open is chosen by what the model
+            keeps: small steps after a calibration and for the artifact of a run, see `with_recipe`; in a run that is
+            continued, as it began.
         output: folder of the run, see `RunFolder`: the models after the last and after the best epoch, checkpoints,
             metrics, curves and a summary. None: nothing is written.
         resume: continue from the last checkpoint in `output`, bit by bit as if the run had never stopped.
@@ -81,15 +83,18 @@ def finetune(
     """
     check_trainable(model)
     check_arguments(model, data, settings)
-    settings = with_recipe(settings or Settings())
+    settings = settings or Settings()
     folder = None if output is None else RunFolder(output)
     with (
         join(settings.chosen_device) as processes,
         deterministic_algorithms(settings.deterministic),
         stop_requests() as request,
     ):
+        path, saved = _last_checkpoint(folder) if resume else (None, None)
+        settings = _settled(settings, model, saved)
         check_run(model, data, settings, processes, teacher)
-        saved = _saved_state(folder, model, data, settings, processes) if resume else None
+        if folder is not None and path is not None and saved is not None:
+            check_same_run(folder, path, saved, model, data, settings, processes)
         if saved is None and processes.writes:
             on_start()
             if folder is not None:
@@ -105,15 +110,20 @@ def finetune(
             return run.close()
 
 
-def _saved_state(
-    folder: RunFolder | None, model: nn.Module, data: Data, settings: Settings, processes: Processes
-) -> dict[str, Any]:
-    """The last checkpoint of the run to continue, which must be this run."""
+def _last_checkpoint(folder: RunFolder | None) -> tuple[Path, dict[str, Any]]:
+    """The file and the content of the last checkpoint of the run to continue."""
     if folder is None:
         raise UsageError(f"{option('resume')}: needs {option('output')}, the folder of the run to continue")
-    path, saved = read_last_checkpoint(folder.checkpoints)
-    check_same_run(folder, path, saved, model, data, settings, processes)
-    return saved  # type: ignore[no-any-return]
+    return read_last_checkpoint(folder.checkpoints)
+
+
+def _settled(settings: Settings, model: nn.Module, saved: dict[str, Any] | None) -> Settings:
+    """The settings with what they leave open: as in the run that is continued, or by the recipe for the model."""
+    if saved is not None:
+        before = Settings.from_json(saved["settings"])
+        names = [name for name in ("opt", "lr", "weight_decay") if getattr(settings, name) is None]
+        settings = replace(settings, **{name: getattr(before, name) for name in names})
+    return with_recipe(settings, trained=is_trained(model))
 
 
 class TrainingRun:

@@ -12,12 +12,11 @@ from torch import nn
 from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
 from sphereify.datasets import Data, ImageFiles, training_images
 from sphereify.errors import DataError, UsageError, invalid, option
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
-from sphereify.training.checks import check_classes, check_trained, check_unseen
+from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
@@ -97,7 +96,7 @@ def start(
         data = images.open(model)
         check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
         followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
-        return Start(model, data, followed, trained=_is_trained(model))
+        return Start(model, data, followed, trained=is_trained(model))
     if calibration_images < 0:
         raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
     plain, learned = open_plain(spec, for_classes_of(images, spec, source), images.class_count())
@@ -116,11 +115,6 @@ def start(
         kept = summary(result, learned, data, calibration_images)
     before = original.model if keep_original and learned != NOTHING else None
     return Start(model, data, followed, kept, learned != NOTHING, untrained, result, before)
-
-
-def _is_trained(model: nn.Module) -> bool:
-    """True if an artifact was calibrated to a trained network, or trained itself."""
-    return bool(getattr(model, CALIBRATED_ATTRIBUTE, False) or getattr(model, RECORD_ATTRIBUTE, None))
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:

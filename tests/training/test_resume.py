@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.errors import ArtifactError, Interrupted, UsageError
 from sphereify.training import Result, Terms, finetune
-from sphereify.training.checkpoint import checkpoints, read_checkpoint
+from sphereify.training.checkpoint import checkpoints, read_checkpoint, read_last_checkpoint
+from sphereify.training.recipe import recipe
 from tests.training.small import (
     Augmented,
     Crash,
@@ -197,3 +200,25 @@ def test_a_continued_run_needs_a_folder_with_a_checkpoint(tmp_path):
         finetune(dropout_net(), images(), usual(), resume=True)
     with pytest.raises(ArtifactError, match="there is no checkpoint to continue from"):
         finetune(dropout_net(), images(), usual(), output=tmp_path, resume=True)
+
+
+def test_what_settings_leave_open_follows_from_the_model_and_stays_in_a_run_that_is_continued(tmp_path):
+    def begun(folder):
+        saved = read_last_checkpoint(folder / "checkpoints")[1]["settings"]
+        return saved["opt"], saved["lr"], saved["weight_decay"]
+
+    def calibrated():
+        model = dropout_net()
+        setattr(model, CALIBRATED_ATTRIBUTE, True)
+        return model
+
+    left_open = usual(epochs=1, opt=None, lr=None, weight_decay=None)
+    fresh, gentle = (tuple(vars(recipe(left_open, trained=trained)).values()) for trained in (False, True))
+    for name, make, expected in (("fresh", dropout_net, fresh), ("kept", calibrated, gentle)):
+        folder = tmp_path / name
+        finetune(make(), images(), left_open, output=folder)
+        assert begun(folder) == expected
+        for again in (dropout_net, calibrated):  # the checkpoint holds what came of a calibration
+            finetune(again(), images(), left_open, output=folder, resume=True)
+    with pytest.raises(UsageError, match="opt: sgd before, adam now"):
+        finetune(calibrated(), images(), replace(left_open, opt="adam"), output=tmp_path / "kept", resume=True)
