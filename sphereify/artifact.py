@@ -1,10 +1,9 @@
 """A converted model on disk: a folder with model.safetensors and conversion.json. Nothing is pickled.
 
 conversion.json says where the model comes from, how it was converted and by which versions, and how its images are
-prepared. The header of
-model.safetensors repeats it, so that the tensors alone are complete: both files are written aside and moved into place
-one after the other, and a crash between the two moves leaves new tensors with their own description next to an old
-JSON, which `load` recognises by its id and ignores.
+prepared. The header of model.safetensors repeats it, so that the tensors alone are complete: both files are written
+aside and moved into place one after the other, and a crash between the two moves leaves new tensors with their own
+description next to an old JSON, which `load` recognises by its id and ignores.
 """
 
 import json

@@ -127,7 +127,7 @@ def _stand_in(path: str, number: int) -> type:
 
 
 def _of_numpy() -> dict[str, Any]:
-    """What numpy's scalars and arrays are made with, under its names of both major versions."""
+    """The functions and types that numpy's scalars and arrays are made with, under its names of both major versions."""
     core = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined]
     makers = {"scalar": core.multiarray.scalar, "_reconstruct": core.multiarray._reconstruct}
     named = {f"numpy.{home}.multiarray.{n}": maker for home in ("core", "_core") for n, maker in makers.items()}

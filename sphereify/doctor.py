@@ -41,19 +41,19 @@ class PassReport:
     deviation: float = 0.0
     """The largest difference from the reference in float64 on the CPU, as a share of the largest value."""
     allowed: float = 1.0
-    """What rounding explains of it."""
+    """The largest deviation that rounding explains."""
     where: str = ""
     """The dtype and layout for which the deviation comes closest to what is allowed, or exceeds it most."""
     agrees: bool = True
     microseconds: dict[str, float] = field(default_factory=dict)
     """The median time of a call, by dtype."""
     error: str = ""
-    """Why a kernel does not run, whose name then stands in place of the pass."""
+    """The reason why a kernel does not run, whose name then stands in place of the pass."""
 
 
 @dataclass
 class Examination:
-    """What `examine` found."""
+    """The findings of `examine`."""
 
     environment: dict[str, str]
     timed: str
@@ -90,7 +90,7 @@ def makers(device: torch.device) -> dict[str, Passes]:
 
 
 def environment() -> dict[str, str]:
-    """What the passes depend on, by name, as text."""
+    """The parts of the environment that the passes depend on, by name, as text."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     is_there = find_spec("triton") is not None
     if not is_there:
@@ -153,7 +153,7 @@ def _served(maker: Passes, dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
 
 
 def _exact_convolutions(device: torch.device) -> AbstractContextManager:
-    """Without TF32, in which cuDNN would compute the sums over windows of the reference on a GPU."""
+    """A context without TF32, in which cuDNN would compute the sums over windows of the reference on a GPU."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
 
 

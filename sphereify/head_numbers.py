@@ -34,7 +34,7 @@ HEAD_NUMBERS: dict[str, dict[str, HeadNumber]] = {
     "similarity_power": {"sphereface2": HeadNumber(3.0, _FACTOR)},
     "positive_weight": {"sphereface2": HeadNumber(0.7, Option("", above=0, below=1))},
 }
-"""For each number the kinds that take it."""
+"""Numbers of angular heads, each with the kinds that take it."""
 
 
 def number_of(name: str, kind: str) -> HeadNumber:

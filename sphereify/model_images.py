@@ -1,6 +1,6 @@
-"""What a model knows of its images: their preparation, and the names of its classes.
+"""A model's own facts about its images: their preparation, and the names of its classes.
 
-It comes from the training that a model went through, from the artifact that it was loaded from, or from the
+They come from the training that a model went through, from the artifact that it was loaded from, or from the
 configuration that its library gives it, in this order.
 """
 

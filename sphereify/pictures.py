@@ -21,7 +21,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets a picture upright, by its EXIF orientation."""
+"""The turn that sets a picture upright, by its EXIF orientation."""
 _HOLDERS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Names under which PIL keeps what a file says about its orientation."""
 

@@ -159,7 +159,7 @@ def plot_panels(
 
 
 _VALUES = {"accuracy": ("test accuracy, %", 100), "loss": ("training loss", 1)}
-"""What is plotted over steps, each with the name of its axis and the factor of its unit."""
+"""Values that are plotted over steps, each with the name of its axis and the factor of its unit."""
 
 
 def plot_robustness(networks: dict[str, dict[str, Any]], chance: float, path: str | Path) -> Path:

@@ -30,7 +30,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes an input of a network, and the names of the network's classes. Plain data.
+    """The steps from an image to an input of a network, and the names of the network's classes. Plain data.
 
     Raises:
         ValueError: a value that is not valid.
@@ -43,7 +43,7 @@ class Preparation:
     std: tuple[float, ...]
     """Standard deviation of each channel, of pixels in [0, 1]."""
     interpolation: str = "bicubic"
-    """How an image is resized: one of INTERPOLATIONS."""
+    """Interpolation with which an image is resized: one of INTERPOLATIONS."""
     crop_pct: float = CROP_PCT
     """Size of the input as a share of that to which an image is resized before the crop, in (0, 1]."""
     crop_mode: str = "center"
@@ -209,7 +209,7 @@ PANEL = "Preparation of images"
 
 @dataclass(frozen=True)
 class PreparationOptions:
-    """What to know about a model's images where the model does not say it, or says it wrongly.
+    """Facts about a model's images that the model does not state, or states wrongly.
 
     Raises:
         UsageError: a value that is not valid.

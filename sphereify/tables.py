@@ -20,7 +20,7 @@ COLOURS = {"convert": "green", "keep": "yellow"}
 
 
 def plan_table(plan: ConversionPlan, *, every: bool = False) -> Table:
-    """What happens to each site of the model, and why; repeated layers share a row unless `every` is True."""
+    """A table of what happens to each site, and why; repeated layers share a row unless `every` is True."""
     table = text_table("layer", "kind", "becomes", "why", title=plan.model, whole=["kind"])
     for row in plan.rows(every=every):
         layer = row.layer if every else Name(row.layer)

@@ -25,7 +25,7 @@ def is_saved_by_timm(spec: str) -> bool:
 
 
 def config_of(spec: str) -> dict[str, Any]:
-    """What timm wrote beside a model that it saved: its architecture, and how to build it.
+    """The configuration that timm wrote beside a model that it saved: its architecture, and how to build it.
 
     Raises:
         UsageError: there is no model of timm's.

@@ -213,7 +213,7 @@ def _same(one: dict[str, Any], other: dict[str, Any], names: set[str]) -> bool:
 
 @dataclass(frozen=True)
 class _Misfit:
-    """What of a state does not fit a model."""
+    """The parts of a state that do not fit a model."""
 
     shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     """Name, shape in the file and shape in the model of tensors that differ in shape; all others were filled."""

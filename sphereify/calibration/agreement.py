@@ -1,4 +1,4 @@
-"""Chooses the pooled radius by how far the calibrated network agrees with the original on held-out inputs.
+"""The pooled radius, chosen by how far the calibrated network agrees with the original on held-out inputs.
 
 A larger radius keeps more of what the original computes, a smaller one leaves more of the invariance to local contrast.
 So the radius wanted is the smallest one whose network still gives the asked share of inputs the original's class. It is

@@ -1,4 +1,4 @@
-"""Sets an angular head from the features that it receives and the original's class scores."""
+"""Calibration of an angular head from the features that it receives and the original's class scores."""
 
 import math
 

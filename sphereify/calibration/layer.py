@@ -1,4 +1,4 @@
-"""Sets one angular layer, and the normalization behind it, from its rows."""
+"""Calibration of one angular layer, and of the normalization behind it, from its rows."""
 
 from dataclasses import replace
 from typing import Any

@@ -138,7 +138,7 @@ def _fit_layers(
 
 
 class _LayerFitter:
-    """Sets layers in the order in which they run, and collects their fits.
+    """A fitter that sets layers in the order in which they run, and collects their fits.
 
     Args:
         calls: the number of calls of each layer in one pass through the original.

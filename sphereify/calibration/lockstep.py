@@ -14,7 +14,7 @@ _thread_state = threading.local()
 
 
 class _Abandoned(BaseException):
-    """Ends a pass whose caller does not wait for it any more."""
+    """The end of a pass whose caller does not wait for it any more."""
 
 
 class Pass:

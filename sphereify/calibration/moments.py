@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def features(self) -> Tensor:
-        """What the output is linear in where g = cos: unit patches times h, (groups, n, fan_in)."""
+        """The features in which the output is linear where g = cos: unit patches times h, (groups, n, fan_in)."""
         return self.unit if self.size is None else self.unit * self.size
 
     def sized(self, g: Tensor) -> Tensor:

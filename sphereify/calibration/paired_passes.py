@@ -28,7 +28,7 @@ from sphereify.errors import DataError
 from sphereify.nn.functional_calls import AngularCall
 
 SetLayer = Callable[[LayerPair, int, list[Batch]], None]
-"""Takes a layer, the number of its call, and its batches."""
+"""A function that takes a layer, the number of its call, and its batches."""
 
 
 def run_paired(

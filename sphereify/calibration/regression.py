@@ -19,7 +19,7 @@ from sphereify.nn import LearnableSigmoidOperator
 from sphereify.nn.operators import K_FLOOR
 
 ROWS_PER_UNKNOWN = 20
-"""With fewer rows than this for each coefficient of a filter, the ridge is chosen on held-out rows."""
+"""Number of rows for each coefficient of a filter below which the ridge is chosen on held-out rows."""
 ROUNDS = 4
 CACHE_BYTES = 128 * 2**20
 """Size up to which the cosines of all rows are cached, for each of the filters that were used last."""

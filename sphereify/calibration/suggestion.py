@@ -1,4 +1,4 @@
-"""Suggests a radius and layers to leave as they are, with which a converted network gives the original's answers."""
+"""A radius and layers to leave as they are, with which a converted network gives the original's answers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

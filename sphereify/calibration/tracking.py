@@ -209,7 +209,7 @@ _RECTIFIERS = {"relu", "relu_"}
 
 
 class OutputTracker(TorchFunctionMode):
-    """Reports an output, in a pass through the original, when it is first used, unless that use is an addition.
+    """A mode that reports an output in a pass through the original at its first use, unless that use is an addition.
 
     In an addition, the sum takes the place of the output and is followed further.
     """

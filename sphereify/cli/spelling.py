@@ -9,7 +9,7 @@ from sphereify.options import Option
 
 
 class Spelling:
-    """Writes the options of one command as they are typed, for `SphereifyError.spelled`.
+    """The spelling of the options of one command as they are typed, for `SphereifyError.spelled`.
 
     >>> spell = Spelling()
     >>> spell("head", "'keep'"), spell("exclude", "['layer1.*', 'fc']")

@@ -82,7 +82,7 @@ class ModelArguments:
         return self.with_values([value, *self.values()[1:]])
 
     def with_values(self, values: Any) -> "ModelArguments":
-        """As many other values, in the order of `values()`, under the same names."""
+        """The arguments with as many other values, in the order of `values()`, under the same names."""
         values = tuple(values)
         count = len(self.args)
         return replace(self, args=values[:count], kwargs=dict(zip(self.kwargs, values[count:], strict=True)))

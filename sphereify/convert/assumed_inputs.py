@@ -150,14 +150,14 @@ KINDS = (
     _Kind("signals", r"input_features|spectrogram|^mels?$|fbank", True),
     _Kind("ids", r"input_ids|token_ids|(^|_)tokens?$|^ids$|^idx$|^texts?$|^src$|^tgt$|caption", True),
 )
-"""What the usual names of arguments mean; the first that matches counts."""
+"""Meanings of the usual names of arguments; the first that matches counts."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
 class _KnownModel:
-    """What can be read off a model without running it, and tensors for its arguments."""
+    """Facts that can be read off a model without running it, and tensors for its arguments."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -176,7 +176,7 @@ class _KnownModel:
                 yield _passed(self.parameters, chosen, [tensors[kind] for kind in named])
 
     def kind(self, name: str) -> str:
-        """What an argument of that name is; empty if the name says nothing."""
+        """The kind of an argument of that name; empty if the name says nothing."""
         found = next((kind.name for kind in KINDS if re.search(kind.pattern, name.lower())), "")
         return "" if found == "ids" and nn.Embedding not in self.layers else found
 

@@ -21,7 +21,7 @@ PADS = (F.pad, torch._C._nn.pad, torch.constant_pad_nd)
 
 
 class CausalityWitness:
-    """Notes signs of causality, by the name of the weight that a convolution multiplies with."""
+    """A record of the signs of causality, by the name of the weight that a convolution multiplies with."""
 
     def __init__(self) -> None:
         self.causal: dict[str, str] = {}

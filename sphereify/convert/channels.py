@@ -29,7 +29,7 @@ class _Label(NamedTuple):
 
 
 class ChannelWitness:
-    """Notes the weights whose product is scaled by a normalization along other channels than its filters."""
+    """A record of the weights whose product is scaled by a normalization along other channels than its filters."""
 
     def __init__(self) -> None:
         self.foreign: set[str] = set()

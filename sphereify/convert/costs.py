@@ -30,7 +30,7 @@ def multiplications(plan_or_model: ConversionPlan | nn.Module, example_inputs: I
 
 
 def costs(plan_or_model: ConversionPlan | nn.Module, example_inputs: Inputs = None) -> Costs:
-    """As `multiplications`, with those that no site makes."""
+    """The multiplications of one forward pass, as `multiplications` gives them, with those that no site makes."""
     if isinstance(plan_or_model, ConversionPlan):
         return plan_or_model.costs
     plan: ConversionPlan | None = getattr(plan_or_model, PLAN_ATTRIBUTE, None)

@@ -112,7 +112,7 @@ def _tensors_of_file(word: str) -> "list[tuple[str, Tensor]]":
 
 
 def _images(model: "nn.Module", size: int) -> "ModelArguments":
-    """What a model seems to take, with images of that size."""
+    """The arguments that a model seems to take, with images of that size."""
     import torch
 
     from sphereify.convert.assumed_inputs import assumed_inputs

@@ -27,14 +27,14 @@ def plan_notes(model: nn.Module, graph: ModelGraph, decisions: list[Decision]) -
 
 
 def plan_details(model: nn.Module, graph: ModelGraph) -> list[str]:
-    """What the remarks count, one line for each, with the whole reasons."""
+    """The cases that the remarks count, one line for each, with the whole reasons."""
     name = type(model).__name__
     details = [f"{module or name}: not traced ({why})" for module, why in graph.untraced.items()]
     return [*details, *([f"{name}: not run ({graph.not_run})"] if graph.not_run else [])]
 
 
 def _notes_on_passes(model: str, graph: ModelGraph, decisions: list[Decision]) -> list[str]:
-    """What could not be traced or run, and what that leaves open."""
+    """Remarks on what could not be traced or run, and on what that leaves open."""
     untraced, not_run = graph.untraced, graph.not_run
     notes = []
     if untraced:

@@ -22,7 +22,8 @@ from sphereify.convert.watch import Watch, WatchBeneath
 from sphereify.errors import first_line
 
 NO_VALUES = "[Mm]eta tensor|data-dependent|DataDependent|Expected mat_[ab] to be"
-"""What torch says where a forward asks for values on the meta device, or in a dtype that this device alone refuses."""
+"""Pattern of torch's errors where a forward asks for values on the meta device, or in a dtype that this device alone
+refuses."""
 
 
 @dataclass

@@ -127,7 +127,7 @@ class ConversionPlan:
     notes: list[str] = field(default_factory=list)
     """Remarks on the model as a whole, one line for each kind."""
     details: list[str] = field(default_factory=list)
-    """What the remarks count, one line for each: modules that could not be traced, with the reasons."""
+    """Cases that the remarks count, one line for each: modules that could not be traced, with the reasons."""
     inputs: str = field(default="", compare=False)
     """The inputs that the model was run on, and whether they were assumed; empty if it was not run."""
     objects: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -299,7 +299,7 @@ def _without_norm(decision: Decision) -> str:
 
 
 def _observed(model: nn.Module, inputs: Inputs) -> Observation:
-    """What runs of a copy of the model, with values, show."""
+    """Facts that runs of a copy of the model, with values, show."""
     failed = []
     try:
         for bones in skeletons(model):

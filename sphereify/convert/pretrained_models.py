@@ -1,4 +1,4 @@
-"""What models of Transformers, and those with the same methods, say and do themselves that a conversion changes."""
+"""Configurations and methods of Transformers models, and of others with the same methods, that a conversion changes."""
 
 import functools
 import warnings

@@ -108,7 +108,7 @@ class _Additions:
         return [source for source in self.wiring.inputs(node) if source.op != "get_attr"]
 
     def _leaves_positions(self, node: fx.Node) -> bool:
-        """False for a pool over all positions, or over a neighbourhood of each."""
+        """True unless a node pools over all positions, or over a neighbourhood of each."""
         name = self.wiring.name(node)
         if "adaptive" in name or "global" in name or name in OVER_ALL_POSITIONS:
             return False

@@ -121,9 +121,9 @@ class Site:
     causal: str = ""
     """Sign that a convolution must not look at later positions; empty if there is none."""
     output_shapes: tuple[tuple[int, ...], ...] = ()
-    """For a classifier: shapes of the model's outputs that are made of its product; empty if none was seen."""
+    """Shapes of the model's outputs that are made of its product, for a classifier; empty if none was seen."""
     heads: int = 0
-    """For a classifier: number of separate outputs of the model that end in a site."""
+    """Number of separate outputs of the model that end in a site, for a classifier."""
 
     @property
     def names(self) -> tuple[str, ...]:

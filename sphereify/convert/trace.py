@@ -180,7 +180,7 @@ def _make_tracer(opaque: set[type]) -> Any:
     from torchvision.models.feature_extraction import NodePathTracer
 
     class SiteTracer(NodePathTracer):
-        """Stops at sites, normalizations and modules that cannot be traced; remembers which modules it is in."""
+        """A tracer that stops at sites, normalizations and untraceable modules; remembers which modules it is in."""
 
         entered: list[nn.Module]
 

@@ -13,7 +13,7 @@ class TracedOutputs:
     """The output layers of one graph; sites are named as in its wiring."""
 
     ends: list[set[str]] = field(default_factory=list)
-    """For each output that ends in sites which nothing else reads: these sites."""
+    """Sites in which an output ends and which nothing else reads, one set for each such output."""
     corrections: set[str] = field(default_factory=set)
     """Sites among them whose product is added to the model's own input."""
     open_ended: bool = False
@@ -46,7 +46,7 @@ def traced_outputs(wiring: Wiring) -> TracedOutputs:
 
 
 class _MadeOf:
-    """For each node, the sites whose products reach it without passing through another site or a normalization."""
+    """The sites, for each node, whose products reach it without passing through another site or a normalization."""
 
     def __init__(self, wiring: Wiring):
         self.sites: dict[fx.Node, frozenset[str]] = {}

@@ -67,7 +67,7 @@ class Sightings:
 
 
 class Watch(TorchFunctionMode):
-    """Notes each functional convolution and linear map, and follows what is computed from parameters alone."""
+    """A mode that notes functional convolutions and linear maps, and follows what is computed from parameters alone."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Watch(TorchFunctionMode):
         self.by_storage = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
         self.constant = {id(tensor) for tensor in buffers.values()}
         self.slices: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        """By parameter: the offset and the shape of each slice of it that was a weight."""
+        """Offset and shape of each slice of a parameter that was a weight, by the name of the parameter."""
         self.computed: set[int] = set()
         """Tensors, by id, that are computed from parameters and constants alone."""
         self.sources = WeakIdKeyDictionary()
@@ -331,7 +331,8 @@ class Watch(TorchFunctionMode):
 
 
 class WatchBeneath(TorchDispatchMode):
-    """Counts multiplications, and notes products that no Python function makes: of `torch.ops`, in scripted functions.
+    """A mode that counts multiplications, and notes products that no Python function makes: those of `torch.ops` and
+    in scripted functions.
 
     What an operation of a library computes is not known: one that takes a matrix of parameters is taken for a product.
     """

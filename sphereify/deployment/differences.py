@@ -1,4 +1,4 @@
-"""How far outputs are from those of the model that they should repeat, where some values are not finite."""
+"""Difference of outputs from those of the model that they should repeat, where some values are not finite."""
 
 import math
 from collections.abc import Iterable

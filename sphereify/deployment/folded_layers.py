@@ -122,7 +122,7 @@ class FoldedLayer(nn.Module):
         return fit_into(dtype, x, self.weight[0].numel(), longest)
 
     def _finish(self, dot: Tensor, inverse: Tensor | None, channels: Ints) -> Tensor:
-        """From inner products to outputs, in place: times 1/N, through the curve, scaled and shifted.
+        """The outputs made of inner products, in place: times 1/N, through the curve, scaled and shifted.
 
         `channels` is the shape in which (filters,) broadcasts. Without `inverse` the products are cosines already, and
         for the cosine operator all is done.

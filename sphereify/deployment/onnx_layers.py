@@ -120,7 +120,7 @@ def _window_sums(x: Tensor, kernel: Sequence[int], projection: Projection) -> Te
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Over the channels: (B, C, *space) -> (B, 1, *space).
+    """The sum of squares over the channels: (B, C, *space) -> (B, 1, *space).
 
     As a product of matrices: ONNX Runtime's reductions take three times as long where there are many positions.
     """

@@ -63,7 +63,7 @@ def _of(
     smoothing: float,
     margin: Tensor | float,
 ) -> Tensor:
-    """What some classes contribute to the loss: (B, classes) -> (B,)."""
+    """The contribution of some classes to the loss: (B, classes) -> (B,)."""
     positive = F.softplus(margin - logits) * (head.positive_weight / head.scale)
     negative = F.softplus(margin + logits) * ((1 - head.positive_weight) / head.scale)
     share, total = _shares(block, targets, class_weight, smoothing, head.num_classes, logits)

@@ -16,7 +16,7 @@ class ClassBlock(NamedTuple):
     """Factor of each class in a sum, (classes,); None: 1."""
 
     def is_target(self, targets: Tensor) -> Tensor:
-        """Where a class is a sample's target: (B,) -> (B, classes)."""
+        """True where a class is a sample's target: (B,) -> (B, classes)."""
         indices = self.classes
         if isinstance(indices, slice):
             indices = torch.arange(indices.start, indices.stop, device=targets.device)

@@ -33,7 +33,7 @@ PLAIN: tuple[Any, ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 MOMENTUM = 0.1
 """Share of a batch in the running mean of the patch norms, as that of a BatchNorm."""
 SMALLEST_BETA = 1e-3
-"""Below it a power of β is continued by a line, since its slope has no bound."""
+"""The |β| below which a power of β is continued by a line, since its slope has no bound."""
 COSINE = CosineOperator()
 ALL = slice(None)
 

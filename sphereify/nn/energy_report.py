@@ -13,7 +13,7 @@ class LayerEnergy:
     layer: str
     groups: int
     filters: int
-    """In each group."""
+    """Number of filters in each group."""
     fan_in: int
     energy: float
     least: float | None

@@ -28,9 +28,9 @@ from sphereify.nn.sphereface2 import balanced_bias, similarity
 from sphereify.nn.tracing import one_node
 
 HEAD_EPS = 1e-12
-"""Inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
+"""ε inside both norms: the losses are defined on exact angles, and features of a classifier are rarely near zero."""
 HALF_EPS = 1e-5
-"""For features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
+"""ε for features in half precision, which could not hold the gradient 1/sqrt(1e-12) of a zero feature."""
 
 
 class AngularHead(HasDirections):

@@ -25,7 +25,7 @@ OTHER_WEIGHTS = 0.03
 
 
 class _Scores(NamedTuple):
-    """What a loss is computed from: at least one of logits (B, C) and features (B, F), and the head that made them."""
+    """The inputs of a loss: at least one of logits (B, C) and features (B, F), and the head that made them."""
 
     logits: Tensor | None
     features: Tensor | None
@@ -334,7 +334,7 @@ class AngularLoss(nn.Module):
         return BinaryTasks(head, None if blocks else logits, features, tuple(blocks), margin)
 
     def _separation(self, head: AngularHead, targets: Tensor) -> Tensor:
-        """For each sample the mean energy between its class and the others, (B,)."""
+        """The mean energy between the class of each sample and the others, (B,)."""
         classes = head.weight[None]
         if not has_values(targets):  # the number of classes in a batch is unknown then
             return pair_energy(classes, s=self.separation_s, rows=targets)[0]

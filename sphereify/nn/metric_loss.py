@@ -54,7 +54,7 @@ class MetricLoss(nn.Module):
 
 
 def occurrences(indices_tuple: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
-    """How often each sample of a batch occurs in mined pairs or triplets, relative to the most frequent one; (B,)."""
+    """The frequency of each sample of a batch in mined pairs or triplets, relative to the most frequent one; (B,)."""
     counts = torch.bincount(torch.cat(indices_tuple), minlength=len(embeddings)).to(accumulate_dtype(embeddings.dtype))
     if len(counts) > len(embeddings):
         raise UsageError(f"indices_tuple: names sample {len(counts) - 1} of a batch of {len(embeddings)}")

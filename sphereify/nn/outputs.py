@@ -16,7 +16,7 @@ INSTEAD = (
 
 class _Scores(NamedTuple):
     logits: Tensor | None
-    """Without the margin, of shape (*, num_classes): for accuracies. None if the head has `training_logits` off."""
+    """Logits without the margin, (*, num_classes), for accuracies. None if the head has `training_logits` off."""
     features: Tensor
     """The input of the head, of shape (*, in_features)."""
 

@@ -55,7 +55,7 @@ def cross_entropy_in_blocks(
 def _smoothed(
     total: Tensor, average: Tensor | None, targets: Tensor, new: Tensor, class_weight: Tensor | None, smoothing: float
 ) -> Tensor:
-    """From log Σ exp and the weighted mean of the logits, (B,) each, to the loss."""
+    """The loss, from log Σ exp and the weighted mean of the logits, (B,) each."""
     weight = torch.ones_like(new) if class_weight is None else class_weight.to(new.dtype)[targets]
     loss = weight * (total - new)
     if not smoothing or average is None:

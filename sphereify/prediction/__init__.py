@@ -1,1 +1,1 @@
-"""What a network says about images in files: an artifact, or a file that was exported from one."""
+"""Predictions for images in files by a network: an artifact, or a file that was exported from one."""

@@ -25,11 +25,11 @@ class Network:
     """A network on its device, whatever it was opened from."""
 
     name: str
-    """What to call it in messages."""
+    """Name of the network in messages."""
     scores: Callable[[Tensor], Tensor]
     """The scores (B, classes) of a batch of images (B, C, H, W), both on the CPU."""
     preparation: Preparation | None
-    """How its images are prepared; None where it does not say it."""
+    """Preparation of its images; None where the network does not say it."""
     channels: int | None
     """Channels of its images; None where only `preparation` says it."""
     batch: int | None = None

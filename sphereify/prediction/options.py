@@ -7,7 +7,7 @@ from sphereify.options import check_options, option_field
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How many classes to name, and how a network runs over images.
+    """Options of a prediction: how many classes to name, and how a network runs over images.
 
     Raises:
         UsageError: a value that is not valid.

@@ -37,14 +37,14 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about one image."""
+    """The prediction of a network for one image."""
 
     image: str
     """Path of the file."""
     guesses: tuple[Guess, ...] = ()
     """The likeliest classes, the first one first; empty if there is an error."""
     error: str | None = None
-    """Why there is no prediction: the file cannot be read, or the scores are not finite; None if there is one."""
+    """Reason for no prediction: the file cannot be read, or the scores are not finite; None if there is one."""
 
     def to_json(self) -> dict[str, Any]:
         """The prediction as plain JSON values."""

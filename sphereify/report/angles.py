@@ -111,7 +111,7 @@ def few(arguments: ModelArguments) -> ModelArguments:
 
 
 Cosines = Callable[[Decision, Any, tuple], "Tensor | None"]
-"""Takes a decision, the module that stands for its layer, and the arguments of a call of that."""
+"""A function that takes a decision, the module that stands for its layer, and the arguments of a call of it."""
 
 
 def _measured(

@@ -1,4 +1,4 @@
-"""What a report tells, gathered from a plan, a network and what was measured of it."""
+"""The contents of a report, gathered from a plan, a network and what was measured of it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ class Contents:
     without_energy: tuple[str, ...] = ()
     """Layers with too many filters for an energy."""
     robustness: Mapping[str, Any] | None = None
-    """As in robustness.json."""
+    """The robustness, as in robustness.json."""
     epochs: Sequence[Mapping[str, Any]] = ()
-    """As in metrics.jsonl."""
+    """The epochs of the training, as in metrics.jsonl."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further numbers for the summary, by what they are."""
     options: Sequence[str] = ()
@@ -55,7 +55,7 @@ class Contents:
 
     @property
     def fates(self) -> dict[str, Fate]:
-        """What happened to each site."""
+        """The fate of each site."""
         return {decision.name: fate_of(decision) for decision in self.plan.decisions}
 
     @property
@@ -88,7 +88,7 @@ class Contents:
 
 
 def contents_of_plan(plan: ConversionPlan, name: str, **known: Any) -> Contents:
-    """What a plan alone tells."""
+    """The contents of a report on a plan alone."""
     return Contents(name or plan.model.rpartition(".")[2], plan, plan.costs, _planned_radii(plan), **known)
 
 
@@ -102,7 +102,7 @@ def contents_of_model(
     described: str = "",
     **known: Any,
 ) -> Contents:
-    """What a converted network tells; the arguments are those of `write_report`."""
+    """The contents of a report on a converted network; the arguments are those of `write_report`."""
     energy, without = _energy(model)
     return Contents(
         name or type(model).__name__,

@@ -1,4 +1,4 @@
-"""What can happen to a layer in a conversion, in classes that a reader tells apart at a glance."""
+"""Fates of a layer in a conversion, in classes that a reader tells apart at a glance."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,7 @@ NAMED_LICENCES = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What an artifact says about its network, for a model card."""
+    """Facts that an artifact states about its network, for a model card."""
 
     document: dict[str, Any]
     """The content of conversion.json."""

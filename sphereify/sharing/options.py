@@ -10,7 +10,7 @@ CARD = "Model card"
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where a network goes on the hub, and what its model card says.
+    """Options of a push: where a network goes on the hub, and what its model card says.
 
     Raises:
         UsageError: a value that is not valid.

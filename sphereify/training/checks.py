@@ -1,4 +1,4 @@
-"""Everything that is refused, before a model is moved, changed or trained."""
+"""Refusals: everything that is refused before a model is moved, changed or trained."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +109,7 @@ def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
 
 
 def _remedy(model: nn.Module, data: Data) -> str:
-    """What to do about a model of another number of classes than the data."""
+    """The advice on a model of another number of classes than the data."""
     record = getattr(model, RECORD_ATTRIBUTE, None) or {}
     left_out = record.get("held_out_classes", ())
     if left_out and {*left_out, *record.get("classes", ())} == {*data.classes, *data.held_out}:

@@ -30,7 +30,7 @@ class Embeddings:
     """The embeddings of all images that could be read."""
 
     vectors: Tensor
-    """Of unit length, or zero for features that are zero: (images, features), fp32, on the CPU."""
+    """Vectors of unit length, or zero for features that are zero: (images, features), fp32, on the CPU."""
     rows: Tensor
     """Number of each image in its data set, (images,)."""
     skipped: int

@@ -1,4 +1,4 @@
-"""What a plain network has learned, kept by the conversion that a training begins with."""
+"""Knowledge that a plain network has learned, kept by the conversion that a training begins with."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
 IMAGES = 1024
 """Number of training images, without labels, on which a conversion is calibrated."""
 NOTHING, FEATURES, ALL = LEARNED = ("nothing", "features", "all")
-"""How much of a network has been trained: nothing, all but its classifier, or all."""
+"""The share of a network that has been trained: nothing, all but its classifier, or all."""
 
 
 def open_plain(spec: str, source: SourceOptions, classes: int) -> tuple[nn.Module, str]:

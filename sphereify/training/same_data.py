@@ -16,8 +16,8 @@ CONTENTS = 256
 
 
 def identity_of(data: Data) -> dict[str, Any]:
-    """What tells a data set from others, as plain JSON values: its name, the classes that were left out, if there are
-    any, and, of folders of images, place and files."""
+    """The facts that tell a data set from others, as plain JSON values: its name, the classes that were left out, if
+    there are any, and, of folders of images, place and files."""
     parts = [_files_of(part) for part in (data.train, data.test)]
     left_out = {"held_out": list(data.held_out)} if data.held_out else {}
     if any(part is None for part in parts):

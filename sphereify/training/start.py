@@ -163,7 +163,7 @@ class ToVerify:
 
     model: nn.Module
     data: Data
-    """With the images in its test part."""
+    """The data, with the images in its test part."""
     pairs: Pairs | None = None
     """Pairs from a list; None: those of the classes of `data`."""
     note: str = ""

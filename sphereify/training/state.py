@@ -54,7 +54,7 @@ class RunState:
 
     @functools.cached_property
     def data_identity(self) -> dict[str, Any]:
-        """What tells the data set from others."""
+        """The facts that tell the data set from others."""
         return identity_of(self.data)
 
     @property

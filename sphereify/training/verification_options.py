@@ -12,7 +12,7 @@ VERIFICATION = "Verification"
 
 @dataclass(frozen=True)
 class VerificationOptions:
-    """What is verified, and how; see `sphereify.training.verification`.
+    """Options of a verification: what is verified, and how; see `sphereify.training.verification`.
 
     Raises:
         UsageError: a value that is not valid, or one without effect.

@@ -67,7 +67,7 @@ def _is_watched() -> bool:
 
 
 def state() -> str:
-    """Whether passes are compiled in this process, in words."""
+    """The state of the compiled passes in this process, in words."""
     if not _switch.on:
         return "switched off (SPHEREIFY_COMPILED_PASSES)"
     if _switch.failed:
@@ -124,7 +124,7 @@ class Shape(NamedTuple):
     rows: int
     groups: int
     filters: int
-    """Of a row or a plane."""
+    """Number of filters of a row or a plane."""
     places: int
     layout: torch.memory_format
 
@@ -278,7 +278,7 @@ def curve_backward(
     shift_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> CurveGradients:
-    """What becomes of the gradient of β·g + shift, all recovered from g."""
+    """The gradients that follow from that of β·g + shift, with cos and the slopes recovered from g."""
     if not _are_floats(grad, g, norm):
         return cpu.curve_backward(grad, g, norm, curve, k, projection, beta, shift_dtype, needed)
     *shape, layout = Shape.of(g, projection)

@@ -103,7 +103,7 @@ def curve_backward(
     shift_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> CurveGradients:
-    """What becomes of the gradient of β·g + shift, all recovered from g."""
+    """The gradients that follow from that of β·g + shift, with cos and the slopes recovered from g."""
     view, dim = _view(g, projection), g.dim()
     g, grad, filters_k = view.arranged(g), view.arranged(grad), view.of_filters(k, dim)
     factor = None if beta is None else view.of_filters(beta.to(norm.dtype), dim)

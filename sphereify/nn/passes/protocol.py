@@ -89,7 +89,7 @@ class Passes(Protocol):
         shift_dtype: torch.dtype | None,
         needed: Sequence[bool],
     ) -> CurveGradients:
-        """What becomes of the gradient of β·g + shift, all recovered from g.
+        """The gradients that follow from that of β·g + shift, with cos and the slopes recovered from g.
 
         Args:
             grad: the gradient of β·g + shift.

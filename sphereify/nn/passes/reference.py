@@ -102,7 +102,7 @@ def curve_backward(
     shift_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> CurveGradients:
-    """What becomes of the gradient of β·g + shift, all recovered from g."""
+    """The gradients that follow from that of β·g + shift, with cos and the slopes recovered from g."""
     value, upstream = accumulated(g), grad.to(norm.dtype)
     others = [d for d in range(g.dim()) if d != (g.dim() - 1 if projection is None else 1)]
     grad_shift = None if shift_dtype is None else upstream.sum(others).to(shift_dtype)

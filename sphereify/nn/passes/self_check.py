@@ -1,4 +1,4 @@
-"""Whether the passes of a maker compute what the reference computes, asked of each pass alone, on small tensors.
+"""A check that the passes of a maker compute what the reference computes, of each pass alone, on small tensors.
 
 The reference gives its answers in float64 on the CPU, from the same numbers, so that no library of the device has a
 part in them. What a result may differ by follows from its dtype (`allowed`).
@@ -24,15 +24,15 @@ from sphereify.nn.passes.switch import KernelFailure
 from sphereify.nn.precision import accumulate_dtype, is_channels_last
 
 LAYOUTS = ("channels_last", "contiguous", "linear")
-"""How the input of a convolution lies in memory; "linear" stands for a linear map."""
+"""Layouts in memory of the input of a convolution; "linear" stands for a linear map."""
 
 
 class Kind(NamedTuple):
-    """What the code of a pass depends on."""
+    """The properties that the code of a pass depends on."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of the input, in which the products are computed."""
+    """The dtype of the input, in which the products are computed."""
     weight_dtype: torch.dtype
     layout: str
 
@@ -46,11 +46,11 @@ class Kind(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What a layer asks of the passes."""
+    """The demands of a layer on the passes."""
 
     curve: str
     form: str
-    """Which sums its norms need: one of `FORMS`; "dense" for a linear map."""
+    """The sums that its norms need: one of `FORMS`; "dense" for a linear map."""
 
     @classmethod
     def of(cls, weight: Tensor, projection: Projection | None, curve: str) -> "Use":
@@ -218,10 +218,10 @@ def _shapes(case: Case, projection: Projection | None) -> tuple[Ints, Ints, Ints
 
 
 class Deviation(NamedTuple):
-    """How far a pass is from the reference."""
+    """The deviation of a pass from the reference."""
 
     name: str
-    """Of the pass."""
+    """Name of the pass."""
     kernels: tuple[str, ...]
     """Those that it launched."""
     case: Case

@@ -1,4 +1,4 @@
-"""Whether a maker of passes serves in this process: switched by the environment or a caller, or given up."""
+"""The state of a maker of passes in this process: switched on or off by the environment or a caller, or given up."""
 
 import os
 from contextlib import AbstractContextManager, ExitStack

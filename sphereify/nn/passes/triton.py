@@ -34,7 +34,7 @@ TILE = 2048
 WINDOW_TILE = 256
 """Elements of a tile for sums over windows of one channel; four times as many where there are more channels."""
 LARGEST = 2**29
-"""Most pixels of a batch, and most elements of a sample: places in a tile are counted in 32 bits."""
+"""Bound on the pixels of a batch, and on the elements of a sample: places in a tile are counted in 32 bits."""
 
 
 # ---- When they are used
@@ -170,7 +170,10 @@ def curve_backward(
     shift_dtype: torch.dtype | None = None,
     needed: Sequence[bool] = (True, True, True),
 ) -> CurveGradients:
-    """What becomes of the gradient of β·g + shift, all recovered from g. Sums are always computed in the same order."""
+    """The gradients that follow from that of β·g + shift, with cos and the slopes recovered from g.
+
+    Sums are always computed in the same order.
+    """
     layout = _Tensor.of(g, projection)
     g, grad, norm = layout.arrange(g), layout.arrange(grad), layout.arrange(norm)
     groups = projection.groups if projection else 1

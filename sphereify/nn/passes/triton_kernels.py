@@ -307,7 +307,7 @@ def prologue(
     ALIGN: tl.constexpr, GROUP_ALIGN: tl.constexpr, ROW_ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """With d = grad · β · dg/dcos: d_dot = d / norm, radial = the sum of d · cos over a group's filters / norm².
+    """Set d_dot = d / norm and radial = the sum of d · cos over a group's filters / norm², with d = grad · β · dg/dcos.
 
     Where there is a `partial_k`, its row of this program takes each filter's sum of grad · β · dg/dk over the program's
     rows; `partial_beta` that of grad · g, and `partial_shift` that of grad.
