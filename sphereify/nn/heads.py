@@ -11,7 +11,7 @@ from sphereify.head_numbers import HEAD_NUMBERS, head_number
 from sphereify.nn import margins
 from sphereify.nn.decoupled import mixed
 from sphereify.nn.functional import Operator, sphere_linear
-from sphereify.nn.layers import adopted
+from sphereify.nn.layers import twin_of
 from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import (
     CURVES,
@@ -152,9 +152,13 @@ class AngularHead(HasDirections):
         similarity_power: float | None = None,
         positive_weight: float | None = None,
     ) -> "AngularHead":
-        """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied."""
-        head = cls.__new__(cls)
-        head.__dict__.update(adopted(linear))
+        """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied.
+
+        Raises:
+            UsageError: as the class.
+            ArgumentTypeError: not a linear layer.
+        """
+        head = twin_of(linear, cls, nn.Linear)
         numbers = {"similarity_power": similarity_power, "positive_weight": positive_weight}
         head._configure(kind, operator, margin_gradient, margin=margin, scale=scale, **numbers)
         return head

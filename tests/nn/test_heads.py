@@ -188,3 +188,9 @@ def test_wrong_argument_is_refused_by_constructor_and_from_linear(given, text):
         AngularHead(6, 4, **given)
     with pytest.raises(UsageError, match=text):
         AngularHead.from_linear(nn.Linear(6, 4), **given)
+
+
+@pytest.mark.parametrize(("other", "got"), [(nn.Conv2d(1, 1, 1), "Conv2d"), (5, "int"), (None, "NoneType")])
+def test_a_head_of_what_is_no_linear_layer_is_a_type_error(other, got):
+    with pytest.raises(TypeError, match=rf"AngularHead: got {got}, expected a torch\.nn\.Linear"):
+        AngularHead.from_linear(other)
