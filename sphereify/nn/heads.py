@@ -20,6 +20,7 @@ from sphereify.nn.operators import (
     inner_acos,
     is_built_in,
     make_operator,
+    operator_repr,
     with_value,
 )
 from sphereify.nn.outputs import AngularOutput, made_by
@@ -297,7 +298,7 @@ class AngularHead(HasDirections):
         margin = f", margin={self.margin:g}" if self.has_margin else ""
         margin += ", margin_gradient=detached" if self.is_detached else ""
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, kind={self.kind}"
-        return f"{sizes}{margin}{scale}, bias={self.bias is not None}"
+        return f"{sizes}{operator_repr(self.operator)}{margin}{scale}, bias={self.bias is not None}"
 
 
 def head_eps(x: Tensor) -> float:

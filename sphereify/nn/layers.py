@@ -25,7 +25,7 @@ from sphereify.nn.functional import (
 )
 from sphereify.nn.magnitudes import Magnitude, make_magnitude
 from sphereify.nn.merged_filters import HasDirections
-from sphereify.nn.operators import make_operator
+from sphereify.nn.operators import make_operator, operator_repr
 from sphereify.nn.radius import HasRadius, check_radius
 from sphereify.nn.tracing import one_node
 
@@ -96,13 +96,8 @@ class AngularLayer(HasDirections, Decoupled):
         return y if read_only else writable(y, self.beta, self._shift)
 
     def extra_repr(self) -> str:
-        # An operator that is a module is listed as a child of this one.
-        operator = "" if isinstance(self.operator, nn.Module) else f", operator={_name_of(self.operator)}"
+        operator = operator_repr(self.operator)
         return f"{super().extra_repr()}{operator}, rescale={self.rescale}, eps={self.eps:g}{self._magnitude_repr()}"
-
-
-def _name_of(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def twin_of(plain: nn.Module, cls: type[Twin], plain_class: type[nn.Module]) -> Twin:
