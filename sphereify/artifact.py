@@ -32,6 +32,7 @@ from sphereify.model_images import preparation_of, set_preparation
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import check_complete
 from sphereify.nn.layers import AngularLayer
+from sphereify.nn.modules import check_module
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
 from sphereify.nn.quantized import is_quantized
 from sphereify.preparation import Preparation
@@ -65,9 +66,11 @@ def save(
 
     Raises:
         UsageError: the model was not converted, or has state that is not a tensor.
+        ArgumentTypeError: the model is no module, or the preparation none.
         SphereifyWarning: a model of timm or torchvision that cannot be built again by name.
         ArtifactError: the folder cannot be written.
     """
+    check_module(model)
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")

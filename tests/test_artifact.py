@@ -357,6 +357,18 @@ def test_a_factory_of_another_network_is_refused_with_the_layer(artifact):
         load(artifact, factory=Mlp)
 
 
+class Cubed:
+    def __call__(self, cos):
+        return cos**3
+
+
+def test_a_model_with_an_operator_object_without_a_repr_is_still_known_by_name(tmp_path):
+    model = sphereify(timm.create_model("mobilenetv3_small_050", num_classes=3), operator=Cubed())
+    save(model, tmp_path)
+    loaded = load(tmp_path, objects={f"{__name__}.Cubed": Cubed()})
+    assert torch.equal(loaded(images(size=32)), model.eval()(images(size=32)))
+
+
 def test_operator_objects_of_the_users_own_are_passed_back_in(tmp_path):
     torch.manual_seed(0)
     model = scramble(sphereify(Mlp(), operator=Power(2)))

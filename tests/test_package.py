@@ -10,10 +10,20 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import sphereify
 from sphereify import errors
-from sphereify.errors import Interrupted, SphereifyError, SphereifyWarning, UsageError, option
+from sphereify.calibration.agreement import choose_radius
+from sphereify.calibration.distillation import distill
+from sphereify.errors import ArgumentTypeError, Interrupted, SphereifyError, SphereifyWarning, UsageError, option
+from sphereify.report import measure_angles, write_report
+from sphereify.training import Settings, accuracy, variants
+from sphereify.training.embeddings import embeddings
+from sphereify.training.robustness import robustness
+from sphereify.training.verification import verification
+from tests.training.small import CPU, images, net
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "timm", "safetensors", "sklearn", "typer", "rich", "matplotlib", "PIL", "numpy",
@@ -148,6 +158,66 @@ def test_the_package_says_that_it_is_typed():
 def test_an_interruption_comes_unchanged_from_another_process():
     error = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
     assert (type(error), str(error), error.exit_code) == (Interrupted, "stopped by SIGTERM", 143)
+
+
+# ------------------------------------------------------------------------------------------------- what is not a model
+
+
+TAKES_A_MODEL = {
+    "AngularLoss": lambda model, plain, path: sphereify.AngularLoss(model),
+    "HypersphericalEnergy": lambda model, plain, path: sphereify.HypersphericalEnergy()(model),
+    "OrthogonalityPenalty": lambda model, plain, path: sphereify.OrthogonalityPenalty()(model),
+    "apply_plan": lambda model, plain, path: sphereify.apply_plan(model, sphereify.plan_conversion(plain)),
+    "calibrate": lambda model, plain, path: sphereify.calibrate(model, plain, [torch.ones(2, 4)]),
+    "calibrate: original": lambda model, plain, path: sphereify.calibrate(
+        sphereify.sphereify(plain), model, [torch.ones(2, 4)]
+    ),
+    "choose_radius": lambda model, plain, path: choose_radius(model, []),
+    "compare": lambda model, plain, path: sphereify.compare(model, images(), variants("cosine"), output=path),
+    "compare: what it builds": lambda model, plain, path: sphereify.compare(
+        lambda: model, images(), variants("cosine"), output=path
+    ),
+    "distill": lambda model, plain, path: distill(model, plain, [torch.ones(2, 4)], steps=1),
+    "distill: original": lambda model, plain, path: distill(plain, model, [torch.ones(2, 4)], steps=1),
+    "embeddings": lambda model, plain, path: embeddings(model, images().test, (2, 6, 6)),
+    "accuracy": lambda model, plain, path: accuracy(model, []),
+    "evaluate": lambda model, plain, path: sphereify.evaluate(model, images()),
+    "export": lambda model, plain, path: sphereify.export(model, path / "model.pt2"),
+    "finetune": lambda model, plain, path: sphereify.finetune(model, images()),
+    "finetune: teacher": lambda model, plain, path: sphereify.finetune(net(), images(), Settings(**CPU), teacher=model),
+    "fold": lambda model, plain, path: sphereify.fold(model),
+    "measure_angles": lambda model, plain, path: measure_angles(model),
+    "measure_angles: original": lambda model, plain, path: measure_angles(sphereify.sphereify(plain), model),
+    "param_groups": lambda model, plain, path: sphereify.param_groups(model),
+    "plan_conversion": lambda model, plain, path: sphereify.plan_conversion(model),
+    "predict": lambda model, plain, path: sphereify.predict(model, __file__),
+    "push_to_hub": lambda model, plain, path: sphereify.push_to_hub(model, "user/name"),
+    "robustness": lambda model, plain, path: robustness(model, images()),
+    "robustness: against": lambda model, plain, path: robustness(plain, images(), against=model),
+    "save": lambda model, plain, path: sphereify.save(model, path),
+    "sphereify": lambda model, plain, path: sphereify.sphereify(model),
+    "sphereify: agreement": lambda model, plain, path: sphereify.sphereify(model, calibration=[], agreement=0.9),
+    "suggest": lambda model, plain, path: sphereify.suggest(model, []),
+    "verification": lambda model, plain, path: verification(model, images()),
+    "verify": lambda model, plain, path: sphereify.plan_conversion(plain).verify(model),
+    "write_report": lambda model, plain, path: write_report(model, path / "report.html"),
+    "write_report: original": lambda model, plain, path: write_report(
+        sphereify.plan_conversion(plain), path / "report.html", original=model
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TAKES_A_MODEL.values(), ids=TAKES_A_MODEL)
+def test_what_is_no_model_is_a_type_error(call, tmp_path):
+    plain = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ArgumentTypeError, match=r"^[\w()]+: got int, expected a "):
+        call(5, plain, tmp_path)
+
+
+def test_a_module_in_place_of_the_function_that_builds_one_is_a_type_error(tmp_path):
+    expected = "build: got Linear, expected a function that returns the plain network"
+    with pytest.raises(ArgumentTypeError, match=expected):
+        sphereify.compare(nn.Linear(2, 2), images(), variants("cosine"), output=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

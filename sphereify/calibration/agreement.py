@@ -27,6 +27,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
 from sphereify.errors import UsageError, invalid, option
+from sphereify.nn.modules import check_module
 from sphereify.options import with_keywords_of
 from sphereify.patterns import Patterns, pattern_of
 
@@ -176,7 +177,9 @@ def choose_radius(
     Raises:
         UsageError: an agreement outside (0, 1), a radius given as well, no converted convolution that may pool, outputs
             that are no class scores, fewer than 8 inputs, or options that `plan_conversion` does not take.
+        ArgumentTypeError: the model is no module.
     """
+    check_module(model)
     check_agreement(agreement, options)
     check_steps(steps)
     division = divide(checked_batches(batches), "agreement")

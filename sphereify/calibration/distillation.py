@@ -16,6 +16,7 @@ from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, invalid
+from sphereify.nn.modules import check_module
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
@@ -78,10 +79,13 @@ def distill(
 
     Raises:
         UsageError: steps below 1, a rate that is not positive, or a model without trainable parameters.
+        ArgumentTypeError: a network that is no module.
 
     Both networks run in eval mode: dropout is off, and BatchNorm keeps the statistics of the calibration. Only
     parameters that require a gradient change. If the loss did not fall, the weights are those from before.
     """
+    check_module(model)
+    check_module(original, "original", "a torch.nn.Module, the plain network")
     check_steps(steps)
     if steps < 1:
         raise invalid("steps", steps, "at least 1", "Usual: 200 to 500")

@@ -29,8 +29,9 @@ from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE, PLAN_ATTRIBUTE
-from sphereify.errors import UsageError, wrong_type
+from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
+from sphereify.nn.modules import check_module
 from sphereify.nn.precision import no_autocast
 
 WHOLE = slice(None)
@@ -74,7 +75,7 @@ def calibrate(
 
     Raises:
         UsageError: no batches, negative steps, or a model that was not converted.
-        ArgumentTypeError: batches that are neither tensors nor tuples nor mappings.
+        ArgumentTypeError: a network that is no module, or batches that are neither tensors nor tuples nor mappings.
         DataError: inputs that are not finite, or make the original's outputs so. Nothing has been changed then.
 
     Both models run in eval mode and get their mode back afterwards; layers are set without autocast, steps follow the
@@ -82,11 +83,11 @@ def calibrate(
     follows, k of a learnable sigmoid (unless the whole network shares it), and a head's class weights. A filter that
     another layer uses too, or that the model computes from other parameters, keeps its direction.
     """
+    check_module(model)
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
-    if not isinstance(original, nn.Module):
-        raise wrong_type("original", original, "a torch.nn.Module, the plain network")
+    check_module(original, "original", "a torch.nn.Module, the plain network")
     if original is model:
         raise UsageError(
             "calibration: model and original are one network, expected the converted one and the plain one"

@@ -16,6 +16,7 @@ from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
 from sphereify.errors import invalid
+from sphereify.nn.modules import check_module
 from sphereify.options import with_keywords_of
 from sphereify.patterns import pattern_of
 
@@ -118,7 +119,9 @@ def suggest(
 
     Raises:
         UsageError: a loss outside (0, 1), fewer than 8 inputs, or options that `plan_conversion` does not take.
+        ArgumentTypeError: the model is no module.
     """
+    check_module(model)
     if not 0 < loss < 1:
         raise invalid("loss", loss, "a share between 0 and 1, such as 0.02")
     division = divide(checked_batches(batches), "suggest")

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from sphereify.convert.sites import attribute_of, is_site
-from sphereify.errors import UnsupportedModelError, wrong_type
+from sphereify.errors import UnsupportedModelError
 from sphereify.nn.layers import is_folded_layer
+from sphereify.nn.modules import check_module
 from sphereify.nn.quantized import is_quantized
 
 WRAPPERS = {
@@ -20,7 +21,7 @@ WRAPPERS = {
 """Classes that wrap a model, by name, and where they come from."""
 
 
-def check_model(model: object) -> None:
+def check_model(model: nn.Module) -> None:
     """Make sure that a model is a plain one.
 
     Raises:
@@ -28,8 +29,7 @@ def check_model(model: object) -> None:
         UnsupportedModelError: it is, or holds, a module that is wrapped, compiled, folded or not yet initialised; or it
             is compiled by torch.jit as a whole.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("model", model, "a torch.nn.Module")
+    check_module(model)
     for name, module in model.named_modules():
         place = name or "the model"
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), None)

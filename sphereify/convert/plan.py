@@ -17,6 +17,7 @@ from sphereify.convert.repeats import repeats
 from sphereify.convert.sites import ATTENTION, Call, in_order
 from sphereify.errors import ArtifactError, UnsupportedModelError
 from sphereify.nn.magnitudes import Magnitude
+from sphereify.nn.modules import check_module
 from sphereify.wording import count, shortened_name
 
 KEPT_SHORTCUT = "1×1 convolution on a residual shortcut"
@@ -159,7 +160,9 @@ class ConversionPlan:
 
         Raises:
             UsageError: the model does not run with these inputs.
+            ArgumentTypeError: the model is no module.
         """
+        check_module(model)
         seen = _observed(model, inputs)
         calls = {(call.owner, call.parameter) for call in [*seen.calls, *seen.fixed, *seen.attention]}
         decisions = []

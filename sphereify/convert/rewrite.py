@@ -26,6 +26,7 @@ from sphereify.nn import AngularHead, LearnableSigmoidOperator, SphereConv1d, Sp
 from sphereify.nn.functional_calls import AngularCall, angular_class, answer_call, answers_calls
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.magnitudes import SPHERE
+from sphereify.nn.modules import check_module
 from sphereify.nn.operators import CLASSES, make_operator
 
 TWINS: dict[str, Any] = {
@@ -60,8 +61,7 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
         UsageError: the plan names an operator object that it does not carry, as after `from_json`.
         ArgumentTypeError: a model that is no module, or a plan that is none.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("model", model, "a torch.nn.Module")
+    check_module(model)
     if not isinstance(plan, ConversionPlan):
         raise wrong_type("plan", plan, "a ConversionPlan, as plan_conversion and ConversionPlan.from_json return it")
     check_fit(model, plan)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from sphereify.errors import UsageError, option, wrong_type
+from sphereify.errors import UsageError, option
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name, weight_of_call
 from sphereify.nn.heads import AngularHead
+from sphereify.nn.modules import check_module
 from sphereify.nn.precision import gathered
 from sphereify.patterns import Patterns
 
@@ -38,8 +39,7 @@ def filter_banks(model: nn.Module, output: str | None = None, *, single: bool = 
         ArgumentTypeError: not a module.
         UsageError: no layer of the name `output`, or lazy layers without weights.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("model", model, "a model or a tensor of filters")
+    check_module(model, expected="a model or a tensor of filters")
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise UsageError(f"{type(model).__name__} has lazy layers without weights yet: run it once first")
     outputs = output_layers(model, output)

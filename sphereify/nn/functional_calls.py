@@ -21,6 +21,7 @@ from sphereify.nn.attention import Project, attend
 from sphereify.nn.decoupled import Decoupled, decoupled
 from sphereify.nn.functional import Operator, sphere_conv1d, sphere_conv2d, sphere_conv3d, sphere_linear, writable
 from sphereify.nn.magnitudes import SPHERE, Magnitude
+from sphereify.nn.operators import operator_repr
 from sphereify.nn.radius import HasRadius
 from sphereify.nn.tracing import node_of, one_node, tracer_of
 
@@ -182,7 +183,7 @@ class AngularCall(HasRadius, Decoupled):
         return self(Arguments(x, weight, bias), rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        own = f"{self.kind}, rescale={self.beta is not None}, eps={self.eps:g}"
+        own = f"{self.kind}{operator_repr(self.operator)}, rescale={self.beta is not None}, eps={self.eps:g}"
         return own + self._radius_repr() + self._magnitude_repr()
 
 

@@ -11,7 +11,7 @@ from sphereify.head_numbers import HEAD_NUMBERS, head_number
 from sphereify.nn import margins
 from sphereify.nn.decoupled import mixed
 from sphereify.nn.functional import Operator, sphere_linear
-from sphereify.nn.layers import adopted
+from sphereify.nn.layers import twin_of
 from sphereify.nn.merged_filters import HasDirections
 from sphereify.nn.operators import (
     CURVES,
@@ -20,6 +20,7 @@ from sphereify.nn.operators import (
     inner_acos,
     is_built_in,
     make_operator,
+    operator_repr,
     with_value,
 )
 from sphereify.nn.outputs import AngularOutput, made_by
@@ -152,9 +153,13 @@ class AngularHead(HasDirections):
         similarity_power: float | None = None,
         positive_weight: float | None = None,
     ) -> "AngularHead":
-        """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied."""
-        head = cls.__new__(cls)
-        head.__dict__.update(adopted(linear))
+        """The angular classifier on the weights of a linear one, with its bias, hooks and mode; nothing is copied.
+
+        Raises:
+            UsageError: as the class.
+            ArgumentTypeError: not a linear layer.
+        """
+        head = twin_of(linear, cls, nn.Linear)
         numbers = {"similarity_power": similarity_power, "positive_weight": positive_weight}
         head._configure(kind, operator, margin_gradient, margin=margin, scale=scale, **numbers)
         return head
@@ -293,7 +298,7 @@ class AngularHead(HasDirections):
         margin = f", margin={self.margin:g}" if self.has_margin else ""
         margin += ", margin_gradient=detached" if self.is_detached else ""
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, kind={self.kind}"
-        return f"{sizes}{margin}{scale}, bias={self.bias is not None}"
+        return f"{sizes}{operator_repr(self.operator)}{margin}{scale}, bias={self.bias is not None}"
 
 
 def head_eps(x: Tensor) -> float:

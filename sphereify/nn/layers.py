@@ -25,11 +25,12 @@ from sphereify.nn.functional import (
 )
 from sphereify.nn.magnitudes import Magnitude, make_magnitude
 from sphereify.nn.merged_filters import HasDirections
-from sphereify.nn.operators import make_operator
+from sphereify.nn.operators import make_operator, operator_repr
 from sphereify.nn.radius import HasRadius, check_radius
 from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="AngularLayer")
+Twin = TypeVar("Twin", bound=nn.Module)
 Ints = int | tuple[int, ...]
 """One number for all dimensions of space, or one for each."""
 
@@ -80,10 +81,7 @@ class AngularLayer(HasDirections, Decoupled):
 
         The whole state is taken over rather than a list of names, so that attributes of the user's come along.
         """
-        if not isinstance(plain, cls.plain_class):
-            raise wrong_type(cls.__name__, plain, f"a torch.nn.{cls.plain_class.__name__}")
-        layer = cls.__new__(cls)
-        layer.__dict__.update(adopted(plain))
+        layer = twin_of(plain, cls, cls.plain_class)
         layer._make_angular(operator, rescale, eps, magnitude)
         return layer
 
@@ -98,13 +96,21 @@ class AngularLayer(HasDirections, Decoupled):
         return y if read_only else writable(y, self.beta, self._shift)
 
     def extra_repr(self) -> str:
-        # An operator that is a module is listed as a child of this one.
-        operator = "" if isinstance(self.operator, nn.Module) else f", operator={_name_of(self.operator)}"
+        operator = operator_repr(self.operator)
         return f"{super().extra_repr()}{operator}, rescale={self.rescale}, eps={self.eps:g}{self._magnitude_repr()}"
 
 
-def _name_of(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)
+def twin_of(plain: nn.Module, cls: type[Twin], plain_class: type[nn.Module]) -> Twin:
+    """A module of the class `cls` with the whole state of the layer of torch's that it is to replace.
+
+    Raises:
+        ArgumentTypeError: `plain` is not of the class `plain_class`.
+    """
+    if not isinstance(plain, plain_class):
+        raise wrong_type(cls.__name__, plain, f"a torch.nn.{plain_class.__name__}")
+    twin = cls.__new__(cls)
+    twin.__dict__.update(adopted(plain))
+    return twin
 
 
 def adopted(plain: nn.Module) -> dict[str, Any]:
@@ -299,7 +305,12 @@ class SphereLinear(AngularLayer, nn.Linear):
         weighted: bool = False,
         eps: float = DEFAULT_EPS,
     ) -> "SphereLinear":
-        """The angular twin of `linear`, with the same parameters; see `SphereConv2d.from_conv`."""
+        """The angular twin of `linear`, with the same parameters; see `SphereConv2d.from_conv`.
+
+        Raises:
+            UsageError: as the class.
+            ArgumentTypeError: not a linear layer.
+        """
         return cls._adopt(linear, operator, rescale, eps, _of_rows(magnitude, weighted))
 
     @one_node

@@ -14,6 +14,7 @@ from sphereify.nn.binary_loss import BinaryTasks, binary_loss
 from sphereify.nn.class_blocks import ClassBlock, chunks, sample
 from sphereify.nn.energies.pairs import pair_energy
 from sphereify.nn.heads import AngularHead
+from sphereify.nn.modules import check_module
 from sphereify.nn.outputs import AngularOutput, scores_of
 from sphereify.nn.precision import accumulate_dtype, accumulated, has_values, in_transform, no_autocast
 from sphereify.nn.softmax_loss import cross_entropy, cross_entropy_in_blocks
@@ -386,8 +387,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:
-    if not isinstance(model, nn.Module):
-        raise wrong_type("AngularLoss", model, "a model or an AngularHead")
+    check_module(model, "AngularLoss", "a model or an AngularHead")
     heads = [module for module in model.modules() if isinstance(module, AngularHead)]
     if len(heads) > 1 and any(head.has_margin for head in heads):
         raise UsageError(

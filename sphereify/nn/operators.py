@@ -317,6 +317,18 @@ def is_built_in(operator: object) -> TypeGuard[AngularOperator]:
     return type(operator) in CLASSES.values()
 
 
+def operator_repr(operator: Any) -> str:
+    """The operator for `extra_repr`; empty for a module, which torch lists as a child.
+
+    An address is no part of it, since two networks with equal layers have equal descriptions.
+    """
+    if isinstance(operator, nn.Module):
+        return ""
+    is_bare = type(operator).__repr__ is object.__repr__
+    name = type(operator).__qualname__ if is_bare else getattr(operator, "__qualname__", None)
+    return f", operator={name or repr(operator)}"
+
+
 def make_operator(
     operator: str | Callable[[Tensor], Tensor],
     *,

@@ -20,6 +20,7 @@ from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead, CosineOperator
 from sphereify.nn.functional_calls import ANGULAR, AngularCall
 from sphereify.nn.layers import AngularLayer, ConvGeometry
+from sphereify.nn.modules import check_module
 
 SAMPLES = 8
 """Largest number of inputs on which angles are measured."""
@@ -87,7 +88,11 @@ def measure_angles(
 
     Raises:
         UsageError: the model was not converted.
+        ArgumentTypeError: a network that is no module.
     """
+    check_module(model)
+    if original is not None:
+        check_module(original, "original")
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"measure_angles: {type(model).__name__} was not converted")

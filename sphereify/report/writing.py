@@ -13,6 +13,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan, check_fit
 from sphereify.errors import UsageError, invalid, wrong_type
 from sphereify.files import as_path, write_text
+from sphereify.nn.modules import check_module
 from sphereify.report.contents import contents_of_model, contents_of_plan
 from sphereify.report.page import page
 from sphereify.sources import versions
@@ -53,7 +54,7 @@ def write_report(
         The file.
 
     Raises:
-        ArgumentTypeError: neither a model nor a plan.
+        ArgumentTypeError: neither a model nor a plan, or an original that is no module.
         UsageError: a model that was not converted, or another suffix.
         PlanMismatchError: an original of another architecture.
         ArtifactError: the file cannot be written.
@@ -82,6 +83,7 @@ def write_report(
     else:
         raise wrong_type("write_report", model_or_plan, "a converted model or a ConversionPlan")
     if original is not None:
+        check_module(original, "original")
         check_fit(original, plan)
     if model is None:
         contents = contents_of_plan(plan, name, **known)

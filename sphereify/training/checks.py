@@ -13,6 +13,7 @@ from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
 from sphereify.models import untrained_part
+from sphereify.nn.modules import check_module
 from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
@@ -40,9 +41,8 @@ def check_run(
         UsageError: settings that do not go with the model, its filters, or the number of processes.
     """
     check_classes(model, data)
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        raise wrong_type("teacher", teacher, "a torch.nn.Module, as open_teacher returns it")
     if teacher is not None:
+        check_module(teacher, "teacher", "a torch.nn.Module, as open_teacher returns it")
         check_classes(teacher, data, "the teacher")
     check_model(model, settings, teacher)
     _check_amount(data, processes)
@@ -72,8 +72,7 @@ def check_arguments(model: object, data: object, settings: object = None) -> Non
     Raises:
         ArgumentTypeError: one is not.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("model", model, "a torch.nn.Module")
+    check_module(model)
     if not isinstance(data, Data):
         raise wrong_type("data", data, "a Data, as sphereify.datasets.load_data returns it")
     if settings is not None and not isinstance(settings, Settings):

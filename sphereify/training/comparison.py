@@ -17,8 +17,9 @@ from sphereify import choices
 from sphereify.artifact import load
 from sphereify.conversion import sphereify
 from sphereify.datasets import Data, training_images
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import UsageError, choose, invalid, option, wrong_type
 from sphereify.files import write_text
+from sphereify.nn.modules import check_module
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.checks import check_model
@@ -241,8 +242,11 @@ def compare(
 
     Raises:
         UsageError: no variant, two of one name, fewer than one seed, or runs of another kind in `output`.
+        ArgumentTypeError: `build` is no function, or returns no module.
         DataError: images that cannot be corrupted, with `corruptions`.
     """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise wrong_type("build", build, "a function that returns the plain network")
     settings = with_recipe(settings or Settings(), trained=learned != NOTHING)
     folder = Path(output)
     names = [variant.name for variant in variants]
@@ -392,9 +396,11 @@ def build_variant(build: Callable[[], nn.Module], variant: Variant, settings: Se
 
     Raises:
         UsageError: it cannot be converted, or not be trained with these settings.
+        ArgumentTypeError: `build` returns no module.
     """
     torch.manual_seed(settings.seed)
     model = build()
+    check_module(model, "build()")
     if variant.options is not None:
         model = sphereify(model, inplace=True, **variant.options)
     check_model(model, _settings_of(variant, settings))

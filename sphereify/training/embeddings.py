@@ -19,6 +19,7 @@ from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, TrainingError, UnsupportedModelError, UsageError, option
 from sphereify.nn.functional_calls import Arguments
+from sphereify.nn.modules import check_module
 from sphereify.training.checks import check_images
 from sphereify.training.evaluation import autocast
 from sphereify.training.loader import Batches, make_loader, on_device
@@ -65,7 +66,9 @@ def embeddings(
         DataError: images that the model does not take, a layer whose input is no features of images, or not one image
             that can be read.
         TrainingError: features that are not finite.
+        ArgumentTypeError: the model is no module.
     """
+    check_module(model)
     settings = settings or Settings()
     check_images(model, image_size)
     network, path = _with_classifier(model, image_size) if layer is None else (model, _checked(model, layer))

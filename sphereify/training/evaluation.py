@@ -16,6 +16,7 @@ from sphereify.convert.finite import answers_of, first_bad_layer
 from sphereify.datasets import Data
 from sphereify.errors import DataError, TrainingError
 from sphereify.files import write_text
+from sphereify.nn.modules import check_module
 from sphereify.plots import plot_confusion
 from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.checks import check_arguments, check_classes, check_record
@@ -180,6 +181,7 @@ def autocast(device: torch.device, amp: str) -> Any:
 
 def accuracy(model: nn.Module, loader: DataLoader, device: torch.device | str = "cpu") -> float:
     """The share of correct answers, in [0, 1], over any loader of (images, targets); the model is left in eval mode."""
+    check_module(model)
     model.eval()
     correct = count = 0
     with torch.no_grad():

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.errors import UsageError, first_line, invalid, option, wrong_type
+from sphereify.errors import UsageError, first_line, invalid, option
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import Decoupled
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
+from sphereify.nn.modules import check_module
 from sphereify.training.recipe import recipe
 from sphereify.training.settings import Settings
 
@@ -38,8 +39,7 @@ def param_groups(
         UsageError: weight_decay < 0, a layer_decay outside (0, 1] or for a model that does not say what its layers
             are, lr without layer_decay.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_type("param_groups", model, "a torch.nn.Module")
+    check_module(model)
     if not weight_decay >= 0:
         raise invalid("weight_decay", weight_decay, "a number of at least 0")
     if layer_decay is not None and not 0 < layer_decay <= 1:

@@ -21,9 +21,10 @@ from sphereify.datasets import Data, training_images
 from sphereify.errors import DataError, UsageError, choose, option
 from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
+from sphereify.nn.modules import check_module
 from sphereify.plots import plot_robustness
 from sphereify.sources import RECORD_ATTRIBUTE, accepts
-from sphereify.training.checks import check_classes, check_record, check_trained
+from sphereify.training.checks import check_arguments, check_classes, check_record, check_trained
 from sphereify.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from sphereify.training.evaluation import autocast
 from sphereify.training.loader import Batches, make_loader, on_device
@@ -120,9 +121,12 @@ def robustness(
     Raises:
         UsageError: an unknown corruption, or none.
         DataError: images of other than 1 or 3 channels, or whose normalization is not known; otherwise as `evaluate`.
+        ArgumentTypeError: a network that is no module, or data or settings of another type.
     """
+    check_arguments(model, data, settings)
     if against is None:
         return corrupted_accuracies({name: model}, data, settings, corruptions=corruptions, on_images=on_images)
+    check_module(against, "against")
     networks = {NETWORK if name in (ORIGINAL, RIVAL) else name: model}
     networks |= {ORIGINAL: against, RIVAL: rival_of(against, data)}
     return corrupted_accuracies(networks, data, settings, corruptions=corruptions, on_images=on_images)

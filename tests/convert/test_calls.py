@@ -841,3 +841,12 @@ def test_a_bias_that_comes_after_the_conversion_is_added_to_gamma():
     owner, call = model[0], shake(the_call(model))
     owner.biased = True
     torch.testing.assert_close(owner(x), linear_answer(x, owner.weight, call.beta, call.gamma, owner.shift))
+
+
+def cubed(cos):
+    return cos**3
+
+
+def test_repr_of_a_call_names_the_operator_function():
+    call = AngularCall("linear", 3, cubed, rescale=False, has_bias=False, eps=1e-4)
+    assert repr(call) == "AngularCall(linear, operator=cubed, rescale=False, eps=0.0001)"

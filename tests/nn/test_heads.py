@@ -188,3 +188,18 @@ def test_wrong_argument_is_refused_by_constructor_and_from_linear(given, text):
         AngularHead(6, 4, **given)
     with pytest.raises(UsageError, match=text):
         AngularHead.from_linear(nn.Linear(6, 4), **given)
+
+
+def cubed(cos):
+    return cos**3
+
+
+def test_repr_names_the_operator_function_and_not_twice_a_module():
+    assert "kind=w-softmax, operator=cubed, bias=False" in repr(AngularHead(6, 4, operator=cubed))
+    assert repr(AngularHead(6, 4, operator="linear")).count("perator=") == 0
+
+
+@pytest.mark.parametrize(("other", "got"), [(nn.Conv2d(1, 1, 1), "Conv2d"), (5, "int"), (None, "NoneType")])
+def test_a_head_of_what_is_no_linear_layer_is_a_type_error(other, got):
+    with pytest.raises(TypeError, match=rf"AngularHead: got {got}, expected a torch\.nn\.Linear"):
+        AngularHead.from_linear(other)

@@ -473,11 +473,17 @@ def cubed(cos):
     return cos**3
 
 
+class Cubed:
+    def __call__(self, cos):
+        return cos**3
+
+
 @pytest.mark.parametrize("geometry", ["linear", "2d"])
 def test_repr_names_the_operator_module_or_function(geometry):
     assert ", operator=cubed, rescale=False" in repr(build(geometry, cubed)[0])
     assert "(operator): LinearOperator()" in repr(build(geometry, "linear")[0])
     assert "operator=functools.partial(" in repr(build(geometry, functools.partial(torch.mul, 1.0))[0])
+    assert ", operator=Cubed, rescale=False" in repr(build(geometry, Cubed())[0])
 
 
 @pytest.mark.parametrize("dim", CLASSES)

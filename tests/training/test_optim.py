@@ -330,5 +330,5 @@ def test_lr_without_layer_decay_is_refused():
 
 
 def test_what_is_no_module_has_no_groups():
-    with pytest.raises(TypeError, match=r"param_groups: got list, expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model: got list, expected a torch\.nn\.Module"):
         param_groups([torch.zeros(2)], 0.1)
