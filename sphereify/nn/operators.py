@@ -324,8 +324,8 @@ def operator_repr(operator: Any) -> str:
     """
     if isinstance(operator, nn.Module):
         return ""
-    is_bare = type(operator).__repr__ is object.__repr__
-    name = type(operator).__qualname__ if is_bare else getattr(operator, "__qualname__", None)
+    kind: Any = type(operator)
+    name = kind.__qualname__ if kind.__repr__ is object.__repr__ else getattr(operator, "__qualname__", None)
     return f", operator={name or repr(operator)}"
 
 
