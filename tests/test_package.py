@@ -57,6 +57,12 @@ def loaded_after(*steps: str) -> list[set[str]]:
     return [set(line.split()) for line in done.stderr.splitlines()]
 
 
+def modules_after(step: str) -> set[str]:
+    """The modules of the package that a fresh interpreter has loaded after a step."""
+    script = f"import sys\n{step}\nprint(*(name for name in sys.modules if name.startswith('sphereify')))"
+    return set(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT).split())
+
+
 def test_importing_the_package_loads_no_other():
     assert loaded_after("import sphereify; dir(sphereify); sphereify.__version__; sphereify.__all__") == [set()]
 
@@ -91,6 +97,9 @@ def test_layers_parameter_groups_and_conversions_load_what_they_need():
     )
     assert layers <= {"torch", "numpy"}
     assert groups <= {"torch", "numpy"}
+    own = modules_after("from sphereify import param_groups")
+    assert {"sphereify.nn.layers", "sphereify.training.optim"} <= own
+    assert not {module for module in own if module.startswith("sphereify.convert")}
     assert not conversion & {"timm", "typer", "rich", "matplotlib", "sklearn"}
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.calibration.norms import keeps_statistics, refit_affine, scale_of, set_batch_norm, shift_of
+from sphereify.calibration.norms import refit_affine, scale_of, set_batch_norm, shift_of
 from sphereify.calibration.patches import Geometry
 from sphereify.calibration.regression import Fit, fit
 from sphereify.calibration.results import LayerFit
 from sphereify.calibration.rows import Batch, cached, chunks
+from sphereify.convert.sites import has_statistics
 from sphereify.nn import LearnableSigmoidOperator
 from sphereify.nn.decoupled import filter_norms
 from sphereify.nn.precision import accumulated
@@ -95,7 +96,7 @@ def _current_scale(pair: LayerPair, weight: Tensor, bias: Tensor | None, part: s
     if gamma.dim() > 1:
         return None
     if layer.beta is None and pair.norm is not None:
-        if not keeps_statistics(norm):
+        if not has_statistics(norm):
             return None
         beta, gamma = scale_of(norm).flatten() * beta, scale_of(norm).flatten() * gamma + shift_of(norm).flatten()
     return accumulated(beta), accumulated(gamma)
@@ -124,7 +125,7 @@ def _set_scale(pair: LayerPair, solution: Fit, bias: Tensor | None, part: slice,
         return
     if shift is not None:
         shift.zero_()  # the norm holds γ
-    if keeps_statistics(norm):
+    if has_statistics(norm):
         beta = torch.where(has_direction, beta, scale_of(norm).flatten())
         variance = torch.where(has_direction, solution.variance, norm.running_var)
         set_batch_norm(norm, beta, gamma, solution.mean, variance)

@@ -12,11 +12,6 @@ CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 """Normalizations of which the channels are axis 1."""
 
 
-def keeps_statistics(norm: Any) -> bool:
-    """True for a BatchNorm with running statistics: in evaluation it scales and shifts each channel."""
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
-
-
 def scales_filters(norm: nn.Module, output: Tensor, spatial: int) -> bool:
     """True if the channels of a normalization that takes a layer's output lie on the axis of the filters.
 

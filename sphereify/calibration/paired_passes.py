@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sphereify.calibration.layer_pairs import LayerPair
-from sphereify.calibration.norms import keeps_statistics, scale_of, shift_of
+from sphereify.calibration.norms import scale_of, shift_of
 from sphereify.calibration.rows import Batch, rows_at, sampled_positions
 from sphereify.calibration.tracking import (
     LayerCall,
@@ -24,6 +24,7 @@ from sphereify.calibration.tracking import (
     record_places,
 )
 from sphereify.convert.arguments import ModelArguments
+from sphereify.convert.sites import has_statistics
 from sphereify.errors import DataError
 from sphereify.nn.functional_calls import AngularCall
 
@@ -135,7 +136,7 @@ def _batch(pair: LayerPair, call: LayerCall, output: LayerOutput, converted_pass
         number = converted_pass.number
         raise DataError(f"calibration: the original's {pair.name} gives values that are not finite on batch {number}")
     target, added, rectified = output.raw, None, output.rectified
-    if keeps_statistics(pair.norm):
+    if has_statistics(pair.norm):
         target = output.raw * scale_of(pair.norm) + shift_of(pair.norm)
     elif pair.norm is not None:
         if pair.decision.drops_norm and output.normalized is not None:

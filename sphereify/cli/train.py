@@ -347,8 +347,7 @@ def compare(
     from sphereify.terminal import console
     from sphereify.training import compare as run
     from sphereify.training.comparison import default_comparison_folder, variants
-    from sphereify.training.knowledge import NOTHING, open_plain
-    from sphereify.training.recipe import with_radius
+    from sphereify.training.knowledge import NOTHING, open_plain, with_radius
     from sphereify.training.start import for_classes_of
 
     folder = output or default_comparison_folder(model)

@@ -164,6 +164,11 @@ def is_affine_norm(module: nn.Module) -> bool:
     return named and attribute_of(module, "weight") is not None
 
 
+def has_statistics(norm: Any) -> bool:
+    """True for a BatchNorm of torch or timm that normalizes by running statistics in evaluation."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+
+
 def number_of_channels(norm: Any) -> int | None:
     """The number of channels that a normalization scales, each by its own factor; None where there is no telling."""
     scales = (attribute_of(norm, "weight"), getattr(norm, "running_mean", None))

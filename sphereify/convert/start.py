@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sphereify.convert.sites import has_statistics
 from sphereify.nn.magnitudes import SPHERE, Magnitude
 from sphereify.nn.operators import CosineOperator, is_built_in
 
@@ -114,11 +115,6 @@ class Statistics(NamedTuple):
         with torch.inference_mode():  # the buffers may have been made there, and can then be written nowhere else
             norm.running_mean.copy_(self.mean)
             norm.running_var.copy_(self.variance)
-
-
-def has_statistics(norm: Any) -> bool:
-    """True for a BatchNorm of torch or timm that normalizes by running statistics in evaluation."""
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
 
 
 def is_trained(norm: Any) -> bool:

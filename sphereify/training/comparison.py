@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import statistics
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +38,10 @@ from sphereify.training.verification import Verification, check_identities, veri
 TOLD_RATE = 1e-2
 """The false accept rate whose true accept rate the table of a comparison tells."""
 TAR_COLUMN = f"true accepts at FAR {TOLD_RATE:g}, %"
+
+
+ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
+"""The part of a repr that is another one in each process."""
 
 
 @dataclass(frozen=True)
@@ -344,17 +349,28 @@ def train_once(
 
 def _identity(model: nn.Module, data: Data, variant: Variant, settings: Settings) -> dict[str, Any]:
     """All that the result of a run depends on, as plain JSON values."""
+    options = repr(variant.options)
     lasting = {name: value for name, value in settings.to_json().items() if name not in WITHOUT_EFFECT}
     identity = {
         **lasting,
         "data": identity_of(data),
         "classes": data.classes,
         "image_size": data.image_size,
-        "transform": str(getattr(data.train, "transform", "")),
-        "conversion": repr(variant.options),
+        "transform": ADDRESS.sub("", str(getattr(data.train, "transform", ""))),
+        "conversion": ADDRESS.sub("", options),
         "model": _fingerprint(model),
+        **({"operator": _curves(model)} if ADDRESS.search(options) else {}),
     }
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+
+
+def _curves(model: nn.Module) -> list[str]:
+    """Values of the operators that are functions or plain objects, whose names do not say what they compute."""
+    operators = (getattr(module, "operator", None) for module in model.modules())
+    cos = torch.linspace(-1, 1, 9, device="cpu").unsqueeze(1)
+    with torch.no_grad():
+        curves = [g(cos).flatten().tolist() for g in operators if callable(g) and not isinstance(g, nn.Module)]
+    return sorted({" ".join(f"{value:.4f}" for value in curve) for curve in curves})
 
 
 def _check_same_variant(folder: RunFolder, identity: dict[str, Any]) -> None:

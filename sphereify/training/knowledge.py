@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.results import Calibration
+from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE
 from sphereify.datasets import Data, training_images
-from sphereify.errors import choose, option
+from sphereify.errors import NoEffectError, choose, option
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
+from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
 
 IMAGES = 1024
@@ -45,6 +47,23 @@ def open_plain(spec: str, source: SourceOptions, classes: int) -> tuple[nn.Modul
         return model, NOTHING
     pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
     return model, ALL if pretrained == classes and not hasattr(model, UNTRAINED_ATTRIBUTE) else FEATURES
+
+
+def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a conversion with a radius for a trained network, where they leave it open.
+
+    Args:
+        plain: the network before its conversion. One without a convolution that may pool gets no radius.
+        conversion: keyword arguments of `sphereify`. With a magnitude of their own they get no radius.
+    """
+    if conversion.get("radius") is not None or conversion.get("magnitude", "sphere") != "sphere":
+        return dict(conversion)
+    pooled = {**conversion, "radius": GENTLE_RADIUS}
+    try:
+        plan_conversion(plain, **pooled)
+    except NoEffectError:
+        return dict(conversion)
+    return pooled
 
 
 def keep_knowledge(

@@ -17,7 +17,8 @@ from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.names import submodule
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
-from sphereify.convert.start import Filters, has_statistics, start_beta
+from sphereify.convert.sites import has_statistics
+from sphereify.convert.start import Filters, start_beta
 from sphereify.errors import NoEffectError, UsageError, option
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import ALL, Decoupled, filter_norms, patch_norms

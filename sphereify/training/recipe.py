@@ -6,14 +6,8 @@ small steps of stochastic gradient descent; see `benchmarks/finetuning.py`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
-
-from sphereify.convert import plan_conversion
-from sphereify.errors import NoEffectError
 from sphereify.training.settings import Settings
 
 GENTLE_RADIUS = 4.0
@@ -54,20 +48,3 @@ def recipe(settings: Settings, *, trained: bool = False) -> Recipe:
 def with_recipe(settings: Settings, *, trained: bool = False) -> Settings:
     """The settings with the values of their `recipe`."""
     return dataclasses.replace(settings, **vars(recipe(settings, trained=trained)))
-
-
-def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a conversion with a radius for a trained network, where they leave it open.
-
-    Args:
-        plain: the network before its conversion. One without a convolution that may pool gets no radius.
-        conversion: keyword arguments of `sphereify`. With a magnitude of their own they get no radius.
-    """
-    if conversion.get("radius") is not None or conversion.get("magnitude", "sphere") != "sphere":
-        return dict(conversion)
-    pooled = {**conversion, "radius": GENTLE_RADIUS}
-    try:
-        plan_conversion(plain, **pooled)
-    except NoEffectError:
-        return dict(conversion)
-    return pooled

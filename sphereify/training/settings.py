@@ -160,6 +160,7 @@ class Settings:
             object.__setattr__(self, name, (values,) if alone else tuple(values or ()))
         check_options(self)
         self._check_schedule()
+        self._check_morph()
         self._check_sharding()
         _ = self.chosen_device
 
@@ -176,11 +177,13 @@ class Settings:
                 f"{option('milestones')}: none given, expected the epochs after which multistep lowers the rate"
             )
 
-    def _check_sharding(self) -> None:
+    def _check_morph(self) -> None:
         if self.morph and self.compile:
             raise UsageError(
                 f"{option('morph')}: does not go with {option('compile')}, since each step has other layers"
             )
+
+    def _check_sharding(self) -> None:
         others = {
             option("morph"): self.morph,
             option("ema"): self.ema,

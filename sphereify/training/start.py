@@ -18,10 +18,9 @@ from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
 from sphereify.training.data_options import DataOptions
-from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary
+from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary, with_radius
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.pairs import Pairs, read_pairs
-from sphereify.training.recipe import with_radius
 from sphereify.training.teacher import Original, open_teacher
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
 from sphereify.training import Terms, Variant, accuracy, compare, train_once, trained, variants
+from sphereify.training.run_folder import RunFolder
 from tests.training.small import (
     images,
     linear_net,
@@ -59,6 +60,43 @@ def test_a_variant_is_trained_once_and_found_again(tmp_path, variant):
     model = trained(linear_net, variant, tmp_path / "run")
     assert accuracy(model, DataLoader(data.test, 5)) == results[0].accuracy
     assert hasattr(model, "conversion_plan") == (variant.options is not None)
+
+
+def power(exponent: int):
+    return lambda cos: cos**exponent
+
+
+class Power:
+    def __init__(self, exponent: int):
+        self.exponent = exponent
+
+    def __call__(self, cos):
+        return cos**self.exponent
+
+
+@pytest.mark.parametrize("made", [power, Power])
+def test_an_operator_object_is_known_by_what_it_computes_and_not_by_its_address(tmp_path, made):
+    heard, operators = [], [made(3), made(3), made(5)]
+
+    def run(operator):
+        variant = Variant("own", {"operator": operator, "overrides": {"1": {"operator": operator}}})
+        return train_once(linear_net, images(), variant, usual(epochs=1), output=tmp_path, on_step=heard.append)
+
+    first = run(operators[0])
+    steps = len(heard)
+    assert repr(operators[0]) != repr(operators[1])
+    assert run(operators[1]).epochs == first.epochs
+    assert len(heard) == steps
+    with pytest.raises(UsageError, match="holds a run with another operator;"):
+        run(operators[2])
+
+
+def test_the_identity_of_options_without_objects_is_their_repr(tmp_path):
+    options = {"operator": "sigmoid", "k": 0.3, "overrides": {"1": {"k": 0.5}}}
+    train_once(linear_net, images(), Variant("own", options), usual(epochs=1), output=tmp_path)
+    identity = json.loads(RunFolder(tmp_path).variant.read_text())
+    assert identity["conversion"] == repr(options)
+    assert "operator" not in identity
 
 
 def test_a_run_follows_its_teacher_and_is_no_run_without_one_or_with_another(tmp_path):

@@ -13,7 +13,7 @@ from sphereify.errors import DataError, UsageError
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training import DataOptions, Variant, compare
-from sphereify.training.knowledge import ALL, FEATURES, NOTHING, keep_knowledge, open_plain
+from sphereify.training.knowledge import ALL, FEATURES, NOTHING, keep_knowledge, open_plain, with_radius
 from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.training.start import start
 from tests.training.small import usual
@@ -203,3 +203,11 @@ def test_an_artifact_that_was_calibrated_or_trained_is_trained_gently(weights, t
         saved = save(model, tmp_path / folder, training=record)
         options = SourceOptions(factory=f"{HERE}:small")
         assert start(str(saved), DataOptions("digits", **EIGHT), source=options).trained is (folder != "copied")
+
+
+def test_a_trained_network_gets_a_radius_where_a_convolution_may_pool():
+    pooling = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    assert with_radius(pooling, {"operator": "linear"}) == {"operator": "linear", "radius": GENTLE_RADIUS}
+    assert with_radius(pooling, {"radius": 0.0}) == {"radius": 0.0}
+    linear = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert with_radius(linear, {"radius": None}) == {"radius": None}

@@ -1,16 +1,13 @@
 """Recipes: what settings leave open depends on what the network knows already."""
 
 import pytest
-from torch import nn
 
 from sphereify.training import Settings, with_recipe
 from sphereify.training.recipe import (
     DEFAULT_RATE,
     GENTLE_ADAPTIVE_RATE,
-    GENTLE_RADIUS,
     Recipe,
     recipe,
-    with_radius,
 )
 
 CPU = {"device": "cpu"}
@@ -36,11 +33,3 @@ def test_settings_with_a_recipe_are_complete(trained):
     settings = with_recipe(Settings(**CPU), trained=trained)
     assert None not in (settings.opt, settings.lr, settings.weight_decay)
     assert with_recipe(settings, trained=not trained) == settings
-
-
-def test_a_trained_network_gets_a_radius_where_a_convolution_may_pool():
-    pooling = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-    assert with_radius(pooling, {"operator": "linear"}) == {"operator": "linear", "radius": GENTLE_RADIUS}
-    assert with_radius(pooling, {"radius": 0.0}) == {"radius": 0.0}
-    linear = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert with_radius(linear, {"radius": None}) == {"radius": None}
