@@ -1,16 +1,34 @@
 """An angular head as a loss over embeddings, in the convention of metric-learning libraries."""
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from sphereify.errors import UsageError, wrong_type
+from sphereify.nn.annealing import MarginAnnealing
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.losses import AngularLoss
 from sphereify.nn.outputs import made_by
 from sphereify.nn.precision import accumulate_dtype
 from sphereify.nn.targets import Targets
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LossKeywords(TypedDict, total=False):
+    """The options of `AngularLoss` as keyword arguments, for type checkers."""
+
+    label_smoothing: float
+    class_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    annealing: MarginAnnealing | None
+    separation: float
+    separation_s: float
+    chunk_size: int | None
+    sampled_classes: float | None
 
 
 class MetricLoss(nn.Module):
@@ -19,7 +37,7 @@ class MetricLoss(nn.Module):
     The class weights are parameters of this module: hand them to an optimizer.
     """
 
-    def __init__(self, head: AngularHead, **options: Any):
+    def __init__(self, head: AngularHead, **options: "Unpack[LossKeywords]"):
         super().__init__()
         self.head = head
         self.loss = AngularLoss(head, **options)
@@ -61,7 +79,7 @@ def occurrences(indices_tuple: tuple[Tensor, ...], embeddings: Tensor) -> Tensor
     return counts / counts.max() if counts.any() else torch.ones_like(counts)
 
 
-def as_metric_loss(head: AngularHead, **options: Any) -> MetricLoss:
+def as_metric_loss(head: AngularHead, **options: "Unpack[LossKeywords]") -> MetricLoss:
     """`loss(embeddings, labels, indices_tuple=None)` and `loss.get_logits(embeddings)` of an angular head.
 
     Args:

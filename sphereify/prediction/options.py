@@ -1,6 +1,7 @@
 """Options of a prediction, each declared once. Imports no torch, so that `--help` answers at once."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from sphereify.options import check_options, option_field
 
@@ -19,3 +20,11 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+class PredictKeywords(TypedDict, total=False):
+    """The fields of `PredictOptions` as keyword arguments, for type checkers."""
+
+    top: int
+    batch_size: int
+    device: str

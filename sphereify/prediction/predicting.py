@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.options import with_keywords_of
 from sphereify.pictures import open_image
 from sphereify.prediction.networks import Network, is_exported, of_file, of_module
-from sphereify.prediction.options import PredictOptions
+from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.preparation import Preparation, PreparationOptions
 from sphereify.sources import SOURCE_ATTRIBUTE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def predict(
     preparation: Preparation | PreparationOptions | None = None,
     source: SourceOptions | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
-    **options: Any,
+    **options: "Unpack[PredictKeywords]",
 ) -> list[Prediction]:
     """The likeliest classes of images in files, each prepared as the network takes them.
 

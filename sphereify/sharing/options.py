@@ -1,6 +1,7 @@
 """Options of sharing a network, each declared once. Imports no torch, so that `--help` answers at once."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from sphereify.errors import UsageError, option
 from sphereify.options import check_options, option_field
@@ -59,3 +60,17 @@ class PushOptions:
             value = getattr(self, name)
             if value is not None and not str(value).strip():
                 raise UsageError(f"{option(name)}: is empty")
+
+
+class PushKeywords(TypedDict, total=False):
+    """The fields of `PushOptions` as keyword arguments, for type checkers."""
+
+    license: str | None
+    base_model: str | None
+    accuracy: float | None
+    original_accuracy: float | None
+    replace_card: bool
+    private: bool
+    revision: str | None
+    commit_message: str | None
+    token: str | None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,8 +17,11 @@ from sphereify.fingerprint import is_as_loaded
 from sphereify.hub import Repository, check_token, has_file_to_keep, repository_of, upload
 from sphereify.options import with_keywords_of
 from sphereify.sharing.card import model_card
-from sphereify.sharing.options import PushOptions
+from sphereify.sharing.options import PushKeywords, PushOptions
 from sphereify.sources import RECORD_ATTRIBUTE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CARD = "README.md"
 
@@ -41,7 +44,9 @@ class Pushed:
 
 
 @with_keywords_of(PushOptions)
-def push_to_hub(model: "nn.Module | str | os.PathLike[str]", repository: str, **options: Any) -> Pushed:
+def push_to_hub(
+    model: "nn.Module | str | os.PathLike[str]", repository: str, **options: "Unpack[PushKeywords]"
+) -> Pushed:
     """Upload a converted network to the Hugging Face Hub: its artifact, and a model card that is made from it.
 
     The repository is made if it is missing. All files go in one commit; others in the repository stay, and so does a
@@ -79,7 +84,7 @@ def push_to_hub(model: "nn.Module | str | os.PathLike[str]", repository: str, **
 
 
 @with_keywords_of(PushOptions)
-def card_of(model: "nn.Module | str | os.PathLike[str]", repository: str, **options: Any) -> str:
+def card_of(model: "nn.Module | str | os.PathLike[str]", repository: str, **options: "Unpack[PushKeywords]") -> str:
     """The model card that `push_to_hub` would upload, without asking the hub.
 
     Args:

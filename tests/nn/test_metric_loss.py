@@ -1,5 +1,8 @@
 """An angular head as a loss of metric learning: what a miner found, and weights of samples."""
 
+import inspect
+import typing
+
 import pytest
 import pytorch_metric_learning.losses as metric_learning
 import torch
@@ -7,6 +10,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMi
 
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead, AngularLoss, as_metric_loss
+from sphereify.nn.metric_loss import LossKeywords
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # pytorch-metric-learning's
 
@@ -74,3 +78,11 @@ def test_mined_samples_outside_the_batch_are_refused():
     mined = tuple(torch.tensor([number]) for number in (0, 1, 40))
     with pytest.raises(UsageError, match="indices_tuple: names sample 40 of a batch of 32"):
         as_metric_loss(head)(x, y, mined)
+
+
+def test_the_keywords_for_type_checkers_are_those_of_the_loss():
+    of_model, *parameters = inspect.signature(AngularLoss).parameters.values()
+    assert of_model.name == "model_or_head"
+    assert list(LossKeywords.__annotations__) == [parameter.name for parameter in parameters]
+    assert typing.get_type_hints(LossKeywords) == {p.name: p.annotation for p in parameters}
+    assert not LossKeywords.__required_keys__

@@ -1,6 +1,8 @@
 """Classes of images in files: those that the network's scores say, whatever form the network has."""
 
+import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from sphereify import evaluate, export, fold, load, predict, save, sphereify
 from sphereify.datasets import load_data
 from sphereify.errors import ArtifactError, DataError, UsageError
 from sphereify.model_images import set_preparation
+from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.prediction.predicting import Guess, Prediction
 from sphereify.preparation import Preparation, PreparationOptions
 from sphereify.training.settings import Settings
@@ -259,3 +262,10 @@ def test_a_prediction_is_plain_data():
         "image": "a.jpg",
         "predictions": [{"class": 1, "name": "bee", "probability": 0.75}],
     }
+
+
+def test_the_keywords_for_type_checkers_are_the_fields_of_the_options():
+    fields = {field.name: field.type for field in dataclasses.fields(PredictOptions)}
+    assert typing.get_type_hints(PredictKeywords) == fields
+    assert list(PredictKeywords.__annotations__) == list(fields)
+    assert not PredictKeywords.__required_keys__

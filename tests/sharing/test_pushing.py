@@ -1,6 +1,8 @@
 """A converted network goes to the hub with a model card that says what is known of it, and comes back."""
 
+import dataclasses
 import json
+import typing
 
 import huggingface_hub
 import pytest
@@ -13,7 +15,7 @@ from sphereify.errors import ArtifactError, HubError, UsageError
 from sphereify.model_images import set_preparation
 from sphereify.preparation import Preparation
 from sphereify.sharing.card import model_card
-from sphereify.sharing.options import PushOptions
+from sphereify.sharing.options import PushKeywords, PushOptions
 from sphereify.sharing.pushing import card_of
 from sphereify.sources import BASE_ATTRIBUTE
 from tests.convert.models import plain
@@ -253,3 +255,10 @@ def test_the_accuracy_of_an_artifact_is_not_told_of_a_model_that_was_changed_sin
     assert "50.00%" not in text
     assert "Its accuracy was not measured." in text
     assert "Accuracy on the test images: 75.00%." in card_of(loaded, "me/net", accuracy=0.75)
+
+
+def test_the_keywords_for_type_checkers_are_the_fields_of_the_options():
+    fields = {field.name: field.type for field in dataclasses.fields(PushOptions)}
+    assert typing.get_type_hints(PushKeywords) == fields
+    assert list(PushKeywords.__annotations__) == list(fields)
+    assert not PushKeywords.__required_keys__
