@@ -29,9 +29,7 @@ from sphereify.nn import passes
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused
 from sphereify.nn.geometry import Ints, Projection, box_sum, convolve, is_identity, project, resolve
 from sphereify.nn.heads import head_eps, length_of
-from sphereify.nn.layers import (
-    ConvGeometry,
-)
+from sphereify.nn.layers import ConvGeometry
 from sphereify.nn.operators import is_built_in
 from sphereify.nn.passes import compiled
 from sphereify.nn.passes.reference import normalize_filters

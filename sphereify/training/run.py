@@ -57,9 +57,9 @@ def finetune(
         model: returns logits of shape (B, classes), an `AngularOutput`, or an output that has either as `logits`, for
             images (B, C, H, W).
         data: from `sphereify.datasets.load_data`, or a `Data` around data sets of your own.
-        settings: how to train; default: `Settings()`. What they leave open is chosen by what the model
-            keeps: small steps after a calibration and for the artifact of a run, see `with_recipe`; in a run that is
-            continued, as it began.
+        settings: how to train; default: `Settings()`. What they leave open is chosen by what the model keeps: small
+            steps after a calibration and for the artifact of a run, see `with_recipe`. A run that is continued goes on
+            as it began.
         output: folder of the run, see `RunFolder`: the models after the last and after the best epoch, checkpoints,
             metrics, curves and a summary. None: nothing is written.
         resume: continue from the last checkpoint in `output`, bit by bit as if the run had never stopped.

@@ -50,7 +50,7 @@ class Use(NamedTuple):
 
     curve: str
     form: str
-    """The sums that its norms need: one of `FORMS`; "dense" for a linear map."""
+    """The sums that its norms need, see `form_of`; "dense" for a linear map."""
 
     @classmethod
     def of(cls, weight: Tensor, projection: Projection | None, curve: str) -> "Use":
@@ -59,11 +59,8 @@ class Use(NamedTuple):
         return cls(curve, form_of(weight.shape[1], weight.shape[2:], projection.groups))
 
 
-FORMS = ("dense", "grouped", "depthwise", "pointwise")
-
-
 def form_of(fan_in: int, kernel: Sequence[int], groups: int) -> str:
-    """The form of a convolution with that many channels in each of its groups."""
+    """The form of a convolution with `fan_in` channels a group: "dense", "grouped", "depthwise" or "pointwise"."""
     if math.prod(kernel) == 1:
         return "pointwise"
     return "dense" if groups == 1 else "depthwise" if fan_in == 1 else "grouped"
@@ -105,14 +102,15 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("cosine", 32, 48),
+    Case("cosine", 32, 48, beta=True, shift=True),
     Case("linear", 6, 4, 2, (3, 2), (2, 1), (1, 0), (1, 2), beta=True, shift=True),
-    Case("sigmoid", 16, 16, 16, k=0.3, beta=True, radius=2.0),
-    Case("learnable-sigmoid", 16, 24, 1, (1, 1), padding=(0, 0), learned=24, shift=True),
+    Case("sigmoid", 16, 16, 16, k=0.3, beta=True, shift=True, radius=2.0),
+    Case("learnable-sigmoid", 16, 24, 1, (1, 1), padding=(0, 0), learned=24, beta=True, shift=True),
     Case("learnable-sigmoid", 6, 10, 2, (1, 1), padding=(0, 0), learned=1),
 )
-"""Each operator, dense, grouped and depthwise, with and without β, γ and a radius, in few combinations: a kernel is
-compiled for each. Channels are a multiple of 16, read 16 bytes at a time, or not; tensors have more than one tile."""
+"""Each operator and each form, in few combinations: a kernel is compiled for each. Nearly all have β and γ, whose code
+holds that of a layer without them. Channels are a multiple of 16, read 16 bytes at a time, or not; tensors have more than
+one tile."""
 
 
 class Operands(NamedTuple):
@@ -156,7 +154,7 @@ PASSES: dict[str, Callable[[Passes, Operands], Answer]] = {
 }
 """The passes of the protocol, each with its arguments."""
 OF_THE_CURVE = ("curve", "curve_backward")
-"""The passes that depend on the curve; the others depend on the form."""
+"""The passes that depend on the curve, besides the form."""
 
 
 def make_operands(case: Case, kind: Kind) -> Operands:
@@ -267,8 +265,8 @@ def deviations(passes: Passes, kind: Kind, use: Use | None = None) -> Iterator[D
 
 
 def _resembles(case: Case, name: str, use: Use) -> bool:
-    """True if a pass of the case runs the code that the use needs."""
-    return case.curve == use.curve if name in OF_THE_CURVE else case.form == use.form
+    """True if a pass of the case runs code that the use needs: of its form, or of its curve."""
+    return case.form == use.form or (name in OF_THE_CURVE and case.curve == use.curve)
 
 
 def _compare(got: Tensor | None, expected: Tensor | None, terms: int) -> tuple[float, float]:

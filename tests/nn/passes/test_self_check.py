@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from sphereify.nn.geometry import Projection
 from sphereify.nn.passes import compiled, cpu, reference, self_check, with_passes
 from sphereify.nn.passes import triton as kernels
 from sphereify.nn.passes.self_check import Kind
@@ -111,3 +112,28 @@ def test_where_no_thread_can_be_started_the_check_is_left_to_a_later_call(monkey
         patch.setattr(self_check.ThreadPoolExecutor, "submit", refuse)
         assert not self_check.is_trusted(cpu, x, weight, None, "cosine")
     assert self_check.is_trusted(cpu, x, weight, None, "cosine")
+
+
+@pytest.mark.parametrize("form", ["dense", "grouped", "depthwise", "pointwise"])
+@pytest.mark.parametrize("curve", ["cosine", "linear", "sigmoid", "learnable-sigmoid"])
+def test_what_a_layer_needs_is_compared_its_form_its_curve_and_the_rescaling_of_both(curve, form):
+    kind, use = Kind(CPU, torch.float32, torch.float32, "contiguous"), self_check.Use(curve, form)
+    found = list(self_check.deviations(reference, kind, use))
+    of_form = [deviation for deviation in found if deviation.case.form == form]
+    of_curve = [deviation for deviation in found if deviation.case.curve == curve]
+    assert {deviation.name for deviation in of_form} == set(self_check.PASSES)
+    assert {"curve", "curve_backward"} <= {deviation.name for deviation in of_curve}
+    for some in (of_form, of_curve):
+        assert any(deviation.case.beta and deviation.case.shift for deviation in some)
+    assert all(deviation in of_form or deviation.name in self_check.OF_THE_CURVE for deviation in found)
+
+
+def test_a_use_is_that_of_the_layer():
+    def form(groups, *weight):
+        return self_check.Use.of(torch.empty(weight), Projection((1, 1), (0, 0), (1, 1), groups), "cosine").form
+
+    assert self_check.Use.of(torch.empty(4, 3), None, "linear") == ("linear", "dense")
+    assert form(1, 4, 3, 3, 3) == "dense"
+    assert form(2, 4, 2, 3, 1) == "grouped"
+    assert form(4, 4, 1, 3, 3) == "depthwise"
+    assert form(2, 4, 2, 1, 1) == form(4, 4, 1, 1, 1) == "pointwise"
