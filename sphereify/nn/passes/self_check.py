@@ -109,8 +109,8 @@ CASES = (
     Case("learnable-sigmoid", 6, 10, 2, (1, 1), padding=(0, 0), learned=1),
 )
 """Each operator and each form, in few combinations: a kernel is compiled for each. Nearly all have β and γ, whose code
-holds that of a layer without them. Channels are a multiple of 16, read 16 bytes at a time, or not; tensors have more than
-one tile."""
+holds that of a layer without them. Channels are a multiple of 16, read 16 bytes at a time, or not; tensors have more
+than one tile."""
 
 
 class Operands(NamedTuple):
