@@ -27,7 +27,7 @@ from sphereify.errors import UsageError
 from sphereify.nn.geometry import Projection, project, project_backward, resolve
 from sphereify.nn.operators import broadcast_k, is_built_in
 from sphereify.nn.passes import reference, with_passes
-from sphereify.nn.passes.protocol import Passes
+from sphereify.nn.passes.protocol import AngularMap, Passes
 from sphereify.nn.precision import (
     accumulate_dtype,
     compute_dtype,
@@ -57,7 +57,9 @@ def sphere_conv1d(
     radius: Radius = 0.0,
 ) -> Tensor:
     """SphereConv over (B, C, L) or (C, L); see `sphere_conv2d`."""
-    return _sphere_conv(1, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
+    batch, projection = _batched(1, x, weight, stride, padding, dilation, groups)
+    y = _angular(batch, weight, operator, bias, eps, beta, projection, radius)
+    return y if batch.dim() == x.dim() else y.squeeze(0)
 
 
 def sphere_conv2d(
@@ -99,7 +101,9 @@ def sphere_conv2d(
     >>> round(sphere_conv2d(x, torch.ones(3, 2, 3, 3), CosineOperator())[0, 0, 0, 0].item(), 4)
     1.0
     """
-    return _sphere_conv(2, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
+    batch, projection = _batched(2, x, weight, stride, padding, dilation, groups)
+    y = _angular(batch, weight, operator, bias, eps, beta, projection, radius)
+    return y if batch.dim() == x.dim() else y.squeeze(0)
 
 
 def sphere_conv3d(
@@ -116,7 +120,9 @@ def sphere_conv3d(
     radius: Radius = 0.0,
 ) -> Tensor:
     """SphereConv over (B, C, D, H, W) or (C, D, H, W); see `sphere_conv2d`."""
-    return _sphere_conv(3, x, weight, operator, bias, stride, padding, dilation, groups, eps, beta, radius)
+    batch, projection = _batched(3, x, weight, stride, padding, dilation, groups)
+    y = _angular(batch, weight, operator, bias, eps, beta, projection, radius)
+    return y if batch.dim() == x.dim() else y.squeeze(0)
 
 
 def sphere_linear(
@@ -169,28 +175,16 @@ def writable(y: Tensor, beta: Tensor | None, bias: Tensor | None) -> Tensor:
     return y.clone() if beta is None and bias is None and y.requires_grad else y
 
 
-def _sphere_conv(
-    dim: int,
-    x: Tensor,
-    weight: Tensor,
-    operator: Operator,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-    eps: float,
-    beta: Tensor | None,
-    radius: Radius,
-) -> Tensor:
+def _batched(
+    dim: int, x: Tensor, weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int
+) -> tuple[Tensor, Projection]:
+    """The input of a convolution as a batch, and its geometry in numbers."""
     if weight.dim() != dim + 2 or x.dim() not in (dim + 1, dim + 2) or x.shape[-dim - 1] != weight.shape[1] * groups:
         raise UsageError(
             f"sphere_conv{dim}d: got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} with "
             f"groups={groups}, expected {dim + 1} or {dim + 2} dimensions of x, and weight.shape[1] * groups channels"
         )
-    batch, projection = resolve(x, weight.shape[2:], stride, padding, dilation, groups)
-    y = _angular(batch, weight, operator, bias, eps, beta, projection, radius)
-    return y if x.dim() == dim + 2 else y.squeeze(0)
+    return resolve(x, weight.shape[2:], stride, padding, dilation, groups)
 
 
 def _angular(
@@ -203,7 +197,10 @@ def _angular(
     projection: Projection | None,
     radius: Radius = 0.0,
 ) -> Tensor:
-    """β·g + bias of a batch; the border where ε, ρ, dtype, autocast and the kind of operator are settled."""
+    """β·g + bias of a batch; the border where ε, ρ, dtype, autocast and the kind of operator are settled.
+
+    One of the Functions below computes it, wherever torch can differentiate one.
+    """
     if not eps > 0:
         raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
     for name, values in (("bias", bias), ("beta", beta)):
@@ -211,30 +208,37 @@ def _angular(
             raise UsageError(f"{name}: got shape {tuple(values.shape)}, expected ({weight.shape[0]},), one a filter")
     x = fit_into(compute_dtype(x, weight), x, math.prod(weight.shape[1:]))
     radius = radius.to(accumulate_dtype(x.dtype)) if isinstance(radius, Tensor) else check_radius(radius)
+    # An operator of the user's own follows the map of the cosine.
+    built_in = operator if is_built_in(operator) else None
+    k = None if built_in is None else _k_of(built_in, x, weight, projection)
+    form = AngularMap(projection, "cosine" if built_in is None else built_in.name, eps)
+    arguments = (x, weight, form, k, *((beta, bias) if built_in else (None, None)), radius)
     with no_autocast(x.device.type):
-        if not is_built_in(operator):  # an operator of the user's own follows the map of the cosine
-            cos = _sphere_map(x, weight, projection, "cosine", None, None, None, radius, eps)
-            return reference.rescale(operator(cos), beta, bias, projection)
-        # The filters of a linear map are its last dimension, those of a convolution dimension 1.
-        k = operator.k
-        if isinstance(k, Tensor) and k.numel() not in (1, weight.shape[0]):
-            raise UsageError(f"operator: got {k.numel()} values of k, expected 1 or {weight.shape[0]}, one a filter")
-        k = broadcast_k(k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
-        return _sphere_map(x, weight, projection, operator.name, k, beta, bias, radius, eps)
+        if in_forward_mode():
+            y = reference.composed(*arguments)
+        elif _needs_function():
+            y = _function().apply(*arguments)[0]
+        else:
+            y = with_passes(_forward, *arguments)[0]
+        return y if built_in else reference.rescale(operator(y), beta, bias, projection)
 
 
-def _sphere_map(*arguments: Any) -> Tensor:
-    """β·g(θ) + shift, by one of the Functions below wherever torch can differentiate one.
+def _k_of(operator: Any, x: Tensor, weight: Tensor, projection: Projection | None) -> float | Tensor | None:
+    """The k of a built-in operator in a shape that broadcasts over the outputs.
 
-    Args:
-        arguments: those of `_forward` behind the passes.
+    The filters of a linear map are its last dimension, those of a convolution dimension 1.
     """
-    if in_forward_mode():
-        return reference.composed(*arguments)
-    needs_function = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform()
-    if torch._C._get_tracing_state() or not needs_function:  # torch.jit.trace cannot look into a Function
-        return with_passes(_forward, *arguments)[0]
-    return _function().apply(*arguments)[0]  # type: ignore[no-any-return]
+    k = operator.k
+    if isinstance(k, Tensor) and k.numel() not in (1, weight.shape[0]):
+        raise UsageError(f"operator: got {k.numel()} values of k, expected 1 or {weight.shape[0]}, one a filter")
+    return broadcast_k(k, x.dim() if projection else 0, accumulate_dtype(x.dtype))
+
+
+def _needs_function() -> bool:
+    """True where a result may be differentiated; torch.jit.trace cannot look into a Function."""
+    if torch._C._get_tracing_state():
+        return False
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform()
 
 
 def _function() -> type[torch.autograd.Function]:
@@ -269,15 +273,13 @@ class _TransformableSphereMap(torch.autograd.Function):
     def forward(
         x: Tensor,
         weight: Tensor,
-        projection: Projection | None,
-        curve: str,
+        form: AngularMap,
         k: float | Tensor | None,
         beta: Tensor | None,
         shift: Tensor | None,
         radius: Radius,
-        eps: float,
     ) -> tuple[Tensor, ...]:
-        return with_passes(_forward, x, weight, projection, curve, k, beta, shift, radius, eps)
+        return with_passes(_forward, x, weight, form, k, beta, shift, radius)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -290,7 +292,7 @@ class _TransformableSphereMap(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     """Keep for the backward what both Functions need there."""
-    x, weight, ctx.projection, ctx.curve, k, beta, shift, radius, ctx.eps = inputs
+    x, weight, ctx.form, k, beta, shift, radius = inputs
     g, norm, filter_norm = output[-1] if len(output) > 3 else output[0], output[1], output[2]
     ctx.mark_non_differentiable(*output[1:])
     ctx.shift_dtype = None if shift is None else shift.dtype
@@ -310,12 +312,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
         if torch.is_grad_enabled():
             # This backward is to be differentiated: what was saved is constant to autograd, what is computed here is
             # not.
-            norm = reference.patch_norm(x, weight.shape[2:], ctx.eps, ctx.projection, radius)
-            _, filter_norm = reference.normalize_filters(weight, ctx.eps, x.dtype)
+            norm = reference.patch_norm(x, weight.shape[2:], ctx.form.eps, ctx.form.projection, radius)
+            _, filter_norm = reference.normalize_filters(weight, ctx.form.eps, x.dtype)
             if beta is not None or ctx.shift_dtype is not None:
-                g, *_ = _function().apply(x, weight, ctx.projection, ctx.curve, k, None, None, radius, ctx.eps)
+                g, *_ = _function().apply(x, weight, ctx.form, k, None, None, radius)
         return with_passes(
-            _backward, x, weight, ctx.projection, ctx.curve, k, beta, ctx.shift_dtype, radius, ctx.eps,
+            _backward, x, weight, ctx.form, k, beta, ctx.shift_dtype, radius,
             grad, g, norm, filter_norm, ctx.needs_input_grad,
         )  # fmt: skip
 
@@ -324,15 +326,14 @@ def _forward(
     passes: Passes,
     x: Tensor,
     weight: Tensor,
-    projection: Projection | None,
-    curve: str,
+    form: AngularMap,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift: Tensor | None,
     radius: Radius,
-    eps: float,
 ) -> tuple[Tensor, ...]:
     """(y, patch norms, filter norms, g), or (g, patch norms, filter norms) where there is neither β nor shift."""
+    projection, curve, eps = form
     unit, filter_norm = passes.normalize_filters(weight, eps, x.dtype)
     dot = project(x, unit, projection)  # before the norms, for torch's complaints about shapes
     norm = passes.patch_norm(x, weight.shape[2:], eps, projection, radius)
@@ -344,13 +345,11 @@ def _backward(
     passes: Passes,
     x: Tensor,
     weight: Tensor,
-    projection: Projection | None,
-    curve: str,
+    form: AngularMap,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift_dtype: torch.dtype | None,
     radius: Radius,
-    eps: float,
     grad: Tensor,
     g: Tensor,
     norm: Tensor,
@@ -358,7 +357,8 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments of `_forward` behind the passes."""
-    needs_x, needs_weight, _, _, needs_k, _, _, needs_radius, _ = needed
+    projection, curve, eps = form
+    needs_x, needs_weight, _, needs_k, _, _, needs_radius = needed
     needs = (needs_x or needs_radius, needs_weight, needs_k)
     d_dot, radial, grad_k, grad_beta, grad_shift = passes.curve_backward(
         grad, g, norm, curve, k, projection, beta, shift_dtype, needs
@@ -375,4 +375,4 @@ def _backward(
         assert radial is not None
         grad_x = passes.subtract_radial(grad_x, x, radial, weight.shape[2:], projection)
     grad_weight = None if v is None else passes.filter_gradient(v, weight, filter_norm)
-    return grad_x, grad_weight, None, None, grad_k, grad_beta, grad_shift, grad_radius, None
+    return grad_x, grad_weight, None, grad_k, grad_beta, grad_shift, grad_radius

@@ -25,6 +25,17 @@ from sphereify.nn.geometry import Projection
 from sphereify.nn.radius import Radius
 
 
+class AngularMap(NamedTuple):
+    """The constants of an angular map."""
+
+    projection: Projection | None
+    """None for a linear map."""
+    curve: str
+    """Name of `operators.CURVES`."""
+    eps: float
+    """ε > 0, added to the squared norms of patches and filters."""
+
+
 class CurveGradients(NamedTuple):
     """The gradients that lie between an output β·g + shift and the products, with d = ∂L/∂cos."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphereify.nn.geometry import Projection, box_spread, box_sum, project
 from sphereify.nn.operators import CURVES, SIN_FLOOR, clip, g_of, overwrite
-from sphereify.nn.passes.protocol import CurveGradients
+from sphereify.nn.passes.protocol import AngularMap, CurveGradients
 from sphereify.nn.precision import accumulated, cast
 from sphereify.nn.radius import Radius, is_pooled, pool
 
@@ -73,15 +73,14 @@ def rescaled(g: Tensor, beta: Tensor | None, shift: Tensor | None) -> Tensor:
 def composed(
     x: Tensor,
     weight: Tensor,
-    projection: Projection | None,
-    curve: str,
+    form: AngularMap,
     k: float | Tensor | None,
     beta: Tensor | None,
     shift: Tensor | None,
     radius: Radius,
-    eps: float,
 ) -> Tensor:
     """The angular map as operations that torch differentiates itself, in any mode: β·g(θ) + shift."""
+    projection, curve, eps = form
     unit, _ = normalize_filters(weight, eps, x.dtype)
     dot = accumulated(project(x, unit, projection))
     cos = _by_patch(torch.Tensor.div, dot, patch_norm(x, weight.shape[2:], eps, projection, radius), projection)

@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 
-from sphereify.nn import passes
 from sphereify.nn.functional import sphere_conv2d
 from sphereify.nn.operators import LinearOperator
 from sphereify.nn.passes import compiled, cpu, reference, triton
@@ -64,16 +63,17 @@ def test_the_reference_serves_tensors_that_no_block_can_cut(served):
     assert served == ["reference", "reference"]
 
 
-def test_four_frames_at_most_lie_between_a_layer_and_its_forward(monkeypatch):
-    from sphereify.nn import SphereConv2d
+@pytest.mark.parametrize("training", [True, False])
+def test_four_frames_at_most_lie_between_a_function_and_a_pass(monkeypatch, training):
+    stacks = []
+    curve = cpu.curve
 
-    depths = []
+    def spy(*arguments):
+        names = [frame.function for frame in inspect.stack() if "/sphereify/nn/" in frame.filename]
+        stacks.append(names[: names.index("sphere_conv2d")])
+        return curve(*arguments)
 
-    def count(method, *arguments, **training):
-        frames = [frame.function for frame in inspect.stack() if "/sphereify/nn/" in frame.filename]
-        depths.append(frames[1 : frames.index("forward", frames.index("forward") + 1)])
-        return passes.with_passes(method, *arguments, **training)
-
-    monkeypatch.setattr("sphereify.nn.functional.with_passes", count)
-    SphereConv2d(2, 3, 3)(torch.zeros(1, 2, 4, 4))
-    assert len(depths[0]) <= 4
+    monkeypatch.setattr(cpu, "curve", spy)
+    with torch.set_grad_enabled(training):
+        sphere_conv2d(normal(1, 2, 4, 4), normal(3, 2, 3, 3).requires_grad_(), LinearOperator())
+    assert len(stacks[0]) <= 4

@@ -9,6 +9,7 @@ import torch
 from sphereify.nn.geometry import Projection
 from sphereify.nn.passes import compiled, cpu, reference, self_check, with_passes
 from sphereify.nn.passes import triton as kernels
+from sphereify.nn.passes.protocol import AngularMap
 from sphereify.nn.passes.self_check import Kind
 from tests.nn.oracle import normal
 from tests.nn.passes.test_choice import METHODS
@@ -98,7 +99,9 @@ def test_the_reference_serves_while_a_graph_is_captured_before_the_check(monkeyp
     monkeypatch.setattr(self_check, "is_trusted", lambda *_: False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert with_passes(lambda passes, *_: passes, normal(1, 2), normal(1, 2), None, "cosine") is cpu
+        assert (
+            with_passes(lambda passes, *_: passes, normal(1, 2), normal(1, 2), AngularMap(None, "cosine", 1e-4)) is cpu
+        )
 
 
 def test_where_no_thread_can_be_started_the_check_is_left_to_a_later_call(monkeypatch):
