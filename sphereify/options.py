@@ -25,7 +25,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sphereify.choices import canonical
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import choose, invalid, no_effect, option
 from sphereify.wording import enumerated
 
 _KEY = "option"
@@ -109,7 +109,7 @@ def check_options(values: Any) -> None:
         if about.choices:
             word = canonical(str(value))
             if word not in about.choices:
-                raise choose(option(name), value, about.choices)
+                raise choose(name, value, about.choices)
             object.__setattr__(values, name, word)
         elif about.is_number and not about.allows(value):
             raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
@@ -127,15 +127,15 @@ def check_belongs(name: str, words: Iterable[str], chooser: str, word: str) -> N
         word: its choice.
 
     Raises:
-        UsageError: it has none.
+        NoEffectError: it has none.
 
     >>> check_belongs("scale", ("s-softmax",), "head", "a-softmax")
     Traceback (most recent call last):
         ...
-    sphereify.errors.UsageError: scale: has no effect on head='a-softmax'; it belongs to s-softmax
+    sphereify.errors.NoEffectError: scale: has no effect on head='a-softmax'; it belongs to s-softmax
     """
     if word not in words:
-        raise UsageError(f"{option(name)}: has no effect on {option(chooser, word)}; it belongs to {enumerated(words)}")
+        raise no_effect(name, f"on {option(chooser, word)}; it belongs to {enumerated(words)}")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -177,7 +177,7 @@ def from_json(cls: type[T], plain: Mapping[str, Any]) -> T:
     hints = get_type_hints(cls)
     for name in plain:
         if name not in hints:
-            raise choose("option", name, hints)
+            raise choose(None, name, hints, place="option")
     return cls(**{name: _typed(hints[name], value) for name, value in plain.items()})
 
 

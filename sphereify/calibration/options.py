@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import no_effect, option
 from sphereify.options import check_options, option_field, options_of
 
 PANEL = "Calibration"
@@ -66,9 +66,9 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.contrast_jitter and not self.steps:
-            raise UsageError(f"{option('contrast_jitter')}: has no effect without {option('steps')}")
+            raise no_effect("contrast_jitter", f"without {option('steps')}")
         if self.data is not None:
             return
         for name in options_of(CalibrationOptions):
             if getattr(self, name) != getattr(CalibrationOptions, name):
-                raise UsageError(f"{option(name)}: has no effect without {option('data')}, which names the images")
+                raise no_effect(name, f"without {option('data')}, which names the images")

@@ -13,7 +13,7 @@ from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.cli.report import Report, check_report, given, write
 from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError, option
+from sphereify.errors import exclusive
 from sphereify.models import SPECIFICATION, SourceOptions, open_model, untrained_part
 from sphereify.preparation import PreparationOptions
 
@@ -151,10 +151,8 @@ def inspect(
     """Show what convert would do, layer by layer and why, without writing anything."""
     check_report(report, force)
     if report is not None and (energy or energy_plot is not None):
-        raise UsageError(
-            f"{option('report')} and {option('energy' if energy else 'energy_plot')}: got both, expected one of them; "
-            f"the report has the energies, too"
-        )
+        other = "energy" if energy else "energy_plot"
+        raise exclusive("report", other, "one of them; the report has the energies, too")
 
     from sphereify.convert.planner import plan_conversion
 

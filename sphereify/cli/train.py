@@ -12,7 +12,7 @@ from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.cli.report import Report, check_report, counterpart, given, write
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, exclusive, no_effect, option, refused
 from sphereify.models import SourceOptions, is_saved
 from sphereify.training.data_options import DataOptions
 from sphereify.training.settings import Settings
@@ -208,13 +208,13 @@ def evaluate(
     check_folder(output)
     check_report(report, force)
     if report is not None and verified.verification:
-        raise UsageError(f"{option('report')} and {option('verification')}: got both, expected one at a time")
+        raise exclusive("report", "verification")
     if against is not None and not corruptions:
-        raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
+        raise no_effect("against", f"without {option('corruptions')}")
     if against_weights is not None and against is None:
-        raise UsageError(f"{option('against_weights')}: has no effect without {option('against')}")
+        raise no_effect("against_weights", f"without {option('against')}")
     if verified.verification and corruptions:
-        raise UsageError(f"{option('verification')} and {option('corruptions')}: got both, expected one at a time")
+        raise exclusive("verification", "corruptions")
     if verified.verification:
         _verify(model, settings, source, images, verified, output)
         return
@@ -229,9 +229,7 @@ def evaluate(
 
     network, data = open_to_test(model, images, source)
     if report is not None and not hasattr(network, "conversion_plan"):
-        raise UsageError(
-            f"{option('report')}: {model} is not converted, and a report is about a conversion; give an artifact"
-        )
+        raise refused("report", f"{model} is not converted, and a report is about a conversion; give an artifact")
     original = None
     if against is not None:
         original = open_original(against, data, weights=against_weights, factory=source.factory)
@@ -340,7 +338,7 @@ def compare(
     if is_saved(model):
         raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
     if verification and images.hold_out_classes is None:
-        raise UsageError(f"{option('verification')}: needs {option('hold_out_classes')}, the classes to verify on")
+        raise refused("verification", f"needs {option('hold_out_classes')}, the classes to verify on")
 
     from sphereify.progress import TrainingProgress
     from sphereify.tables import print_comparison, print_robustness

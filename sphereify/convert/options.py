@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import UsageError, choose, invalid, option, refused
 from sphereify.head_numbers import HEAD_NUMBERS, number_of
 from sphereify.options import check_belongs, check_options, option_field, options_of
 from sphereify.patterns import PatternList, Patterns
@@ -204,9 +204,10 @@ class ConversionOptions:
         self._check_operators()
         self.magnitude_of({})
         if self.learn_radius and not self.radius:
-            raise UsageError(
-                f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
-                f"start, such as {option('radius', 1.0)}"
+            raise refused(
+                "learn_radius",
+                f"ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a start, such as "
+                f"{option('radius', 1.0)}",
             )
         for name in ("include", "exclude"):
             patterns = Patterns(name, getattr(self, name)).patterns
@@ -276,7 +277,7 @@ class ConversionOptions:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
             if name not in names:
-                raise choose("option", name, names)
+                raise choose(None, name, names, place="option")
         return cls(**keywords)
 
     def keywords(self) -> "ConversionKeywords":
@@ -332,34 +333,34 @@ def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
     if value == "keep":
         return "keep"
     if not isinstance(value, Mapping):
-        raise UsageError(f"{place}: got {value!r}, expected 'keep' or a dict of {listed(SETTINGS)}")
+        raise invalid("overrides", value, f"'keep' or a dict of {listed(SETTINGS)}", place=place)
     for key in value:
         if key not in SETTINGS:
-            raise choose(f"{place}: key", key, SETTINGS)
+            raise choose("overrides", key, SETTINGS, place=f"{place}: key")
     setting = dict(value)
     if "rescale" in setting:
         setting["rescale"] = choices.canonical(str(setting["rescale"]))
         if setting["rescale"] not in choices.RESCALE:
-            raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
+            raise choose("overrides", value["rescale"], choices.RESCALE, place=f"{place}: rescale")
     for name in ("radius", "magnitude_radius", "magnitude_beta"):
         about = options_of(ConversionOptions)[name]
         if name in setting and not about.allows(setting[name]):
-            raise UsageError(f"{place}: {name}: got {setting[name]!r}, expected {about.expected}")
+            raise invalid("overrides", setting[name], about.expected, place=f"{place}: {name}")
     for name in ("magnitude", "magnitude_mean"):
         if name in setting:
             setting[name] = choices.canonical(str(setting[name]))
             words = options_of(ConversionOptions)[name].choices
             if setting[name] not in words:
-                raise choose(f"{place}: {name}", value[name], words)
+                raise choose("overrides", value[name], words, place=f"{place}: {name}")
     if not isinstance(setting.get("weighted", False), bool):
-        raise UsageError(f"{place}: weighted: got {setting['weighted']!r}, expected true or false")
+        raise invalid("overrides", setting["weighted"], "true or false", place=f"{place}: weighted")
     if "operator" in setting:
         from sphereify.nn.operators import make_operator
 
         try:
             make_operator(setting["operator"], k=setting.get("k"))
         except UsageError as error:
-            raise UsageError(f"{place}: {error}") from None
+            raise UsageError(f"{place}: {error}", option="overrides", value=setting["operator"]) from None
     return setting
 
 

@@ -29,7 +29,7 @@ from sphereify.deployment.differences import difference, has_numbers, not_finite
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
 from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
-from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
+from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, no_effect, option, wrong_type
 from sphereify.files import as_path, replacing_with_companions
 from sphereify.model_images import chosen_size, preparation_of
 from sphereify.preparation import Preparation
@@ -184,12 +184,11 @@ def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> Mod
             raise wrong_type(option("example_inputs"), one, expected)
         if one.dim() == 0:
             raise UsageError(
-                f"{option('example_inputs')}: got a tensor without dimensions, expected the batch in dimension 0"
+                f"{option('example_inputs')}: got a tensor without dimensions, expected the batch in dimension 0",
+                option="example_inputs",
             )
     if options.img_size is not None:
-        raise UsageError(
-            f"{option('img_size')}: has no effect with {option('example_inputs')}, which have a size of their own"
-        )
+        raise no_effect("img_size", f"with {option('example_inputs')}, which have a size of their own")
     if options.batch_size is not None and any(len(one) != options.batch_size for one in arguments.values()):
         sizes = ", ".join(sorted({str(len(one)) for one in arguments.values()}))
         raise invalid("batch_size", options.batch_size, f"that of {option('example_inputs')}, {sizes}")

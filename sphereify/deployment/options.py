@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sphereify import choices
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, no_effect, option
 from sphereify.options import check_options, option_field
 
 LOWEST_OPSET = 18
@@ -44,7 +44,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.opset is not None and self.format != "onnx":
-            raise UsageError(f"{option('opset')}: has no effect on {option('format', self.format)}; it belongs to ONNX")
+            raise no_effect("opset", f"on {option('format', self.format)}; it belongs to ONNX")
 
     @property
     def suffix(self) -> str:

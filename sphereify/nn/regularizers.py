@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, invalid, option
 from sphereify.nn.energies import make_measure
 from sphereify.nn.energies.compressive import DIMENSIONS
 from sphereify.nn.energies.options import EnergyOptions
@@ -90,7 +90,7 @@ class HypersphericalEnergy(nn.Module):
         options = EnergyOptions(energy, s, distance, self_pairs, dimensions, projections, gamma)
         for name, value in {"hidden_weight": hidden_weight, "output_weight": output_weight}.items():
             if not (isinstance(value, (int, float)) and value >= 0 and math.isfinite(value)):
-                raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
+                raise invalid(name, value, "a number ≥ 0")
         self.options = options
         self.s, self.distance, self.half_space, self.self_pairs = s, distance, half_space, self_pairs
         self.hidden_weight, self.output_weight = hidden_weight, output_weight
@@ -149,7 +149,9 @@ class HypersphericalEnergy(nn.Module):
             raise UsageError(
                 f"{place}{option(dimensions_name, dimensions)}: a projection cannot be wider than its filters, which "
                 f"have {fan_in} inputs. Take at most {fan_in}, or leave it out: layers of no more than {DIMENSIONS} "
-                f"inputs are then not projected."
+                f"inputs are then not projected.",
+                option=dimensions_name,
+                value=dimensions,
             )
 
     def _energy(self, filters: Tensor, half_space: bool) -> Tensor:

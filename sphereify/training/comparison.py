@@ -69,7 +69,9 @@ def variants(operators: str | Iterable[str], options: Mapping[str, Any] | None =
     words = operators.split(",") if isinstance(operators, str) else operators
     names = [choices.canonical(word) for word in words if word.strip()]
     if not names:
-        raise UsageError(f"{option('operators')}: got none, expected some of {', '.join(choices.OPERATORS)}")
+        raise UsageError(
+            f"{option('operators')}: got none, expected some of {', '.join(choices.OPERATORS)}", option="operators"
+        )
     return [Variant("original", None), *(Variant(name, {**(options or {}), "operator": name}) for name in names)]
 
 
@@ -262,7 +264,7 @@ def compare(
     if reach is not None and not 0 < reach <= 1:
         raise invalid("reach", reach, "an accuracy above 0 and at most 1, such as 0.9")
     if learned not in LEARNED:
-        raise choose(option("learned"), learned, LEARNED)
+        raise choose("learned", learned, LEARNED)
     if calibration_images < 0:
         raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
     if corruptions:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import no_effect, option, refused
 from sphereify.options import check_options, option_field
 
 if TYPE_CHECKING:
@@ -74,12 +74,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.data is None:
-            raise UsageError(
-                f"{option('data')}: is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm"
-            )
+            raise refused("data", "is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm")
         check_options(self)
         if self.hold_out_seed is not None and self.hold_out_classes is None:
-            raise UsageError(f"{option('hold_out_seed')}: has no effect without {option('hold_out_classes')}")
+            raise no_effect("hold_out_seed", f"without {option('hold_out_classes')}")
 
     def class_count(self, *, test_only: bool = False) -> int:
         """The number of classes to train on.

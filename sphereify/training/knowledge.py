@@ -14,7 +14,7 @@ from sphereify.calibration.results import Calibration
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE
 from sphereify.datasets import Data, training_images
-from sphereify.errors import NoEffectError, choose, option
+from sphereify.errors import NoEffectError, choose
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training.recipe import GENTLE_RADIUS
@@ -61,7 +61,9 @@ def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, An
     pooled = {**conversion, "radius": GENTLE_RADIUS}
     try:
         plan_conversion(plain, **pooled)
-    except NoEffectError:
+    except NoEffectError as error:
+        if error.option != "radius":
+            raise
         return dict(conversion)
     return pooled
 
@@ -90,7 +92,7 @@ def keep_knowledge(
         UsageError, DataError: as `calibrate`.
     """
     if learned not in (FEATURES, ALL):
-        raise choose(option("learned"), learned, (FEATURES, ALL))
+        raise choose("learned", learned, (FEATURES, ALL))
     with _new_heads(model if learned == FEATURES else nn.Identity()) as heads:
         result = calibrate(model, original, training_images(data, images), device=device, on_layer=on_layer)
     for name in heads:

@@ -13,7 +13,7 @@ from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import Data, ImageFiles, training_images
-from sphereify.errors import DataError, UsageError, invalid, option
+from sphereify.errors import DataError, invalid, option, refused
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
@@ -85,11 +85,12 @@ def start(
         usual = ConversionOptions()
         for name, value in vars(conversion).items():
             if value != getattr(usual, name):
-                raise UsageError(f"{option(name)}: does not go with the artifact {spec}, which is converted already")
+                raise refused(name, f"does not go with the artifact {spec}, which is converted already")
         if morph:
-            raise UsageError(
-                f"{option('morph')}: starts from the original network, and the artifact {spec} is converted already; "
-                f"give the plain model, with {option('pretrained')} or {option('weights')}"
+            raise refused(
+                "morph",
+                f"starts from the original network, and the artifact {spec} is converted already; give the plain "
+                f"model, with {option('pretrained')} or {option('weights')}",
             )
         model = open_model(spec, source)
         data = images.open(model)
@@ -209,10 +210,10 @@ def open_to_verify(
 def _of_list(file: Path, images: DataOptions, model: nn.Module) -> tuple[Data, Pairs]:
     """The images of a list of pairs, with the folders that hold them as classes, and the pairs."""
     if images.test_images is not None:
-        raise UsageError(f"{option('test_images')}: does not go with {option('pairs')}, which names the images")
+        raise refused("test_images", f"does not go with {option('pairs')}, which names the images")
     folder = Path(images.data or "")
     if not folder.is_dir():
-        raise UsageError(f"{option('pairs')}: needs a folder as {option('data')}, got {images.data!r}")
+        raise refused("pairs", f"needs a folder as {option('data')}, got {images.data!r}")
     files, pairs = read_pairs(file, folder)
     listed = ImageFiles(files, **images.preparation(model, as_trained=True))
     names = sorted({path.parent.name for path in files})

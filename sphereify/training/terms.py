@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from sphereify.choices import ENERGIES, ENERGY_OPTIONS, FILTER_DISTANCES
-from sphereify.errors import UsageError, option
+from sphereify.errors import NoEffectError, option
 from sphereify.options import check_belongs, check_options, option_field
 from sphereify.wording import listed
 
@@ -112,7 +112,11 @@ class Terms:
         changed = [f.name for f in fields(self) if f.name.startswith("mhe_") and getattr(self, f.name) != f.default]
         if changed and not self.mhe:
             names = ", ".join(map(option, changed))
-            raise UsageError(f"{names}: no effect without {option('mhe')}, whose usual weight is 1")
+            raise NoEffectError(
+                f"{names}: no effect without {option('mhe')}, whose usual weight is 1",
+                option=changed[0],
+                value=getattr(self, changed[0]),
+            )
         for name in changed:
             kinds = ENERGY_OPTIONS.get(name.removeprefix("mhe_"), ENERGIES)
             check_belongs(name, kinds, "mhe_energy", self.mhe_energy)

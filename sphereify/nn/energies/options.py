@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose, invalid
+from sphereify.errors import choose, invalid
 from sphereify.options import check_belongs
 
 
@@ -30,7 +30,7 @@ class EnergyOptions:
             raise choose("energy", self.energy, choices.ENERGIES)
         object.__setattr__(self, "energy", energy)
         if not (_is_number(self.s) and self.s >= 0):
-            raise UsageError(f"s: got {self.s!r}, expected a number ≥ 0")
+            raise invalid("s", self.s, "a number ≥ 0")
         if self.distance not in choices.FILTER_DISTANCES:
             raise choose("distance", self.distance, choices.FILTER_DISTANCES)
         if self.dimensions is not None and not (type(self.dimensions) is int and self.dimensions >= 2):
