@@ -18,6 +18,7 @@ from sphereify.image_folders import classes_in, image_files, open_parts
 from sphereify.pictures import as_rgb, open_image
 from sphereify.preparation import SMALL, Preparation
 from sphereify.scikit_learn import handwritten_digits
+from sphereify.shared_options import AugmentationOptions
 from sphereify.transforms import make_transform
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
@@ -99,9 +100,7 @@ def load_data(
     if spec != "digits" and size > SMALL and (in_memory or not shift):
         name = "in_memory" if in_memory else "shift"
         raise refused(name, f"is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random")
-    if color_jitter is not None and not 0 <= color_jitter <= 1:
-        raise invalid("color_jitter", color_jitter, "a number of at least 0 and at most 1", "Usual: 0.2 to 0.8")
-    changes = {"augment": augment, "color_jitter": color_jitter}
+    changes = vars(AugmentationOptions(augment, color_jitter))
     data = _load(spec, channels, img_size, config or {}, data_root, splits, changes, shift, test_only)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from sphereify import AngularLoss, HypersphericalEnergy, Settings, plan_conversion
 from sphereify.calibration.options import CalibrationOptions
-from sphereify.cli.spelling import command_line
+from sphereify.cli.spelling import Spelling
 from sphereify.convert.options import ConversionOptions
 from sphereify.errors import (
     NoEffectError,
@@ -92,7 +92,7 @@ WORDINGS = {
 def test_an_error_knows_its_option_and_each_interface_prints_it_its_own_way(error, known, python, terminal):
     assert (error.option, error.value, error.expected, error.remedy) == known
     assert str(error) == python
-    assert error.spelled(command_line) == terminal
+    assert error.spelled(Spelling()) == terminal
 
 
 @pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy])
@@ -102,7 +102,7 @@ def test_what_an_error_knows_survives_pickling_and_copying(error, again):
     assert type(twin) is type(error)
     assert vars(twin) == vars(error)
     assert str(twin) == str(error)
-    assert twin.spelled(command_line) == error.spelled(command_line)
+    assert twin.spelled(Spelling()) == error.spelled(Spelling())
 
 
 def test_an_error_about_something_else_names_no_option():

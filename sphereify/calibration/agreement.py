@@ -19,6 +19,7 @@ from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.network_state import on_device
+from sphereify.calibration.options import CalibrationOptions
 from sphereify.calibration.results import Calibration
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.notes import radius_notes
@@ -26,9 +27,9 @@ from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
-from sphereify.errors import UsageError, invalid, no_effect, option, refused
+from sphereify.errors import UsageError, no_effect, option, refused
 from sphereify.nn.modules import check_module
-from sphereify.options import with_keywords_of
+from sphereify.options import checked_option, with_keywords_of
 from sphereify.patterns import Patterns, pattern_of
 
 if TYPE_CHECKING:
@@ -248,8 +249,7 @@ def check_agreement(agreement: object, options: ConversionKeywords) -> None:
     Raises:
         UsageError: a share outside (0, 1), or a radius.
     """
-    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 < agreement < 1:
-        raise invalid("agreement", agreement, "a share above 0 and below 1", "Usual: 0.95 to 0.99")
+    checked_option(CalibrationOptions, "agreement", agreement)
     if options.get("radius"):
         raise refused(
             "radius", f"{option('agreement')} chooses the radius; give one of the two", value=options["radius"]

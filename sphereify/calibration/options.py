@@ -72,3 +72,24 @@ class CalibrationOptions:
         for name in options_of(CalibrationOptions):
             if getattr(self, name) != getattr(CalibrationOptions, name):
                 raise no_effect(name, f"without {option('data')}, which names the images")
+
+
+@dataclass(frozen=True)
+class SuggestionOptions:
+    """What a suggested conversion may lose; see `sphereify.suggest`.
+
+    Raises:
+        UsageError: a value that is not valid.
+    """
+
+    loss: float = option_field(
+        0.02,
+        "Largest share of images that may get another class than from the original, in (0, 1).",
+        above=0,
+        below=1,
+        noun="a share",
+        command_line="--accuracy-loss",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

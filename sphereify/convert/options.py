@@ -35,6 +35,11 @@ SETTINGS = ("operator", "k", "rescale", "radius", *MAGNITUDE)
 """Options that an override may set for single layers."""
 
 
+def _default(name: str, kind: str) -> str:
+    """The default of a number of a kind of head, for the help."""
+    return f"{HEAD_NUMBERS[name][kind].default:g}"
+
+
 @dataclass(frozen=True)
 class ConversionOptions:
     """The options of a conversion: which layers become angular, and how.
@@ -126,15 +131,17 @@ class ConversionOptions:
     )
     margin: float | None = option_field(
         None,
-        "Margin m of the target class: of ga-softmax and a-softmax times its angle (usual: 2 to 4; default 4), of "
-        "arcface in radians (0.1 to 0.5; 0.5), of cosface and sphereface2 of its score (0.2 to 0.4; 0.35 and 0.4).",
+        "Margin m of the target class: of ga-softmax and a-softmax times its angle (usual: 2 to 4; default "
+        f"{_default('margin', 'ga-softmax')}), of arcface in radians (0.1 to 0.5; {_default('margin', 'arcface')}), of "
+        f"cosface and sphereface2 of its score (0.2 to 0.4; {_default('margin', 'cosface')} and "
+        f"{_default('margin', 'sphereface2')}).",
         panel=ANGLES,
     )
     scale: float | None = option_field(
         None,
-        "Scale s > 0 of s-softmax (default 30), arcface and cosface (64) and sphereface2 (40); usual: 10 to 64.",
+        f"Scale s > 0 of s-softmax (default {_default('scale', 's-softmax')}), arcface and cosface "
+        f"({_default('scale', 'arcface')}) and sphereface2 ({_default('scale', 'sphereface2')}); usual: 10 to 64.",
         panel=ANGLES,
-        above=0,
     )
     margin_gradient: str = option_field(
         "true",
@@ -145,13 +152,15 @@ class ConversionOptions:
     )
     similarity_power: float | None = option_field(
         None,
-        "Power t ≥ 1 of sphereface2, which spreads out its scores; default 3.",
+        "Power t ≥ 1 of sphereface2, which spreads out its scores; default "
+        f"{_default('similarity_power', 'sphereface2')}.",
         panel=ANGLES,
         usual="2 to 4",
     )
     positive_weight: float | None = option_field(
         None,
-        "Weight λ of the target's binary task in sphereface2, in (0, 1); default 0.7.",
+        "Weight λ of the target's binary task in sphereface2, in (0, 1); default "
+        f"{_default('positive_weight', 'sphereface2')}.",
         panel=ANGLES,
         usual="0.5 to 0.9",
     )

@@ -19,6 +19,7 @@ from sphereify.nn.outputs import AngularOutput, scores_of
 from sphereify.nn.precision import accumulate_dtype, accumulated, has_values, in_transform, no_autocast
 from sphereify.nn.softmax_loss import cross_entropy, cross_entropy_in_blocks
 from sphereify.nn.targets import Targets, as_targets, check_range, check_shape, share_of_first
+from sphereify.shared_options import LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 OTHER_WEIGHTS = 0.03
@@ -88,7 +89,7 @@ class AngularLoss(nn.Module):
     def __init__(
         self,
         model_or_head: nn.Module,
-        label_smoothing: float = 0.0,
+        label_smoothing: float = LossOptions.label_smoothing,
         class_weight: Tensor | None = None,
         *,
         ignore_index: int = -100,
@@ -97,11 +98,10 @@ class AngularLoss(nn.Module):
         separation: float = 0.0,
         separation_s: float = 1.0,
         chunk_size: int | None = None,
-        sampled_classes: float | None = None,
+        sampled_classes: float | None = LossOptions.sampled_classes,
     ):
         super().__init__()
-        if not 0 <= label_smoothing <= 1:
-            raise invalid("label_smoothing", label_smoothing, "a number from 0 to 1")
+        LossOptions(label_smoothing, sampled_classes)  # checks them
         if reduction not in REDUCTIONS:
             raise choose("reduction", reduction, REDUCTIONS)
         for name, value in {"separation": separation, "separation_s": separation_s}.items():
@@ -113,8 +113,6 @@ class AngularLoss(nn.Module):
             raise invalid("ignore_index", ignore_index, "a class index; -100 ignores none")
         if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
             raise invalid("chunk_size", chunk_size, "at least 1 class, or None")
-        if sampled_classes is not None and not _is_share(sampled_classes):
-            raise invalid("sampled_classes", sampled_classes, "a number above 0 and below 1, or None", "Usual: 0.1")
         if sampled_classes is not None and chunk_size is not None:
             raise refused("sampled_classes", f"does not go with {option('chunk_size')}; take one of them")
         # Kept out of the submodules: its parameters and state belong to the model.
@@ -380,10 +378,6 @@ class AngularLoss(nn.Module):
     def extra_repr(self) -> str:
         head = "none" if self.head is None else self.head.kind
         return f"head={head}, label_smoothing={self.label_smoothing:g}, separation={self.separation:g}"
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < 1
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:

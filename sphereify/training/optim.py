@@ -13,6 +13,7 @@ from sphereify.nn.decoupled import Decoupled
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.modules import check_module
+from sphereify.options import checked_option
 from sphereify.training.recipe import recipe
 from sphereify.training.settings import Settings
 
@@ -40,10 +41,8 @@ def param_groups(
             are, lr without layer_decay.
     """
     check_module(model)
-    if not weight_decay >= 0:
-        raise invalid("weight_decay", weight_decay, "a number of at least 0")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise invalid("layer_decay", layer_decay, "a number above 0 and at most 1", "Usual: 0.65 to 0.9")
+    checked_option(Settings, "weight_decay", weight_decay)
+    checked_option(Settings, "layer_decay", layer_decay)
     if lr is not None and layer_decay is None:
         raise refused("lr", f"goes with {option('layer_decay')}; without it, give the learning rate to the optimizer")
     undecayed = _undecayed(model)
