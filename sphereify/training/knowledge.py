@@ -17,11 +17,10 @@ from sphereify.datasets import Data, training_images
 from sphereify.errors import NoEffectError, choose
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
+from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
 
-IMAGES = 1024
-"""Number of training images, without labels, on which a conversion is calibrated."""
 NOTHING, FEATURES, ALL = LEARNED = ("nothing", "features", "all")
 """The share of a network that has been trained: nothing, all but its classifier, or all."""
 
@@ -74,7 +73,7 @@ def keep_knowledge(
     data: Data,
     learned: str,
     *,
-    images: int = IMAGES,
+    images: int = KnowledgeOptions.calibration_images,
     device: str | torch.device | None = None,
     on_layer: Callable[[str, float], None] = lambda name, explained: None,
 ) -> Calibration:
@@ -112,7 +111,7 @@ def _new_heads(model: nn.Module) -> Iterator[dict[str, AngularHead]]:
         head.load_state_dict(states[name])
 
 
-def summary(result: Calibration, learned: str, data: Data, images: int = IMAGES) -> str:
+def summary(result: Calibration, learned: str, data: Data, images: int = KnowledgeOptions.calibration_images) -> str:
     """One line on a calibration of `keep_knowledge`."""
     count = min(images, len(data.train))  # type: ignore[arg-type]
     head = "; the classifier is new" if learned == FEATURES else ""
