@@ -4,8 +4,10 @@ Every message names the place, what arrived, what was expected and what to try.
 """
 
 import difflib
+import pickle
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 _REFERENCE = re.compile("\ue000([^\ue001\ue002]*)(?:\ue001([^\ue002]*))?\ue002")
 """A reference as `option` writes it, with characters of Unicode's private use, which no message contains by chance."""
@@ -81,6 +83,14 @@ class UsageError(SphereifyError, ValueError):
     ):
         super().__init__(message)
         self.option, self.value, self.expected, self.remedy = option, value, expected, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What pickling and copying keep. A value that cannot be pickled, such as a lambda, is kept as its repr."""
+        try:
+            pickle.dumps(self.value)
+        except Exception:  # an object may refuse in its own way
+            return type(self), self.args, {**vars(self), "value": repr(self.value)}
+        return type(self), self.args, vars(self)
 
 
 class NoEffectError(UsageError):
@@ -158,7 +168,7 @@ def first_line(error: BaseException) -> str:
 
 
 def invalid(
-    name: str | None,
+    name: str,
     value: object,
     expected: str,
     remedy: str = "",
@@ -169,7 +179,7 @@ def invalid(
     """The error for a value that an option does not take.
 
     Args:
-        name: the option, as Python spells it; None if the value is not that of an option.
+        name: the option, as Python spells it.
         value: what arrived.
         expected: what it takes, as a noun phrase: "a number above 0".
         remedy: what to try, as a sentence without its full stop.
@@ -184,7 +194,7 @@ def invalid(
     """
     known = "" if default is None else f"; the default is {default:g}"
     advice = f". {remedy}." if remedy else ""
-    message = f"{place or option(name or '')}: got {value!r}, expected {expected}{known}{advice}"
+    message = f"{place or option(name)}: got {value!r}, expected {expected}{known}{advice}"
     return UsageError(message, option=name, value=value, expected=expected, remedy=remedy)
 
 

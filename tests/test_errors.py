@@ -105,6 +105,12 @@ def test_what_an_error_knows_survives_pickling_and_copying(error, again):
     assert twin.spelled(Spelling()) == error.spelled(Spelling())
 
 
+def test_a_value_that_cannot_be_pickled_is_kept_as_its_repr():
+    error = invalid("radius", lambda: 1, "a number")
+    twin = pickle.loads(pickle.dumps(error))
+    assert (twin.option, twin.value, str(twin)) == ("radius", repr(error.value), str(error))
+
+
 def test_an_error_about_something_else_names_no_option():
     error = UsageError("resnet18 was not converted")
     assert (error.option, error.value, error.expected, error.remedy) == (None, None, "", "")
