@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sphereify import errors
 
@@ -18,6 +19,10 @@ ERRORS = {
     if isinstance(member, type) and issubclass(member, errors.SphereifyError)
 }
 """The classes of errors by name."""
+WORDINGS: dict[str, Any] = {
+    name: getattr(errors, name) for name in ("invalid", "choose", "no_effect", "exclusive", "refused", "wrong_type")
+}
+"""The functions that word an error, by name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def error_messages() -> list[Message]:
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         place = file.relative_to(PACKAGE).as_posix()
+        if place == "errors.py":
+            continue  # which words the errors of the others
         for node in ast.walk(source(place)):
             if isinstance(node, ast.Call) and (made := _message(node)):
                 found.append(Message(made[1], place, node.lineno, made[0]))
@@ -84,18 +91,35 @@ def error_messages() -> list[Message]:
 def _message(call: ast.Call) -> tuple[str, str] | None:
     """The class and the text of the error that a call makes; None for any other call, or a text made elsewhere."""
     name = call.func.id if isinstance(call.func, ast.Name) else ""
-    texts = [template(argument) for argument in call.args]
-    if name in ERRORS and texts and texts[0] and texts[0].strip(HOLE):
-        return name, texts[0]
-    first, _, *more = [*(text or HOLE for text in texts), "", "", ""]
-    if name == "invalid" and len(texts) > 2:
-        advice = f". {more[1]}." if more[1] else ""
-        return "UsageError", f"{first}: got {HOLE}, expected {more[0]}{advice}"
-    if name == "wrong_type" and len(texts) > 2:
-        return "ArgumentTypeError", f"{first}: got {HOLE}, expected {more[0]}"
-    if name == "choose" and len(texts) > 2:
-        return "UsageError", f"{_option(call.args[0]) or first}: got {HOLE}, expected one of {HOLE}"
-    return None
+    if name in ERRORS:
+        text = template(call.args[0]) if call.args else None
+        return (name, text) if text and text.strip(HOLE) else None
+    if name not in WORDINGS:
+        return None
+    arguments = [template(argument) or _FILLED_IN for argument in call.args]
+    keywords = {keyword.arg or "": template(keyword.value) or _FILLED_IN for keyword in call.keywords}
+    error = WORDINGS[name](*arguments, **keywords)
+    return type(error).__name__, str(error)
+
+
+class _FilledIn:
+    """An argument that the source does not say: it is written as `…`."""
+
+    def __repr__(self) -> str:
+        return HOLE
+
+    def __str__(self) -> str:
+        return ""  # close to no choice, so that none is suggested
+
+    def __format__(self, form: str) -> str:
+        return HOLE
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([HOLE])
+
+
+_FilledIn.__name__ = HOLE
+_FILLED_IN = _FilledIn()
 
 
 def _filled(part: ast.expr) -> str:

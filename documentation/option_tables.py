@@ -12,8 +12,12 @@ CLASSES = (
     "sphereify.training.settings.Settings",
     "sphereify.training.terms.Terms",
     "sphereify.training.data_options.DataOptions",
+    "sphereify.training.knowledge_options.KnowledgeOptions",
+    "sphereify.training.evaluation_options.EvaluationOptions",
     "sphereify.training.verification_options.VerificationOptions",
+    "sphereify.training.comparison_options.ComparisonOptions",
     "sphereify.calibration.options.CalibrationOptions",
+    "sphereify.calibration.options.SuggestionOptions",
     "sphereify.deployment.options.ExportOptions",
     "sphereify.preparation.PreparationOptions",
     "sphereify.prediction.options.PredictOptions",
@@ -63,4 +67,4 @@ def _default(field: Any) -> str:
 def _help(about: Any) -> str:
     bounds = f" Expected: {about.expected}." if about.is_number else ""
     usual = f" Usual: {about.usual}." if about.usual and about.usual not in about.help else ""
-    return plain((about.python_help or about.help) + bounds + usual)
+    return plain(about.help_in_python + bounds + usual)

@@ -15,7 +15,7 @@ from sphereify.convert.arguments import Inputs
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
-from sphereify.errors import SphereifyWarning, UsageError, option
+from sphereify.errors import SphereifyWarning, no_effect, option
 from sphereify.options import with_keywords_of
 
 if TYPE_CHECKING:
@@ -62,15 +62,11 @@ def sphereify(
     1 convolution converted, the head swapped for w-softmax
     """
     if calibration is None and calibration_steps:
-        raise UsageError(
-            f"{option('calibration_steps')}: has no effect without {option('calibration')}, which brings the inputs"
-        )
+        raise no_effect("calibration_steps", f"without {option('calibration')}, which brings the inputs")
     check_steps(calibration_steps, "calibration_steps")
     if agreement is not None:
         if calibration is None:
-            raise UsageError(
-                f"{option('agreement')}: has no effect without {option('calibration')}, which brings the inputs"
-            )
+            raise no_effect("agreement", f"without {option('calibration')}, which brings the inputs")
         return _converted_to_agree(model, calibration, calibration_steps, agreement, example_inputs, inplace, options)
     plan = plan_conversion(model, example_inputs=example_inputs, **options)
     batches = checked_batches(calibration) if calibration is not None else None  # refused before anything is changed

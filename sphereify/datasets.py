@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from sphereify.errors import DataError, UsageError, first_line, invalid, option, wrong_type
+from sphereify.errors import DataError, UsageError, first_line, invalid, no_effect, refused, wrong_type
 from sphereify.image_folders import classes_in, image_files, open_parts
 from sphereify.pictures import as_rgb, open_image
 from sphereify.preparation import SMALL, Preparation
 from sphereify.scikit_learn import handwritten_digits
+from sphereify.shared_options import AugmentationOptions
 from sphereify.transforms import make_transform
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
@@ -98,12 +99,8 @@ def load_data(
     size = _size(img_size, config or {})
     if spec != "digits" and size > SMALL and (in_memory or not shift):
         name = "in_memory" if in_memory else "shift"
-        raise UsageError(
-            f"{option(name)}: is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random"
-        )
-    if color_jitter is not None and not 0 <= color_jitter <= 1:
-        raise invalid("color_jitter", color_jitter, "a number of at least 0 and at most 1", "Usual: 0.2 to 0.8")
-    changes = {"augment": augment, "color_jitter": color_jitter}
+        raise refused(name, f"is for images of up to {SMALL} pixels, got {size}; larger ones are cropped at random")
+    changes = vars(AugmentationOptions(augment, color_jitter))
     data = _load(spec, channels, img_size, config or {}, data_root, splits, changes, shift, test_only)
     for part, count in (("train", train_images), ("test", test_images)):
         if count is not None:
@@ -176,9 +173,7 @@ def _load(
     _check_shape(spec, channels, img_size)
     if spec == "digits":
         if name := next((name for name, value in changes.items() if value), None):
-            raise UsageError(
-                f"{option(name)}: the digits are not photographs; it needs a folder or a data set of timm's"
-            )
+            raise refused(name, "the digits are not photographs; it needs a folder or a data set of timm's")
         return _digits(channels, img_size or 32)
     size = _size(img_size, config)
     moves = [make_transform(size, channels, config, training=on, shift=shift, **changes) for on in (True, False)]
@@ -226,9 +221,7 @@ def load_images(
     spec = _checked_name(spec)
     _check_shape(spec, channels, img_size)
     if data_root is not None and not spec.startswith(TIMM_READERS):
-        raise UsageError(
-            f"{option('data_root')}: has no effect on {spec!r}; it names the folder of a data set of timm's"
-        )
+        raise no_effect("data_root", f"on {spec!r}; it names the folder of a data set of timm's")
     if spec == "digits":
         part: Any = _digits(channels, img_size or 32).train
     elif spec.startswith(TIMM_READERS):

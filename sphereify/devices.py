@@ -20,7 +20,9 @@ def find_device(name: "str | torch.device") -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if str(name).split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"{option('device')}: got {str(name)!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'."
+            f"{option('device')}: got {str(name)!r}, but torch sees no CUDA device. Leave it out, or take 'cpu'.",
+            option="device",
+            value=str(name),
         )
     try:
         device = torch.device(name)
@@ -28,7 +30,13 @@ def find_device(name: "str | torch.device") -> "torch.device":
         if device.type != "cuda":
             torch.empty(0, device=device)
     except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
-        raise UsageError(f"{option('device')}: got {name!r}: {first_line(error)}") from None
+        raise UsageError(
+            f"{option('device')}: got {name!r}: {first_line(error)}", option="device", value=name
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"{option('device')}: got {str(name)!r}, but torch sees {torch.cuda.device_count()} GPUs only")
+        raise UsageError(
+            f"{option('device')}: got {str(name)!r}, but torch sees {torch.cuda.device_count()} GPUs only",
+            option="device",
+            value=str(name),
+        )
     return device

@@ -4,8 +4,10 @@ Every message names the place, what arrived, what was expected and what to try.
 """
 
 import difflib
+import pickle
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 _REFERENCE = re.compile("\ue000([^\ue001\ue002]*)(?:\ue001([^\ue002]*))?\ue002")
 """A reference as `option` writes it, with characters of Unicode's private use, which no message contains by chance."""
@@ -57,9 +59,38 @@ class SphereifyWarning(UserWarning):
 
 
 class UsageError(SphereifyError, ValueError):
-    """The request itself is wrong: an option, a name, a pattern. Change the call."""
+    """The request itself is wrong: an option, a name, a pattern. Change the call.
+
+    An error about an option knows it; the functions below (`invalid`, `choose`, `no_effect`, …) word such errors.
+
+    Attributes:
+        option: name of the option, as Python spells it; None if the error is about something else.
+        value: what arrived, if it is known.
+        expected: what the option takes, as a noun phrase: "a number above 0".
+        remedy: what to try, as a sentence without its full stop.
+    """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        option: str | None = None,
+        value: object = None,
+        expected: str = "",
+        remedy: str = "",
+    ):
+        super().__init__(message)
+        self.option, self.value, self.expected, self.remedy = option, value, expected, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What pickling and copying keep. A value that cannot be pickled, such as a lambda, is kept as its repr."""
+        try:
+            pickle.dumps(self.value)
+        except Exception:  # an object may refuse in its own way
+            return type(self), self.args, {**vars(self), "value": repr(self.value)}
+        return type(self), self.args, vars(self)
 
 
 class NoEffectError(UsageError):
@@ -136,7 +167,15 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def invalid(name: str, value: object, expected: str, remedy: str = "") -> UsageError:
+def invalid(
+    name: str,
+    value: object,
+    expected: str,
+    remedy: str = "",
+    *,
+    default: float | None = None,
+    place: str = "",
+) -> UsageError:
     """The error for a value that an option does not take.
 
     Args:
@@ -144,12 +183,80 @@ def invalid(name: str, value: object, expected: str, remedy: str = "") -> UsageE
         value: what arrived.
         expected: what it takes, as a noun phrase: "a number above 0".
         remedy: what to try, as a sentence without its full stop.
+        default: the default, if it is to be told.
+        place: what the message begins with, if it is not the option by itself.
 
-    >>> print(invalid("lr", -1.0, "a number above 0", "A usual value is 1e-3"))
+    >>> error = invalid("lr", -1.0, "a number above 0", "A usual value is 1e-3")
+    >>> print(error)
     lr: got -1.0, expected a number above 0. A usual value is 1e-3.
+    >>> error.option, error.value, error.expected
+    ('lr', -1.0, 'a number above 0')
     """
+    known = "" if default is None else f"; the default is {default:g}"
     advice = f". {remedy}." if remedy else ""
-    return UsageError(f"{option(name)}: got {value!r}, expected {expected}{advice}")
+    message = f"{place or option(name)}: got {value!r}, expected {expected}{known}{advice}"
+    return UsageError(message, option=name, value=value, expected=expected, remedy=remedy)
+
+
+def choose(name: str | None, value: object, choices: Iterable[str], *, place: str = "") -> UsageError:
+    """The error for a word that is not among `choices`, with the nearest one suggested.
+
+    Args:
+        name: the option; None if the word is not the value of one.
+        value: what arrived.
+        choices: what it takes.
+        place: what the message begins with, if it is not the option by itself.
+
+    >>> print(choose("head", "s-softmx", ["keep", "s-softmax"]))
+    head: got 's-softmx', expected one of keep, s-softmax. Did you mean 's-softmax'?
+    """
+    choices = list(choices)
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    expected, remedy = f"one of {', '.join(choices)}", f"Did you mean {near[0]!r}?" if near else ""
+    message = f"{place or option(name or '')}: got {value!r}, expected {expected}.{remedy and ' '}{remedy}"
+    return UsageError(message, option=name, value=value, expected=expected, remedy=remedy)
+
+
+def no_effect(name: str, where: str = "", *, since: str = "", value: object = None) -> NoEffectError:
+    """The error for an option that would change nothing.
+
+    Args:
+        name: the option.
+        where: the circumstances: "without …", "on …".
+        since: the reason, if that is what there is to tell.
+        value: what arrived, if it is to be told.
+
+    >>> print(no_effect("scale", f"on {option('head', 'a-softmax')}"))
+    scale: has no effect on head='a-softmax'
+    >>> print(no_effect("radius", since="there is no convolution", value=2.0))
+    radius=2.0: has no effect, since there is no convolution
+    """
+    why = f", since {since}" if since else f" {where}"
+    return NoEffectError(f"{option(name, value)}: has no effect{why}", option=name, value=value)
+
+
+def exclusive(first: str, second: str, expected: str = "one at a time") -> UsageError:
+    """The error for two options that were both given, of which one is expected.
+
+    >>> print(exclusive("pretrained", "weights", "one source of weights"))
+    pretrained and weights: got both, expected one source of weights
+    """
+    message = f"{option(first)} and {option(second)}: got both, expected {expected}"
+    return UsageError(message, option=first, expected=expected)
+
+
+def refused(name: str, why: str, *, value: object = None) -> UsageError:
+    """The error for an option that is refused for a reason of its own.
+
+    Args:
+        name: the option.
+        why: the reason, and what to try.
+        value: what arrived, if it is to be told.
+
+    >>> print(refused("fsdp", f"does not go with {option('ema')}"))
+    fsdp: does not go with ema
+    """
+    return UsageError(f"{option(name, value)}: {why}", option=name, value=value)
 
 
 def wrong_type(where: str, value: object, expected: str) -> ArgumentTypeError:
@@ -159,11 +266,3 @@ def wrong_type(where: str, value: object, expected: str) -> ArgumentTypeError:
     AngularLoss: got list, expected a model or an AngularHead
     """
     return ArgumentTypeError(f"{where}: got {type(value).__name__}, expected {expected}")
-
-
-def choose(what: str, given: object, choices: Iterable[str]) -> UsageError:
-    """The error for a word that is not among `choices`, with the nearest one suggested."""
-    choices = list(choices)
-    near = difflib.get_close_matches(str(given), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"{what}: got {given!r}, expected one of {', '.join(choices)}.{hint}")

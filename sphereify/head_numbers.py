@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import invalid
 from sphereify.options import Option
 
 
@@ -57,5 +57,5 @@ def head_number(name: str, kind: str, value: float | None) -> float:
         return default
     if not about.allows(value):
         expected = "a positive number" if about == _POSITIVE else about.expected
-        raise UsageError(f"{option(name)}: got {value!r}, expected {expected}; the default is {default:g}")
+        raise invalid(name, value, expected, default=default)
     return float(value)

@@ -12,7 +12,7 @@ from torch import nn
 
 from sphereify.convert.input_channels import input_channels
 from sphereify.convert.model_inputs import data_config
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, refused
 from sphereify.nn import SphereConv2d
 from sphereify.preparation import CHANNELS, Preparation, PreparationOptions
 from sphereify.sources import RECORD_ATTRIBUTE
@@ -72,9 +72,9 @@ def prepare_as(model: nn.Module, options: PreparationOptions, *, size_is_used: b
         )
     classes = getattr(model, "num_classes", None)
     if options.class_names is not None and isinstance(classes, int) and classes != len(preparation.classes):
-        raise UsageError(
-            f"{option('class_names')}: {options.class_names} has {len(preparation.classes)} names, the model has "
-            f"{classes} classes"
+        raise refused(
+            "class_names",
+            f"{options.class_names} has {len(preparation.classes)} names, the model has {classes} classes",
         )
     set_preparation(model, preparation)
 

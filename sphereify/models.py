@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, exclusive, option, refused
 from sphereify.options import check_options, option_field
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class SourceOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.pretrained and self.weights is not None:
-            raise UsageError(
-                f"{option('pretrained')} and {option('weights')}: got both, expected one source of weights"
-            )
+            raise exclusive("pretrained", "weights", "one source of weights")
 
 
 def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
@@ -83,14 +81,14 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
     if is_saved(spec):
         for name in ("pretrained", "weights", "num_classes", "in_chans"):
             if getattr(options, name):
-                raise UsageError(
-                    f"{option(name)}: does not go with the saved artifact {spec}, which has its own weights"
-                )
+                raise refused(name, f"does not go with the saved artifact {spec}, which has its own weights")
         return load(spec, factory=_factory_of(spec, options.factory) if options.factory else None)
     if options.factory:
         raise UsageError(
             f"{option('factory')}: got {options.factory!r}, but {spec!r} is not a saved artifact; give the factory as "
-            f"the model"
+            f"the model",
+            option="factory",
+            value=options.factory,
         )
     if options.seed is not None:
         torch.manual_seed(options.seed)

@@ -25,7 +25,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sphereify.choices import canonical
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import choose, invalid, no_effect, option, spelled
 from sphereify.wording import enumerated
 
 _KEY = "option"
@@ -48,6 +48,8 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    noun: str = "a number"
+    """What a number within the range is, for errors: "a share", "an accuracy"."""
     usual: str = ""
     """Usual values, for help and errors."""
     command_line: str = ""
@@ -58,12 +60,17 @@ class Option:
     """Help for Python's documentation, if `help` says how the command line writes the value."""
 
     @property
+    def help_in_python(self) -> str:
+        """Help for Python's documentation, with other options as Python spells them."""
+        return spelled(self.python_help or self.help)
+
+    @property
     def expected(self) -> str:
         """The valid values, as a noun phrase."""
         bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         phrases = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
         of = "of " if phrases and phrases[0].startswith("at ") else ""
-        return f"a number {of}{' and '.join(phrases)}"
+        return f"{self.noun} {of}{' and '.join(phrases)}"
 
     def allows(self, value: Any) -> bool:
         """True if a value is a finite number within the range."""
@@ -88,6 +95,22 @@ def option_field(default: Any, help: str, **about: Any) -> Any:
     return dataclasses.field(**start, metadata={_KEY: Option(help, **about)})
 
 
+def same_option(cls: Any, name: str, **changes: Any) -> Any:
+    """A dataclass field that is an option of another dataclass, with its default; `changes` are fields of `Option`.
+
+    >>> @dataclass(frozen=True)
+    ... class Rates:
+    ...     lr: float = option_field(1e-3, "Peak learning rate.", above=0)
+    >>> @dataclass(frozen=True)
+    ... class Settings:
+    ...     peak: float = same_option(Rates, "lr", panel="Training")
+    >>> Settings().peak, options_of(Settings)["peak"].above
+    (0.001, 0)
+    """
+    about = dataclasses.replace(options_of(cls)[name], **changes)
+    return dataclasses.field(default=_field(cls, name).default, metadata={_KEY: about})
+
+
 def options_of(cls: Any) -> dict[str, Option]:
     """The options that a dataclass declares, by name and in order."""
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(cls) if _KEY in field.metadata}
@@ -101,20 +124,53 @@ def check_options(values: Any) -> None:
     Raises:
         UsageError: the first value that is not valid, with what is.
     """
-    defaults, hints = {field.name: field.default for field in dataclasses.fields(values)}, get_type_hints(type(values))
-    for name, about in options_of(values).items():
-        value = getattr(values, name)
-        if value is None and defaults[name] is None:
-            continue
-        if about.choices:
-            word = canonical(str(value))
-            if word not in about.choices:
-                raise choose(option(name), value, about.choices)
-            object.__setattr__(values, name, word)
-        elif about.is_number and not about.allows(value):
-            raise invalid(name, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
-        elif about.is_number and isinstance(value, float) and float not in alternatives(hints[name]):
-            raise invalid(name, value, about.expected.replace("a number", "a whole number", 1))
+    for name in options_of(values):
+        given = getattr(values, name)
+        value = checked_option(type(values), name, given)
+        if value is not given:
+            object.__setattr__(values, name, value)
+
+
+def checked_option(cls: Any, name: str, value: Any, *, called: str = "") -> Any:
+    """A value of an option that a dataclass declares, valid; a word in its canonical spelling.
+
+    None passes where it is the default.
+
+    Args:
+        cls: the dataclass.
+        name: the option.
+        value: what arrived.
+        called: the name of the option in the error, if it has another one where it was given.
+
+    Raises:
+        UsageError: the value is not valid.
+
+    >>> @dataclass(frozen=True)
+    ... class Rates:
+    ...     lr: float = option_field(1e-3, "Peak learning rate.", above=0)
+    >>> checked_option(Rates, "lr", -1, called="rate")
+    Traceback (most recent call last):
+        ...
+    sphereify.errors.UsageError: rate: got -1, expected a number above 0
+    """
+    field, called = _field(cls, name), called or name
+    about: Option = field.metadata[_KEY]
+    if value is None and field.default is None:
+        return value
+    if about.choices:
+        word = canonical(str(value))
+        if word not in about.choices:
+            raise choose(called, value, about.choices)
+        return word
+    if about.is_number and not about.allows(value):
+        raise invalid(called, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
+    if about.is_number and isinstance(value, float) and float not in alternatives(get_type_hints(cls)[name]):
+        raise invalid(called, value, about.expected.replace("a number", "a whole number", 1))
+    return value
+
+
+def _field(cls: Any, name: str) -> "dataclasses.Field[Any]":
+    return next(field for field in dataclasses.fields(cls) if field.name == name)
 
 
 def check_belongs(name: str, words: Iterable[str], chooser: str, word: str) -> None:
@@ -127,15 +183,15 @@ def check_belongs(name: str, words: Iterable[str], chooser: str, word: str) -> N
         word: its choice.
 
     Raises:
-        UsageError: it has none.
+        NoEffectError: it has none.
 
     >>> check_belongs("scale", ("s-softmax",), "head", "a-softmax")
     Traceback (most recent call last):
         ...
-    sphereify.errors.UsageError: scale: has no effect on head='a-softmax'; it belongs to s-softmax
+    sphereify.errors.NoEffectError: scale: has no effect on head='a-softmax'; it belongs to s-softmax
     """
     if word not in words:
-        raise UsageError(f"{option(name)}: has no effect on {option(chooser, word)}; it belongs to {enumerated(words)}")
+        raise no_effect(name, f"on {option(chooser, word)}; it belongs to {enumerated(words)}")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -177,7 +233,7 @@ def from_json(cls: type[T], plain: Mapping[str, Any]) -> T:
     hints = get_type_hints(cls)
     for name in plain:
         if name not in hints:
-            raise choose("option", name, hints)
+            raise choose(None, name, hints, place="option")
     return cls(**{name: _typed(hints[name], value) for name, value in plain.items()})
 
 
@@ -239,7 +295,7 @@ def _with_options(docstring: str, cls: Any) -> str:
     indent = lines[place].removesuffix("{options}")
     described = [
         textwrap.fill(
-            f"{name}: {about.python_help or about.help}",
+            f"{name}: {about.help_in_python}",
             width=120,
             initial_indent=indent,
             subsequent_indent=f"{indent}    ",

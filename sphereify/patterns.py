@@ -9,7 +9,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import invalid, refused
 
 PatternList = str | Iterable[str] | None
 """Values of an option over layer names: one pattern, several, or none."""
@@ -28,9 +28,7 @@ class Patterns:
 
     def __init__(self, name: str, patterns: PatternList):
         if not isinstance(patterns, (str, Iterable, type(None))):
-            raise UsageError(
-                f"{option(name)}: got {patterns!r}, expected a pattern or a list of patterns over layer names"
-            )
+            raise invalid(name, patterns, "a pattern or a list of patterns over layer names")
         self.name = name
         self.patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
         self._compiled = {pattern: self._compile(pattern) for pattern in self.patterns}
@@ -56,17 +54,17 @@ class Patterns:
             inside = any(name.startswith(pattern + ".") for name in names)
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             hint = f"did you mean {pattern + '.*'!r}?" if inside else f"names look like {', '.join(near)}"
-            raise UsageError(f"{option(self.name)}: pattern {pattern!r} matches no {what}; {hint}")
+            raise refused(self.name, f"pattern {pattern!r} matches no {what}; {hint}")
 
     def _compile(self, pattern: str) -> re.Pattern[str]:
         if not isinstance(pattern, str):
-            raise UsageError(f"{option(self.name)}: got {pattern!r}, expected a glob over layer names, or 're:…'")
+            raise invalid(self.name, pattern, "a glob over layer names, or 're:…'")
         if not pattern.startswith("re:"):
             return re.compile(fnmatch.translate(pattern))
         try:
             return re.compile(pattern[3:])
         except re.error as error:
-            raise UsageError(f"{option(self.name)}: {pattern!r} is not a regular expression: {error}") from None
+            raise refused(self.name, f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def pattern_of(name: str) -> str:

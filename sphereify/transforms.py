@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sphereify.errors import UsageError, first_line, option
+from sphereify.errors import first_line, invalid
 from sphereify.preparation import SMALL, Preparation, normalization_of
 
 PHOTOGRAPH_JITTER = 0.4
@@ -70,7 +70,6 @@ def _augmentation(augment: str, size: int, mean: tuple[float, ...]) -> Any:
     try:
         return makers.get(augment.split("-")[0], auto_augment_transform)(augment, settings)
     except Exception as error:  # timm checks with asserts
-        raise UsageError(
-            f"{option('augment')}: got {augment!r}, expected a policy of timm's, such as rand-m9-mstd0.5 "
-            f"({first_line(error)})"
+        raise invalid(
+            "augment", augment, f"a policy of timm's, such as rand-m9-mstd0.5 ({first_line(error)})"
         ) from error

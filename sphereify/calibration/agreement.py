@@ -19,6 +19,7 @@ from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.network_state import on_device
+from sphereify.calibration.options import CalibrationOptions
 from sphereify.calibration.results import Calibration
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.notes import radius_notes
@@ -26,9 +27,9 @@ from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
-from sphereify.errors import UsageError, invalid, option
+from sphereify.errors import UsageError, no_effect, option, refused
 from sphereify.nn.modules import check_module
-from sphereify.options import with_keywords_of
+from sphereify.options import checked_option, with_keywords_of
 from sphereify.patterns import Patterns, pattern_of
 
 if TYPE_CHECKING:
@@ -185,18 +186,20 @@ def choose_radius(
     division = divide(checked_batches(batches), "agreement")
     plan, names = plan_with_radius(model, example_inputs, options)
     if not names:
-        raise UsageError(
-            f"{option('agreement')}: has no effect, since there is no convolution whose radius could be chosen: linear "
-            f"maps have no patches, and causal convolutions must not look ahead. Leave it out."
+        raise no_effect(
+            "agreement",
+            since="there is no convolution whose radius could be chosen: linear maps have no patches, and causal "
+            "convolutions must not look ahead. Leave it out.",
         )
     home = next(model.parameters()).device
     with on_device(device, model) as target:
         fit, choice, report = (_moved(part, target) for part in (division.fit, division.choice, division.report))
         held_out, unused = HeldOut(model, choice, "agreement"), HeldOut(model, report, "agreement")
         if not held_out.has_classes:
-            raise UsageError(
-                f"{option('agreement')}: needs class scores of shape (B, K), K > 1, on which two networks can agree; "
-                f"this one returns something else. Choose {option('radius')} yourself; usual: 1 to 4."
+            raise refused(
+                "agreement",
+                f"needs class scores of shape (B, K), K > 1, on which two networks can agree; this one returns "
+                f"something else. Choose {option('radius')} yourself; usual: 1 to 4.",
             )
         search = RadiusSearch(model, plan, names, fit, held_out, agreement, seed, on_trial, on_layer)
         search.smallest()
@@ -246,11 +249,10 @@ def check_agreement(agreement: object, options: ConversionKeywords) -> None:
     Raises:
         UsageError: a share outside (0, 1), or a radius.
     """
-    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 < agreement < 1:
-        raise invalid("agreement", agreement, "a share above 0 and below 1", "Usual: 0.95 to 0.99")
+    checked_option(CalibrationOptions, "agreement", agreement)
     if options.get("radius"):
-        raise UsageError(
-            f"{option('radius', options['radius'])}: {option('agreement')} chooses the radius; give one of the two"
+        raise refused(
+            "radius", f"{option('agreement')} chooses the radius; give one of the two", value=options["radius"]
         )
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.features import are_images, feature_modules, jittered, moved, recorded
 from sphereify.calibration.head import centred
+from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating, tensors_in
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, invalid
 from sphereify.nn.modules import check_module
+from sphereify.options import checked_option
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
@@ -37,8 +39,7 @@ def check_steps(steps: int, name: str = "steps") -> None:
     Raises:
         UsageError: no whole number ≥ 0, or steps in inference mode, where there are no gradients.
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise invalid(name, steps, "0 or more", "Usual: 200 to 500")
+    checked_option(CalibrationOptions, "steps", steps, called=name)
     if torch.is_inference_mode_enabled():
         raise UsageError("calibration: cannot compute gradients inside torch.inference_mode; call it outside")
 

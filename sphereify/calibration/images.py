@@ -6,7 +6,7 @@ from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.input_channels import input_channels
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
-from sphereify.errors import UsageError, option
+from sphereify.errors import refused
 from sphereify.model_images import image_config
 
 
@@ -25,13 +25,9 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
         DataError: no such data, no images in it, or one that cannot be read.
     """
     if options.data is None:
-        raise UsageError(
-            f"{option('data')}: is missing; the images to calibrate on: digits, a folder, or a name of timm's"
-        )
+        raise refused("data", "is missing; the images to calibrate on: digits, a folder, or a name of timm's")
     if hasattr(model, PLAN_ATTRIBUTE):
-        raise UsageError(
-            f"{option('data')}: this model is converted already; a calibration takes the plain one, with its weights"
-        )
+        raise refused("data", "this model is converted already; a calibration takes the plain one, with its weights")
     return load_images(
         options.data,
         options.images,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sphereify.devices import find_device
-from sphereify.errors import UsageError, option
+from sphereify.errors import refused
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def on_device(device: str | torch.device | None, *networks: nn.Module) -> Iterat
         devices = {tensor.device for tensor in [*network.parameters(), *network.buffers()]}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
-            raise UsageError(f"{option('device')}: the model is spread over {names}; leave the device out")
+            raise refused("device", f"the model is spread over {names}; leave the device out")
         homes.append(next(iter(devices), torch.device("cpu")))
     target = find_device(device)
     try:

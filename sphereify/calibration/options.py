@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import no_effect, option
 from sphereify.options import check_options, option_field, options_of
 
 PANEL = "Calibration"
@@ -66,9 +66,30 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.contrast_jitter and not self.steps:
-            raise UsageError(f"{option('contrast_jitter')}: has no effect without {option('steps')}")
+            raise no_effect("contrast_jitter", f"without {option('steps')}")
         if self.data is not None:
             return
         for name in options_of(CalibrationOptions):
             if getattr(self, name) != getattr(CalibrationOptions, name):
-                raise UsageError(f"{option(name)}: has no effect without {option('data')}, which names the images")
+                raise no_effect(name, f"without {option('data')}, which names the images")
+
+
+@dataclass(frozen=True)
+class SuggestionOptions:
+    """What a suggested conversion may lose; see `sphereify.suggest`.
+
+    Raises:
+        UsageError: a value that is not valid.
+    """
+
+    loss: float = option_field(
+        0.02,
+        "Largest share of images that may get another class than from the original, in (0, 1).",
+        above=0,
+        below=1,
+        noun="a share",
+        command_line="--accuracy-loss",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

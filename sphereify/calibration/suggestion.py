@@ -10,14 +10,14 @@ from sphereify.calibration.agreement import POSITIONS, RadiusSearch, Trial, plan
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.held_out import HeldOut, divide
 from sphereify.calibration.least_squares import calibrate
+from sphereify.calibration.options import SuggestionOptions
 from sphereify.calibration.results import LayerFit
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import apply_plan
-from sphereify.errors import invalid
 from sphereify.nn.modules import check_module
-from sphereify.options import with_keywords_of
+from sphereify.options import checked_option, with_keywords_of
 from sphereify.patterns import pattern_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def suggest(
     model: nn.Module,
     batches: Iterable[Inputs],
     *,
-    loss: float = 0.02,
+    loss: float = SuggestionOptions.loss,
     example_inputs: Inputs = None,
     on_trial: Callable[[int, float], None] = lambda excluded, agreement: None,
     on_radius: Callable[[Trial], None] = lambda trial: None,
@@ -122,8 +122,7 @@ def suggest(
         ArgumentTypeError: the model is no module.
     """
     check_module(model)
-    if not 0 < loss < 1:
-        raise invalid("loss", loss, "a share between 0 and 1, such as 0.02")
+    checked_option(SuggestionOptions, "loss", loss)
     division = divide(checked_batches(batches), "suggest")
     held_out, unused = (HeldOut(model, part, "suggest") for part in (division.choice, division.report))
     goal = 1 - loss

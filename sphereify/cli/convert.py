@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sphereify import choices
-from sphereify.calibration.options import CalibrationOptions
+from sphereify.calibration.options import CalibrationOptions, SuggestionOptions
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.cli.report import Report, check_report, given, write
 from sphereify.convert.input_options import InputOptions
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError, option
+from sphereify.errors import exclusive
 from sphereify.models import SPECIFICATION, SourceOptions, open_model, untrained_part
 from sphereify.preparation import PreparationOptions
 
@@ -151,10 +151,8 @@ def inspect(
     """Show what convert would do, layer by layer and why, without writing anything."""
     check_report(report, force)
     if report is not None and (energy or energy_plot is not None):
-        raise UsageError(
-            f"{option('report')} and {option('energy' if energy else 'energy_plot')}: got both, expected one of them; "
-            f"the report has the energies, too"
-        )
+        other = "energy" if energy else "energy_plot"
+        raise exclusive("report", other, "one of them; the report has the energies, too")
 
     from sphereify.convert.planner import plan_conversion
 
@@ -179,17 +177,14 @@ def inspect(
         write(report, network if is_done else plan, **about, quiet=json)
 
 
-@with_options(flags={**FLAGS, "loss": "--accuracy-loss"})
+@with_options(flags=FLAGS)
 def suggest(
     model: Model,
     conversion: ConversionOptions,
     source: SourceOptions,
     calibration: Annotated[CalibrationOptions, Fields(without=("steps", "contrast_jitter", "agreement"))],
     inputs: Annotated[InputOptions, Fields(only=("input",))],
-    accuracy_loss: Annotated[
-        float,
-        typer.Option(help="Largest share of images that may get another class than from the original, in (0, 1)."),
-    ] = 0.02,
+    asked: SuggestionOptions,
 ) -> None:
     """Find the radius, and the layers to exclude, with which a trained model keeps what it knows. Writes nothing."""
     from sphereify.calibration.images import calibration_images
@@ -209,7 +204,7 @@ def suggest(
     suggestion = find(
         network,
         batches,
-        loss=accuracy_loss,
+        loss=asked.loss,
         example_inputs=inputs.for_model(network),
         on_trial=show,
         on_radius=show_radius,

@@ -8,7 +8,7 @@ import typer
 
 from sphereify.cli.output import OUTPUT
 from sphereify.cli.spelling import command_line
-from sphereify.errors import PlanMismatchError, UsageError, invalid, option, spelled
+from sphereify.errors import PlanMismatchError, UsageError, invalid, option, refused, spelled
 from sphereify.options import options_of
 
 SUFFIXES = (".html", ".htm")
@@ -30,7 +30,7 @@ def check_report(file: Path | None, force: bool) -> None:
     if file.suffix.lower() not in SUFFIXES:
         raise invalid("report", str(file), f"a file that ends in {' or '.join(SUFFIXES)}", "For example: report.html")
     if file.is_dir():
-        raise UsageError(f"{option('report')}: {file} is a folder, expected a file to write")
+        raise refused("report", f"{file} is a folder, expected a file to write")
     if file.exists() and not force:
         raise UsageError(
             f"{file}: exists already; {option('force')} replaces it, {option('report')} names another file"

@@ -12,14 +12,15 @@ from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
 from sphereify.cli.report import Report, check_report, counterpart, given, write
 from sphereify.convert.options import ConversionOptions
-from sphereify.errors import UsageError, option
-from sphereify.models import SourceOptions, is_saved
+from sphereify.errors import UsageError, exclusive, refused
+from sphereify.models import SourceOptions
+from sphereify.training.comparison_options import ComparisonOptions
 from sphereify.training.data_options import DataOptions
+from sphereify.training.evaluation_options import EvaluationOptions
+from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.settings import Settings
 from sphereify.training.verification_options import VERIFICATION, VerificationOptions
 from sphereify.wording import listed, shortened
-
-ROBUSTNESS, CALIBRATION = "Robustness", "Calibration"
 
 
 def _resumed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -43,20 +44,6 @@ _PATHS = ("weights", "data_root", "teacher_weights", "report")
 """Options of finetune whose value is a path."""
 
 
-NoCalibrate = Annotated[
-    bool,
-    typer.Option(
-        "--no-calibrate",
-        help="Copy what --pretrained or --weights bring, instead of keeping what it knows by a calibration on training "
-        "images, without their labels.",
-        rich_help_panel=CALIBRATION,
-    ),
-]
-CalibrationImages = Annotated[
-    int, typer.Option(help="Number of these images; usual: 500 to 2,000.", rich_help_panel=CALIBRATION, min=1)
-]
-
-
 @with_options(_resumed)
 def finetune(
     context: typer.Context,
@@ -64,6 +51,7 @@ def finetune(
     settings: Settings,
     source: SourceOptions,
     images: DataOptions,
+    kept: KnowledgeOptions,
     model: Annotated[
         str | None, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)
     ] = None,
@@ -75,8 +63,6 @@ def finetune(
         str | None, typer.Option(help="Network whose scores to follow: original, a model's name, or an artifact.")
     ] = None,
     teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher by name.")] = None,
-    no_calibrate: NoCalibrate = False,
-    calibration_images: CalibrationImages = 1024,
 ) -> None:
     """Train a converted network on labelled images; what is learned, how, and curves go to a folder."""
     if model is None:
@@ -101,7 +87,7 @@ def finetune(
         teacher=teacher,
         teacher_weights=teacher_weights,
         # A checkpoint holds what came of the calibration.
-        calibration_images=0 if no_calibrate or resume is not None else calibration_images,
+        calibration_images=0 if resume is not None else kept.images,
         morph=settings.morph > 0,
         device=local_device(settings.chosen_device),
         keep_original=report is not None and not settings.fsdp,
@@ -169,28 +155,7 @@ def evaluate(
     ],
     source: SourceOptions,
     images: Annotated[DataOptions, Fields(without=("augment", "color_jitter", "train_images"))],
-    verified: VerificationOptions,
-    corruptions: Annotated[
-        bool,
-        typer.Option(
-            "--corruptions",
-            help="Test on corrupted images, too: contrast, brightness, darkness, gamma, fog, noise and blur at five "
-            "strengths.",
-            rich_help_panel=ROBUSTNESS,
-        ),
-    ] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="Original to put beside the model, alone and behind contrast standardisation: a model, trained by its "
-            "library or with --against-weights, or an artifact.",
-            show_default=False,
-            rich_help_panel=ROBUSTNESS,
-        ),
-    ] = None,
-    against_weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the original.", show_default=False, rich_help_panel=ROBUSTNESS)
-    ] = None,
+    asked: EvaluationOptions,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -207,16 +172,10 @@ def evaluate(
     """Test a model, converted or not, on the held-out part of a data set."""
     check_folder(output)
     check_report(report, force)
-    if report is not None and verified.verification:
-        raise UsageError(f"{option('report')} and {option('verification')}: got both, expected one at a time")
-    if against is not None and not corruptions:
-        raise UsageError(f"{option('against')}: has no effect without {option('corruptions')}")
-    if against_weights is not None and against is None:
-        raise UsageError(f"{option('against_weights')}: has no effect without {option('against')}")
-    if verified.verification and corruptions:
-        raise UsageError(f"{option('verification')} and {option('corruptions')}: got both, expected one at a time")
-    if verified.verification:
-        _verify(model, settings, source, images, verified, output)
+    if report is not None and asked.verified.verification:
+        raise exclusive("report", "verification")
+    if asked.verified.verification:
+        _verify(model, settings, source, images, asked.verified, output)
         return
 
     from sphereify.progress import ImagesProgress
@@ -224,17 +183,13 @@ def evaluate(
     from sphereify.terminal import console
     from sphereify.training import evaluate as test
     from sphereify.training.evaluation import write_evaluation
-    from sphereify.training.robustness import open_original, robustness, write_robustness
+    from sphereify.training.robustness import robustness, write_robustness
     from sphereify.training.start import open_to_test
 
-    network, data = open_to_test(model, images, source)
+    opened = open_to_test(model, images, source, asked)
+    network, data = opened.model, opened.data
     if report is not None and not hasattr(network, "conversion_plan"):
-        raise UsageError(
-            f"{option('report')}: {model} is not converted, and a report is about a conversion; give an artifact"
-        )
-    original = None
-    if against is not None:
-        original = open_original(against, data, weights=against_weights, factory=source.factory)
+        raise refused("report", f"{model} is not converted, and a report is about a conversion; give an artifact")
     evaluation = test(network, data, settings)
     print_evaluation(console(), evaluation, data.classes)
     if data.held_out:
@@ -243,9 +198,9 @@ def evaluate(
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
     found = None
-    if corruptions:
+    if asked.corruptions:
         with ImagesProgress("testing corrupted images") as progress:
-            found = robustness(network, data, settings, against=original, name=model, on_images=progress.images)
+            found = robustness(network, data, settings, against=opened.original, name=model, on_images=progress.images)
         print_robustness(console(), found)
     if found is not None and output is not None:
         write_robustness(found, output)
@@ -256,7 +211,7 @@ def evaluate(
         write(
             report,
             network,
-            original=counterpart(original, network),
+            original=counterpart(opened.original, network),
             inputs=some_test_images(data, 8)[0],
             inputs_described=f"test images of {data.name}",
             robustness=None if found is None else found.to_json(),
@@ -309,24 +264,12 @@ def compare(
     settings: Settings,
     source: SourceOptions,
     images: DataOptions,
+    asked: ComparisonOptions,
+    kept: KnowledgeOptions,
     operators: Annotated[
         str, typer.Option(help="Operators of the conversions to compare with the original, separated by commas.")
     ] = "cosine",
-    seeds: Annotated[int, typer.Option(help="Number of runs of each network, with seeds from --seed on.")] = 1,
-    reach: Annotated[
-        float | None, typer.Option(help="Accuracy in (0, 1] to count steps to; default: 95 % of the original's.")
-    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: MODEL-compared.")] = None,
-    no_calibrate: NoCalibrate = False,
-    calibration_images: CalibrationImages = 1024,
-    corruptions: Annotated[
-        bool,
-        typer.Option(
-            "--corruptions",
-            help="Test on corrupted images, too, and beside them the original behind contrast standardisation.",
-            rich_help_panel=ROBUSTNESS,
-        ),
-    ] = False,
     verification: Annotated[
         bool,
         typer.Option(
@@ -337,43 +280,30 @@ def compare(
     ] = False,
 ) -> None:
     """Train the original and converted networks alike, and say which is better. Finished runs are not repeated."""
-    if is_saved(model):
-        raise UsageError(f"{model}: is a saved artifact; compare starts from the plain model that it was made of")
-    if verification and images.hold_out_classes is None:
-        raise UsageError(f"{option('verification')}: needs {option('hold_out_classes')}, the classes to verify on")
-
     from sphereify.progress import TrainingProgress
     from sphereify.tables import print_comparison, print_robustness
     from sphereify.terminal import console
     from sphereify.training import compare as run
-    from sphereify.training.comparison import default_comparison_folder, variants
-    from sphereify.training.knowledge import NOTHING, open_plain, with_radius
-    from sphereify.training.start import for_classes_of
+    from sphereify.training.comparison import default_comparison_folder
+    from sphereify.training.start import open_to_compare
 
     folder = output or default_comparison_folder(model)
-    source = for_classes_of(images, model, source)
-    unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
-    classes = images.class_count()
-    plain, learned = open_plain(model, source, classes)
-    data = images.open(plain)
-    networks = variants(operators, conversion if learned == NOTHING else with_radius(plain, conversion))
+    opened = open_to_compare(model, images, operators, conversion, source=source, verification=verification)
     with TrainingProgress(settings.epochs) as progress:
         comparison = run(
-            lambda: open_plain(model, unseeded, classes)[0],
-            data,
-            networks,
+            opened.build,
+            opened.data,
+            opened.variants,
             settings,
             output=folder,
-            seeds=seeds,
-            reach=reach,
-            learned=learned,
-            calibration_images=0 if no_calibrate else calibration_images,
-            corruptions=corruptions,
-            held_out=images.open(plain, held_out=True) if verification else None,
+            learned=opened.learned,
+            calibration_images=kept.images,
+            held_out=opened.held_out,
             on_run=progress.run,
             on_calibration=progress.line,
             on_step=progress.step,
             on_epoch=progress.epoch,
+            **vars(asked),
         )
     for found in comparison.robustness:
         print_robustness(console(), found)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphereify.errors import DataError, UsageError, choose, first_line, invalid, option
+from sphereify.errors import DataError, UsageError, choose, exclusive, first_line, invalid, option, refused
 from sphereify.options import check_options, option_field
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class InputOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.input and self.img_size is not None:
-            raise UsageError(f"{option('input')} and {option('img_size')}: got both, expected one that says the size")
+            raise exclusive("input", "img_size", "one that says the size")
 
     def for_model(self, model: "nn.Module") -> "ModelArguments | None":
         """The inputs, with tensors on the meta device where only a shape was given; None if nothing was.
@@ -70,7 +70,11 @@ def parse_inputs(words: tuple[str, ...]) -> "ModelArguments":
     for word in words:
         for name, tensor in _tensors(word):
             if name in kwargs:
-                raise UsageError(f"{option('input')}: got {name!r} twice, expected one input of that name")
+                raise UsageError(
+                    f"{option('input')}: got {name!r} twice, expected one input of that name",
+                    option="input",
+                    value=name,
+                )
             if name:
                 kwargs[name] = tensor
             else:
@@ -87,7 +91,7 @@ def _tensors(word: str) -> "list[tuple[str, Tensor]]":
         return _tensors_of_file(word)
     dtypes = {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype)}
     if form["dtype"] not in dtypes:
-        raise choose(f"{option('input')}: type of numbers in {word!r}", form["dtype"], sorted(dtypes))
+        raise choose("input", form["dtype"], sorted(dtypes), place=f"{option('input')}: type of numbers in {word!r}")
     shape = [int(size) for size in re.split("[x×]", form["shape"])]
     return [(form["name"] or "", torch.empty(shape, dtype=dtypes[form["dtype"]], device="meta"))]
 
@@ -99,7 +103,7 @@ def _tensors_of_file(word: str) -> "list[tuple[str, Tensor]]":
     path = Path(word)
     if not path.is_file():
         if path.suffix == ".safetensors":
-            raise UsageError(f"{option('input')}: there is no file {word}")
+            raise refused("input", f"there is no file {word}")
         raise invalid("input", word, EXPECTED)
     try:
         tensors: dict[str, Any] = load_file(path)
@@ -127,6 +131,4 @@ def _images(model: "nn.Module", size: int) -> "ModelArguments":
     for candidate in assumed_inputs(model):
         if any(tensor.dim() == 4 for tensor in candidate.tensors()):
             return dataclasses.replace(candidate.map(resized), given_by="img_size")
-    raise UsageError(
-        f"{option('img_size')}: {type(model).__name__} does not seem to take images; give {option('input')} instead"
-    )
+    raise refused("img_size", f"{type(model).__name__} does not seem to take images; give {option('input')} instead")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import UsageError, choose, invalid, option, refused
 from sphereify.head_numbers import HEAD_NUMBERS, number_of
 from sphereify.options import check_belongs, check_options, option_field, options_of
 from sphereify.patterns import PatternList, Patterns
@@ -33,6 +33,11 @@ MAGNITUDE = ("magnitude", "weighted", "magnitude_radius", "magnitude_mean", "mag
 """Options of a magnitude that an override may set, too."""
 SETTINGS = ("operator", "k", "rescale", "radius", *MAGNITUDE)
 """Options that an override may set for single layers."""
+
+
+def _default(name: str, kind: str) -> str:
+    """The default of a number of a kind of head, for the help."""
+    return f"{HEAD_NUMBERS[name][kind].default:g}"
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,17 @@ class ConversionOptions:
     )
     margin: float | None = option_field(
         None,
-        "Margin m of the target class: of ga-softmax and a-softmax times its angle (usual: 2 to 4; default 4), of "
-        "arcface in radians (0.1 to 0.5; 0.5), of cosface and sphereface2 of its score (0.2 to 0.4; 0.35 and 0.4).",
+        "Margin m of the target class: of ga-softmax and a-softmax times its angle (usual: 2 to 4; default "
+        f"{_default('margin', 'ga-softmax')}), of arcface in radians (0.1 to 0.5; {_default('margin', 'arcface')}), of "
+        f"cosface and sphereface2 of its score (0.2 to 0.4; {_default('margin', 'cosface')} and "
+        f"{_default('margin', 'sphereface2')}).",
         panel=ANGLES,
     )
     scale: float | None = option_field(
         None,
-        "Scale s > 0 of s-softmax (default 30), arcface and cosface (64) and sphereface2 (40); usual: 10 to 64.",
+        f"Scale s > 0 of s-softmax (default {_default('scale', 's-softmax')}), arcface and cosface "
+        f"({_default('scale', 'arcface')}) and sphereface2 ({_default('scale', 'sphereface2')}); usual: 10 to 64.",
         panel=ANGLES,
-        above=0,
     )
     margin_gradient: str = option_field(
         "true",
@@ -145,13 +152,15 @@ class ConversionOptions:
     )
     similarity_power: float | None = option_field(
         None,
-        "Power t ≥ 1 of sphereface2, which spreads out its scores; default 3.",
+        "Power t ≥ 1 of sphereface2, which spreads out its scores; default "
+        f"{_default('similarity_power', 'sphereface2')}.",
         panel=ANGLES,
         usual="2 to 4",
     )
     positive_weight: float | None = option_field(
         None,
-        "Weight λ of the target's binary task in sphereface2, in (0, 1); default 0.7.",
+        "Weight λ of the target's binary task in sphereface2, in (0, 1); default "
+        f"{_default('positive_weight', 'sphereface2')}.",
         panel=ANGLES,
         usual="0.5 to 0.9",
     )
@@ -204,9 +213,10 @@ class ConversionOptions:
         self._check_operators()
         self.magnitude_of({})
         if self.learn_radius and not self.radius:
-            raise UsageError(
-                f"{option('learn_radius')}: ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a "
-                f"start, such as {option('radius', 1.0)}"
+            raise refused(
+                "learn_radius",
+                f"ρ starts from {option('radius')}, whose gradient is 0 at 0; give it a start, such as "
+                f"{option('radius', 1.0)}",
             )
         for name in ("include", "exclude"):
             patterns = Patterns(name, getattr(self, name)).patterns
@@ -276,7 +286,7 @@ class ConversionOptions:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
             if name not in names:
-                raise choose("option", name, names)
+                raise choose(None, name, names, place="option")
         return cls(**keywords)
 
     def keywords(self) -> "ConversionKeywords":
@@ -332,34 +342,34 @@ def _checked_override(pattern: str, value: Any) -> dict[str, Any] | str:
     if value == "keep":
         return "keep"
     if not isinstance(value, Mapping):
-        raise UsageError(f"{place}: got {value!r}, expected 'keep' or a dict of {listed(SETTINGS)}")
+        raise invalid("overrides", value, f"'keep' or a dict of {listed(SETTINGS)}", place=place)
     for key in value:
         if key not in SETTINGS:
-            raise choose(f"{place}: key", key, SETTINGS)
+            raise choose("overrides", key, SETTINGS, place=f"{place}: key")
     setting = dict(value)
     if "rescale" in setting:
         setting["rescale"] = choices.canonical(str(setting["rescale"]))
         if setting["rescale"] not in choices.RESCALE:
-            raise choose(f"{place}: rescale", value["rescale"], choices.RESCALE)
+            raise choose("overrides", value["rescale"], choices.RESCALE, place=f"{place}: rescale")
     for name in ("radius", "magnitude_radius", "magnitude_beta"):
         about = options_of(ConversionOptions)[name]
         if name in setting and not about.allows(setting[name]):
-            raise UsageError(f"{place}: {name}: got {setting[name]!r}, expected {about.expected}")
+            raise invalid("overrides", setting[name], about.expected, place=f"{place}: {name}")
     for name in ("magnitude", "magnitude_mean"):
         if name in setting:
             setting[name] = choices.canonical(str(setting[name]))
             words = options_of(ConversionOptions)[name].choices
             if setting[name] not in words:
-                raise choose(f"{place}: {name}", value[name], words)
+                raise choose("overrides", value[name], words, place=f"{place}: {name}")
     if not isinstance(setting.get("weighted", False), bool):
-        raise UsageError(f"{place}: weighted: got {setting['weighted']!r}, expected true or false")
+        raise invalid("overrides", setting["weighted"], "true or false", place=f"{place}: weighted")
     if "operator" in setting:
         from sphereify.nn.operators import make_operator
 
         try:
             make_operator(setting["operator"], k=setting.get("k"))
         except UsageError as error:
-            raise UsageError(f"{place}: {error}") from None
+            raise UsageError(f"{place}: {error}", option="overrides", value=setting["operator"]) from None
     return setting
 
 

@@ -21,7 +21,7 @@ from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import KEPT_SHORTCUT, ConversionPlan, Decision
 from sphereify.convert.pretrained_models import is_regression
 from sphereify.convert.sites import ATTENTION, SWAPPED, Call, Site, class_name, is_swapped
-from sphereify.errors import NoEffectError, UnsupportedModelError, UsageError, option
+from sphereify.errors import UnsupportedModelError, UsageError, no_effect, option, refused
 from sphereify.head_numbers import HEAD_NUMBERS, head_number
 from sphereify.nn import AngularHead, LearnableSigmoidOperator, Magnitude
 from sphereify.nn.operators import is_built_in, make_operator
@@ -153,9 +153,11 @@ class _Planner:
     def _check_radius(self, decisions: list[Decision]) -> None:
         """Make sure that a radius that was asked for is somebody's."""
         if self.options.radius and not any(decision.radius for decision in decisions):
-            raise NoEffectError(
-                f"{option('radius', self.options.radius)}: has no effect, since no convolution that may pool is "
-                f"converted: linear maps have no patches, and causal convolutions must not look ahead. Leave it out."
+            raise no_effect(
+                "radius",
+                since="no convolution that may pool is converted: linear maps have no patches, and causal convolutions "
+                "must not look ahead. Leave it out.",
+                value=self.options.radius,
             )
         for pattern, setting in self.settings.items():
             if isinstance(setting, dict) and setting.get("radius"):
@@ -163,7 +165,8 @@ class _Planner:
                 if matched and not any(decision.radius for decision in matched):
                     raise UsageError(
                         f"{option('overrides')}[{pattern!r}]: radius has no effect on {matched[0].name}: the pattern "
-                        f"matches no convolution that is converted, and nothing else has patches to pool"
+                        f"matches no convolution that is converted, and nothing else has patches to pool",
+                        option="overrides",
                     )
 
     def _check_head_settings(self, decisions: list[Decision]) -> None:
@@ -174,29 +177,35 @@ class _Planner:
             if odd is not None and matched and all(decision.head for decision in matched):
                 raise UsageError(
                     f"{option('overrides')}[{pattern!r}]: {odd} has no effect on the classifier {matched[0].name}, "
-                    f"whose kind is {option('head', matched[0].head)}; it takes {listed(OF_HEADS)}"
+                    f"whose kind is {option('head', matched[0].head)}; it takes {listed(OF_HEADS)}",
+                    option="overrides",
                 )
 
     def _check_head(self, decisions: list[Decision]) -> None:
         """Make sure that a kind of head that was asked for has a classifier to replace, which nothing else keeps."""
-        head = option("head", self.options.head)
         heads = [d for d, site in zip(decisions, self.graph.sites, strict=True) if self._is_head(site)]
         if not heads:
-            raise UsageError(
-                f"{head}: no classifier was found in {type(self.model).__name__}, that is no nn.Linear that ends in "
-                f"the model's output{self._not_classifiers()}. Take {option('head', 'keep')} for a model without one."
+            raise refused(
+                "head",
+                f"no classifier was found in {type(self.model).__name__}, that is no nn.Linear that ends in the "
+                f"model's output{self._not_classifiers()}. Take {option('head', 'keep')} for a model without one.",
+                value=self.options.head,
             )
         between = [site.name for site in self.graph.sites if self._is_head(site) and site.direct is False]
         if self.options.head in choices.MARGIN_HEADS and between:
-            raise UsageError(
-                f"{head}: the model goes on computing with what its classifier {between[0]} returns, but a margin head "
-                f"returns an AngularOutput in training. Take {option('head', 'w-softmax')} instead."
+            raise refused(
+                "head",
+                f"the model goes on computing with what its classifier {between[0]} returns, but a margin head returns "
+                f"an AngularOutput in training. Take {option('head', 'w-softmax')} instead.",
+                value=self.options.head,
             )
         unwanted = [d for d in heads if d.reason in (EXCLUDED, OVERRIDDEN)]
         if len(unwanted) == len(heads):
-            raise UsageError(
-                f"{head}: the classifier {unwanted[0].name} is kept by {option('exclude')} or {option('overrides')}. "
-                f"Leave one of the two out."
+            raise refused(
+                "head",
+                f"the classifier {unwanted[0].name} is kept by {option('exclude')} or {option('overrides')}. Leave one "
+                f"of the two out.",
+                value=self.options.head,
             )
 
     def _not_classifiers(self) -> str:
@@ -341,7 +350,7 @@ class _Planner:
         try:
             g = make_operator(operator, k=k)
         except UsageError as error:  # an override gives a k alone, and the operator does not take it
-            raise UsageError(f"{option('overrides')}: {site.name}: {error}") from None
+            raise refused("overrides", f"{site.name}: {error}") from None
         if not is_built_in(g):
             name = class_name(g)
             while self.objects.get(name, g) is not g:
@@ -364,7 +373,7 @@ class _Planner:
         try:
             asked = self.options.magnitude_of(setting)
         except UsageError as error:  # an override gives a number alone, and the form does not take it
-            raise UsageError(f"{option('overrides')}: {site.name}: {error}") from None
+            raise refused("overrides", f"{site.name}: {error}") from None
         rows = asked.of_rows()
         if rows != asked and site.kind == "linear":
             return rows, "a linear map has no patches: ρ of its magnitude is relative to the data"

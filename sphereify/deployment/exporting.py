@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,15 @@ from sphereify.convert.model_inputs import tensors_in
 from sphereify.deployment.differences import difference, has_numbers, not_finite
 from sphereify.deployment.folding import fold, is_folded
 from sphereify.deployment.formats import Axes, Format, Written, check_installed, is_installed
-from sphereify.deployment.options import LOWEST_OPSET, ExportOptions
-from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, option, wrong_type
+from sphereify.deployment.options import LOWEST_OPSET, ExportKeywords, ExportOptions
+from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, no_effect, option, wrong_type
 from sphereify.files import as_path, replacing_with_companions
 from sphereify.model_images import chosen_size, preparation_of
+from sphereify.options import with_keywords_of
 from sphereify.preparation import Preparation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TOLERANCE = 1e-3
 """Largest difference of outputs that counts as rounding, relative to the largest output."""
@@ -70,17 +74,12 @@ class Exported:
     preparation: Preparation | None = None
 
 
+@with_keywords_of(ExportOptions)
 def export(
     model: nn.Module,
     path: str | Path,
     example_inputs: Inputs = None,
-    *,
-    format: str = "onnx",
-    folded: bool = True,
-    batch_size: int | None = None,
-    dynamic_size: bool = False,
-    img_size: int | None = None,
-    opset: int | None = None,
+    **keywords: "Unpack[ExportKeywords]",
 ) -> Exported:
     """Write a model to a file, and check the file against the model.
 
@@ -96,15 +95,7 @@ def export(
         example_inputs: tensors that the model takes, with the batch in dimension 0, as for `plan_conversion`; a file
             for `torch.export.load` takes by keyword what is given by keyword. Default: random inputs of the usual
             kind and size.
-        format: "onnx" (needs the packages of `pip install 'sphereify[export]'`) or "torch-export", a .pt2 file for
-            `torch.export.load`.
-        folded: fold the model first; see `sphereify.fold`.
-        batch_size: fix the batch to this number; default: the file takes any batch size ≥ 1.
-        dynamic_size: let the file take any image size, in dimensions 2 and up of each input of at least 3 dimensions.
-            Not every model allows it: transformers with a table of positions do not.
-        img_size: height and width of the images, in place of `example_inputs`; default: those on which a model from an
-            artifact was trained, else those in the model's `pretrained_cfg`.
-        opset: version of ONNX's operators, ≥ 18; default 18.
+        {options}
 
     Returns:
         The file, with the largest difference found.
@@ -115,7 +106,7 @@ def export(
         ExportError: the model cannot be exported so, the file cannot be written, or it computes something else than the
             model, or the model's outputs are not finite. There is no file then that was not there before.
     """
-    options = ExportOptions(format, folded, batch_size, dynamic_size, img_size, opset)
+    options = ExportOptions(**keywords)
     chosen = check_installed(options.format)
     if not is_folded(model):
         check_model(model)
@@ -127,7 +118,7 @@ def export(
         reference = copy_of(model).eval()
         inputs = _inputs(reference, example_inputs, options)
         _check_finite(reference, inputs)
-        network = fold(model, inputs) if folded and not is_folded(model) else reference
+        network = fold(model, inputs) if options.folded and not is_folded(model) else reference
         axes = tuple(_dynamic_axes(one, options) for one in inputs.values())
         preparation = _preparation(model, inputs)
         with chosen.tracing(options.opset or LOWEST_OPSET):
@@ -184,12 +175,11 @@ def _given(model: nn.Module, example_inputs: Any, options: ExportOptions) -> Mod
             raise wrong_type(option("example_inputs"), one, expected)
         if one.dim() == 0:
             raise UsageError(
-                f"{option('example_inputs')}: got a tensor without dimensions, expected the batch in dimension 0"
+                f"{option('example_inputs')}: got a tensor without dimensions, expected the batch in dimension 0",
+                option="example_inputs",
             )
     if options.img_size is not None:
-        raise UsageError(
-            f"{option('img_size')}: has no effect with {option('example_inputs')}, which have a size of their own"
-        )
+        raise no_effect("img_size", f"with {option('example_inputs')}, which have a size of their own")
     if options.batch_size is not None and any(len(one) != options.batch_size for one in arguments.values()):
         sizes = ", ".join(sorted({str(len(one)) for one in arguments.values()}))
         raise invalid("batch_size", options.batch_size, f"that of {option('example_inputs')}, {sizes}")

@@ -14,7 +14,7 @@ from sphereify import choices
 from sphereify.convert.arguments import ModelArguments
 from sphereify.convert.model_inputs import tensors_in
 from sphereify.deployment.onnx_layers import traced_for_onnx
-from sphereify.errors import ExportError, UsageError, option
+from sphereify.errors import ExportError, invalid, refused
 from sphereify.preparation import CLASSES, PREPARATION
 
 Axes = dict[int, str]
@@ -103,9 +103,7 @@ class Onnx:
 
         highest = onnx.defs.onnx_opset_version()
         if opset > highest:
-            raise UsageError(
-                f"{option('opset')}: got {opset}, expected at most {highest}, the highest that this onnx has"
-            )
+            raise invalid("opset", opset, f"at most {highest}, the highest that this onnx has")
         # Not optimized: onnxscript takes an ε of 1e-8 or less for 0 and leaves it out.
         converted: Any = torch.onnx.export(
             program, dynamo=True, opset_version=opset, dynamic_shapes=axes, optimize=False, verbose=False
@@ -228,9 +226,10 @@ def check_installed(name: str) -> Format:
     """
     missing = [package for package in FORMATS[name].packages if not is_installed(package)]
     if missing:
-        raise UsageError(
-            f"{option('format', name)}: {' and '.join(missing)} must be installed to write it: pip install "
-            f"'sphereify[export]'"
+        raise refused(
+            "format",
+            f"{' and '.join(missing)} must be installed to write it: pip install 'sphereify[export]'",
+            value=name,
         )
     return FORMATS[name]
 

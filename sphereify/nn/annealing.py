@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, invalid
 
 
 class MarginAnnealing(nn.Module):
@@ -32,7 +32,7 @@ class MarginAnnealing(nn.Module):
         super().__init__()
         for name, value in {"start": start, "floor": floor, "rate": rate}.items():
             if not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"annealing: {name}: got {value!r}, expected a number ≥ 0")
+                raise invalid(name, value, "a number ≥ 0", place=f"annealing: {name}")
         if not power > 0 or every < 1:
             raise UsageError(f"annealing: got power={power!r}, every={every!r}, expected power > 0 and every ≥ 1")
         self.start, self.floor, self.rate, self.power, self.every = start, floor, rate, power, every

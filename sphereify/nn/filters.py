@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import UsageError, refused
 from sphereify.nn.functional_calls import CALLS, answers_calls, parameter_name, weight_of_call
 from sphereify.nn.heads import AngularHead
 from sphereify.nn.modules import check_module
@@ -112,7 +112,7 @@ def output_layers(model: nn.Module, output: str | None = None) -> set[nn.Module]
     modules = dict(model.named_modules())
     if output is not None:
         if output not in modules or not any(True for _ in _filters_of(modules[output])):
-            raise UsageError(f"{option('output')}: {type(model).__name__} has no layer {output!r}")
+            raise refused("output", f"{type(model).__name__} has no layer {output!r}")
         return {modules[output]}
     heads: set[nn.Module] = {module for module in modules.values() if isinstance(module, AngularHead)}
     linear: list[nn.Module] = [module for name, module in modules.items() if name and isinstance(module, nn.Linear)]

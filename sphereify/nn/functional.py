@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sphereify.choices import DEFAULT_EPS
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, invalid
 from sphereify.nn.geometry import Projection, project, project_backward, resolve
 from sphereify.nn.operators import broadcast_k, is_built_in
 from sphereify.nn.passes import reference, with_passes
@@ -202,7 +202,7 @@ def _angular(
     One of the Functions below computes it, wherever torch can differentiate one.
     """
     if not eps > 0:
-        raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
+        raise invalid("eps", eps, "a positive number", default=DEFAULT_EPS)
     for name, values in (("bias", bias), ("beta", beta)):
         if values is not None and values.shape != weight.shape[:1]:
             raise UsageError(f"{name}: got shape {tuple(values.shape)}, expected ({weight.shape[0]},), one a filter")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sphereify.errors import UsageError
+from sphereify.errors import UsageError, invalid
 from sphereify.nn.precision import CHANNELS_LAST, is_channels_last, runs_eagerly
 
 Ints = tuple[int, ...]
@@ -69,7 +69,7 @@ def padding_sides(padding: str, kernel: Sequence[int], stride: Ints, dilation: I
     if padding == "valid":
         return [(0, 0)] * len(kernel)
     if padding != "same":
-        raise UsageError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
+        raise invalid("padding", padding, "numbers, 'same' or 'valid'")
     if any(s != 1 for s in stride):
         raise UsageError(f"padding='same' needs a stride of 1, got {stride}. Give the padding as numbers.")
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]

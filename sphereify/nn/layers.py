@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.choices import DEFAULT_EPS
-from sphereify.errors import UsageError, option, wrong_type
+from sphereify.errors import invalid, option, refused, wrong_type
 from sphereify.nn.decoupled import Decoupled, decoupled
 from sphereify.nn.functional import (
     Operator,
@@ -48,7 +48,7 @@ class AngularLayer(HasDirections, Decoupled):
 
     def _make_angular(self, operator: str | Operator, rescale: bool, eps: float, magnitude: Magnitude) -> None:
         if not eps > 0:
-            raise UsageError(f"eps: got {eps!r}, expected a positive number; the default is {DEFAULT_EPS:g}")
+            raise invalid("eps", eps, "a positive number", default=DEFAULT_EPS)
         filters = self.weight.shape[0]
         g = make_operator(operator, filters=filters)
         if isinstance(g, nn.Module) and g is not operator:
@@ -326,8 +326,9 @@ def _of_rows(magnitude: str | Magnitude, weighted: bool) -> Magnitude:
         return make_magnitude(magnitude, weighted).of_rows()
     made = make_magnitude(magnitude, weighted)
     if made != made.of_rows():
-        raise UsageError(
-            f"{option('magnitude')}: ρ is relative to the mean norm of each input, but an input of a linear map is one "
-            f"row; take {option('mean', 'data')}"
+        raise refused(
+            "magnitude",
+            f"ρ is relative to the mean norm of each input, but an input of a linear map is one row; take "
+            f"{option('mean', 'data')}",
         )
     return made

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError, choose, invalid, option, wrong_type
+from sphereify.errors import UsageError, choose, invalid, option, refused, wrong_type
 from sphereify.nn.annealing import MarginAnnealing
 from sphereify.nn.binary_loss import BinaryTasks, binary_loss
 from sphereify.nn.class_blocks import ClassBlock, chunks, sample
@@ -19,6 +19,7 @@ from sphereify.nn.outputs import AngularOutput, scores_of
 from sphereify.nn.precision import accumulate_dtype, accumulated, has_values, in_transform, no_autocast
 from sphereify.nn.softmax_loss import cross_entropy, cross_entropy_in_blocks
 from sphereify.nn.targets import Targets, as_targets, check_range, check_shape, share_of_first
+from sphereify.shared_options import LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 OTHER_WEIGHTS = 0.03
@@ -88,7 +89,7 @@ class AngularLoss(nn.Module):
     def __init__(
         self,
         model_or_head: nn.Module,
-        label_smoothing: float = 0.0,
+        label_smoothing: float = LossOptions.label_smoothing,
         class_weight: Tensor | None = None,
         *,
         ignore_index: int = -100,
@@ -97,26 +98,23 @@ class AngularLoss(nn.Module):
         separation: float = 0.0,
         separation_s: float = 1.0,
         chunk_size: int | None = None,
-        sampled_classes: float | None = None,
+        sampled_classes: float | None = LossOptions.sampled_classes,
     ):
         super().__init__()
-        if not 0 <= label_smoothing <= 1:
-            raise UsageError(f"label_smoothing: got {label_smoothing!r}, expected a number from 0 to 1")
+        LossOptions(label_smoothing, sampled_classes)  # checks them
         if reduction not in REDUCTIONS:
             raise choose("reduction", reduction, REDUCTIONS)
         for name, value in {"separation": separation, "separation_s": separation_s}.items():
             if not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
+                raise invalid(name, value, "a number ≥ 0")
         if annealing is not None and not isinstance(annealing, MarginAnnealing):
             raise wrong_type("annealing", annealing, "a MarginAnnealing, or None")
         if type(ignore_index) is not int:
-            raise UsageError(f"ignore_index: got {ignore_index!r}, expected a class index; -100 ignores none")
+            raise invalid("ignore_index", ignore_index, "a class index; -100 ignores none")
         if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
-            raise UsageError(f"chunk_size: got {chunk_size!r}, expected at least 1 class, or None")
-        if sampled_classes is not None and not _is_share(sampled_classes):
-            raise invalid("sampled_classes", sampled_classes, "a number above 0 and below 1, or None", "Usual: 0.1")
+            raise invalid("chunk_size", chunk_size, "at least 1 class, or None")
         if sampled_classes is not None and chunk_size is not None:
-            raise UsageError(f"{option('sampled_classes')}: does not go with {option('chunk_size')}; take one of them")
+            raise refused("sampled_classes", f"does not go with {option('chunk_size')}; take one of them")
         # Kept out of the submodules: its parameters and state belong to the model.
         self._head = (_head_of(model_or_head),)
         if self.head is None and (separation or chunk_size or sampled_classes or annealing is not None):
@@ -125,7 +123,7 @@ class AngularLoss(nn.Module):
                 f"chunk_size need, and sampled_classes too; convert it with head='w-softmax' or another kind"
             )
         if annealing is not None and not self.head.has_margin:  # type: ignore[union-attr]
-            raise UsageError(f"annealing: the head is a {self.head.kind}, which has no margin")  # type: ignore[union-attr]
+            raise refused("annealing", f"the head is a {self.head.kind}, which has no margin")  # type: ignore[union-attr]
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight)
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -380,10 +378,6 @@ class AngularLoss(nn.Module):
     def extra_repr(self) -> str:
         head = "none" if self.head is None else self.head.kind
         return f"head={head}, label_smoothing={self.label_smoothing:g}, separation={self.separation:g}"
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < 1
 
 
 def _head_of(model: nn.Module) -> AngularHead | None:

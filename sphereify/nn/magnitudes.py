@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose, invalid, option
+from sphereify.errors import choose, invalid, option, refused
 
 
 class Form(NamedTuple):
@@ -95,26 +95,27 @@ class Magnitude:
         for name, words in (("form", choices.MAGNITUDES), ("mean", choices.MAGNITUDE_MEANS)):
             word = choices.canonical(str(getattr(self, name)))
             if word not in words:
-                raise choose(option("magnitude" if name == "form" else "magnitude_mean"), getattr(self, name), words)
+                raise choose("magnitude" if name == "form" else "magnitude_mean", getattr(self, name), words)
             object.__setattr__(self, name, word)
         form = FORMS[self.form]
         self._check_radius(form)
         if self.beta is not None and form.beta is None:
-            raise UsageError(f"{option('magnitude_beta')}: {self.form} has no β; segment and mix have one")
+            raise refused("magnitude_beta", f"{self.form} has no β; segment and mix have one")
         if self.beta is not None and not (_is_finite(self.beta) and self.beta >= 0):
             raise invalid("magnitude_beta", self.beta, "a finite number of at least 0", "Usual: 0.1 to 1")
         object.__setattr__(self, "beta", form.beta if self.beta is None else float(self.beta))
 
     def _check_radius(self, form: Form) -> None:
         given = {
-            option("magnitude_radius"): self.radius is not None,
-            option("magnitude_mean", self.mean): self.mean != "input",
-            option("learn_magnitude_radius"): self.learned,
+            "magnitude_radius": self.radius is not None,
+            "magnitude_mean": self.mean != "input",
+            "learn_magnitude_radius": self.learned,
         }
         used = next((name for name, is_given in given.items() if is_given), None)
         if used is not None and not form.takes_radius:
             others = ", ".join(name for name, other in FORMS.items() if other.takes_radius)
-            raise UsageError(f"{used}: {option('magnitude', self.form)} has no ρ; {others} have one")
+            shown = self.mean if used == "magnitude_mean" else None
+            raise refused(used, f"{option('magnitude', self.form)} has no ρ; {others} have one", value=shown)
         if self.radius is not None and not (_is_finite(self.radius) and self.radius > 0):
             raise invalid("magnitude_radius", self.radius, "a finite number above 0", "Usual: 0.5 to 2")
         radius = form.radius if used is None else self.radius or 1.0

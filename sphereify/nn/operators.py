@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify import choices
-from sphereify.errors import UsageError, choose, option
+from sphereify.errors import UsageError, choose, invalid, option
 from sphereify.nn.arcsine import arcsin_in_right_angles, is_fused, sine_of_right_angles
 from sphereify.nn.precision import in_forward_mode, runs_eagerly
 
@@ -303,7 +303,7 @@ class LearnableSigmoidOperator(AngularOperator):
 def positive_k(k: float) -> float:
     """k as a float, or the error that says what it must be."""
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not (k > 0 and math.isfinite(k)):
-        raise UsageError(f"{option('k')}: got {k!r}, expected a positive finite number. Usual values are 0.1 to 0.7.")
+        raise invalid("k", k, "a positive finite number", "Usual values are 0.1 to 0.7")
     return float(k)
 
 
@@ -349,13 +349,11 @@ def make_operator(
     """
     if not isinstance(operator, str):
         if not callable(operator):
-            raise UsageError(
-                f"{option(option_name)}: got {operator!r}, expected a name or a callable that maps cos θ to g(θ)"
-            )
+            raise invalid(option_name, operator, "a name or a callable that maps cos θ to g(θ)")
         return operator
     name = choices.canonical(operator)
     if name not in CLASSES:
-        raise choose(option(option_name), operator, choices.OPERATORS)
+        raise choose(option_name, operator, choices.OPERATORS)
     given = {} if k is None else {"k": k}
     if name == LearnableSigmoidOperator.name:
         return LearnableSigmoidOperator(filters, **given)
@@ -363,6 +361,8 @@ def make_operator(
         return SigmoidOperator(**given)
     if k is not None:
         raise UsageError(
-            f"{option('k')}: got {k!r} for the {name} operator, which has none. Leave it out or take a sigmoid."
+            f"{option('k')}: got {k!r} for the {name} operator, which has none. Leave it out or take a sigmoid.",
+            option="k",
+            value=k,
         )
     return CLASSES[name]()

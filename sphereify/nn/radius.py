@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.errors import UsageError, invalid, option
+from sphereify.errors import invalid, option, refused
 from sphereify.nn.precision import gathered
 
 Radius = float | Tensor
@@ -60,9 +60,10 @@ def check_radius(radius: Any, learned: bool = False) -> float:
     if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 <= radius < math.inf:
         raise invalid("radius", radius, "a finite number of at least 0", "Usual: 1 to 4")
     if learned and radius == 0:
-        raise UsageError(
-            f"{option('learn_radius')}: starts from {option('radius')}, whose gradient is 0 at 0; got "
-            f"{option('radius', radius)}. Try {option('radius', 1.0)}."
+        raise refused(
+            "learn_radius",
+            f"starts from {option('radius')}, whose gradient is 0 at 0; got {option('radius', radius)}. Try "
+            f"{option('radius', 1.0)}.",
         )
     return float(radius)
 

@@ -3,7 +3,6 @@
 It works on any network, angular or not, and on a tensor of filters.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 
 from sphereify.errors import UsageError, option
 from sphereify.nn.energies import make_measure
-from sphereify.nn.energies.compressive import DIMENSIONS
-from sphereify.nn.energies.options import EnergyOptions
 from sphereify.nn.energy_report import EnergyReport, LayerEnergy
 from sphereify.nn.filters import Bank, as_filters, filter_banks, without
 from sphereify.patterns import PatternList, Patterns
+from sphereify.shared_options import DIMENSIONS, EnergyOptions
 
 
 class HypersphericalEnergy(nn.Module):
@@ -72,27 +70,35 @@ class HypersphericalEnergy(nn.Module):
 
     def __init__(
         self,
-        s: float = 1,
-        distance: str = "euclidean",
-        half_space: bool = False,
-        hidden_weight: float = 1.0,
-        output_weight: float = 1.0,
+        s: float = EnergyOptions.s,
+        distance: str = EnergyOptions.distance,
+        half_space: bool = EnergyOptions.half_space,
+        hidden_weight: float = EnergyOptions.hidden_weight,
+        output_weight: float = EnergyOptions.output_weight,
         *,
-        self_pairs: bool = True,
+        self_pairs: bool = EnergyOptions.self_pairs,
         output: str | None = None,
         exclude: PatternList = None,
-        energy: str = "mhe",
-        dimensions: int | None = None,
-        projections: int = 20,
-        gamma: float = 1.0,
+        energy: str = EnergyOptions.energy,
+        dimensions: int | None = EnergyOptions.dimensions,
+        projections: int = EnergyOptions.projections,
+        gamma: float = EnergyOptions.gamma,
     ):
         super().__init__()
-        options = EnergyOptions(energy, s, distance, self_pairs, dimensions, projections, gamma)
-        for name, value in {"hidden_weight": hidden_weight, "output_weight": output_weight}.items():
-            if not (isinstance(value, (int, float)) and value >= 0 and math.isfinite(value)):
-                raise UsageError(f"{name}: got {value!r}, expected a number ≥ 0")
+        options = EnergyOptions(
+            energy=energy,
+            s=s,
+            half_space=half_space,
+            self_pairs=self_pairs,
+            distance=distance,
+            dimensions=dimensions,
+            projections=projections,
+            gamma=gamma,
+            hidden_weight=hidden_weight,
+            output_weight=output_weight,
+        )
         self.options = options
-        self.s, self.distance, self.half_space, self.self_pairs = s, distance, half_space, self_pairs
+        self.s, self.distance, self.half_space, self.self_pairs = s, options.distance, half_space, self_pairs
         self.hidden_weight, self.output_weight = hidden_weight, output_weight
         self.output = output
         self.exclude = Patterns("exclude", exclude)
@@ -149,7 +155,9 @@ class HypersphericalEnergy(nn.Module):
             raise UsageError(
                 f"{place}{option(dimensions_name, dimensions)}: a projection cannot be wider than its filters, which "
                 f"have {fan_in} inputs. Take at most {fan_in}, or leave it out: layers of no more than {DIMENSIONS} "
-                f"inputs are then not projected."
+                f"inputs are then not projected.",
+                option=dimensions_name,
+                value=dimensions,
             )
 
     def _energy(self, filters: Tensor, half_space: bool) -> Tensor:

@@ -76,7 +76,9 @@ def of_file(path: str | Path, device: str = "auto") -> Network:
         raise ArtifactError(f"{path}: there is no such file")
     if device not in ("auto", "cpu"):
         raise UsageError(
-            f"{option('device')}: got {device!r}, but {path} is an exported file, which runs on the CPU here"
+            f"{option('device')}: got {device!r}, but {path} is an exported file, which runs on the CPU here",
+            option="device",
+            value=device,
         )
     if not is_installed(chosen.runtime):
         raise UsageError(f"{path}: {chosen.runtime} must be installed to run it: pip install 'sphereify[export]'")

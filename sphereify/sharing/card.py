@@ -12,7 +12,7 @@ import yaml
 
 from sphereify.artifact import DOCUMENT, stored_preparation
 from sphereify.convert.plan import ConversionPlan
-from sphereify.errors import UsageError, option
+from sphereify.errors import refused
 from sphereify.preparation import Preparation
 from sphereify.sharing.options import PushOptions
 from sphereify.wording import count, in_one_line
@@ -107,9 +107,10 @@ def _licence(facts: Facts, options: PushOptions) -> tuple[str, str]:
     known = (facts.document.get("base") or {}).get("license") or _licence_of_timm(facts.source)
     if not known:
         name = facts.source.get("name") or facts.plan.model
-        raise UsageError(
-            f"{option('license')}: is missing; the configuration of the base model {name} names no licence. Look up "
-            f"the one under which its weights may be shared, such as apache-2.0, mit or cc-by-nc-4.0"
+        raise refused(
+            "license",
+            f"is missing; the configuration of the base model {name} names no licence. Look up the one under which its "
+            f"weights may be shared, such as apache-2.0, mit or cc-by-nc-4.0",
         )
     return str(known), f"the licence that the configuration of its base model {facts.source.get('name', '')} names"
 

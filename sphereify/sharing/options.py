@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TypedDict
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import refused
 from sphereify.options import check_options, option_field
 
 CARD = "Model card"
@@ -59,7 +59,7 @@ class PushOptions:
         for name in ("license", "base_model", "revision", "commit_message", "token"):
             value = getattr(self, name)
             if value is not None and not str(value).strip():
-                raise UsageError(f"{option(name)}: is empty")
+                raise refused(name, "is empty")
 
 
 class PushKeywords(TypedDict, total=False):

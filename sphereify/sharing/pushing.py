@@ -105,7 +105,11 @@ def _place(repository: object, revision: str | None) -> Repository:
         raise wrong_type("repository", repository, "a name, user/name")
     place = repository_of(repository)
     if place.revision is not None and revision is not None:
-        raise UsageError(f"{option('revision')}: got {revision!r}, and {repository} names a revision, too")
+        raise UsageError(
+            f"{option('revision')}: got {revision!r}, and {repository} names a revision, too",
+            option="revision",
+            value=revision,
+        )
     return replace(place, revision=place.revision or revision)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
-from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, wrong_type
+from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, refused, wrong_type
 from sphereify.models import untrained_part
 from sphereify.nn.modules import check_module
 from sphereify.sources import RECORD_ATTRIBUTE
@@ -47,7 +47,7 @@ def check_run(
     check_model(model, settings, teacher)
     _check_amount(data, processes)
     if settings.fsdp and processes.world == 1:
-        raise UsageError(f"{option('fsdp')}: needs several processes; start it with torchrun --nproc-per-node N")
+        raise refused("fsdp", "needs several processes; start it with torchrun --nproc-per-node N")
     with frozen(model, settings.freeze):
         _check_optimizer(model, data, settings, processes)
 
@@ -148,9 +148,10 @@ def check_trained(model: nn.Module, data: Data, model_option: str, weights_optio
         UsageError: its weights are for other classes, which left the classifier new.
     """
     if why := untrained_part(model):
-        raise UsageError(
-            f"{option(model_option)}: {why}; {data.name} has {len(data.classes)} classes. Bring weights that were "
-            f"trained on it with {option(weights_option)}"
+        raise refused(
+            model_option,
+            f"{why}; {data.name} has {len(data.classes)} classes. Bring weights that were trained on it with "
+            f"{option(weights_option)}",
         )
 
 
@@ -190,8 +191,10 @@ def check_mixup(settings: Settings) -> None:
         UsageError: batches of one image.
     """
     if (settings.mixup or settings.cutmix) and settings.batch_size < 2:
-        both = f"{option('mixup')}, {option('cutmix')}"
-        raise UsageError(f"{both}: need pairs of images; take {option('batch_size', 2)} or more")
+        raise UsageError(
+            f"{option('mixup')}, {option('cutmix')}: need pairs of images; take {option('batch_size', 2)} or more",
+            option="mixup" if settings.mixup else "cutmix",
+        )
 
 
 def check_sampling(model: nn.Module, settings: Settings, teacher: nn.Module | None) -> None:
@@ -203,11 +206,14 @@ def check_sampling(model: nn.Module, settings: Settings, teacher: nn.Module | No
     sampled = settings.terms.sampled_classes
     if sampled is None:
         return
-    name = option("sampled_classes", sampled)
     if margin_head(model) is None:
-        raise UsageError(f"{name}: needs a head with a margin, such as {option('head', 'cosface')}")
+        raise refused(
+            "sampled_classes", f"needs a head with a margin, such as {option('head', 'cosface')}", value=sampled
+        )
     if teacher is not None:
-        raise UsageError(f"{name}: does not go with {option('teacher')}, which is followed in all scores")
+        raise refused(
+            "sampled_classes", f"does not go with {option('teacher')}, which is followed in all scores", value=sampled
+        )
 
 
 def check_same_run(

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,13 +18,16 @@ from sphereify import choices
 from sphereify.artifact import load
 from sphereify.conversion import sphereify
 from sphereify.datasets import Data, training_images
-from sphereify.errors import UsageError, choose, invalid, option, wrong_type
+from sphereify.errors import UsageError, choose, option, wrong_type
 from sphereify.files import write_text
 from sphereify.nn.modules import check_module
+from sphereify.options import checked_option, with_keywords_of
 from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.checks import check_model
-from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING, keep_knowledge, summary
+from sphereify.training.comparison_options import ComparisonKeywords, ComparisonOptions
+from sphereify.training.knowledge import LEARNED, NOTHING, keep_knowledge, summary
+from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.recipe import with_recipe
 from sphereify.training.results import Epoch, Result, Step
@@ -34,6 +37,9 @@ from sphereify.training.run_folder import RunFolder, state_file
 from sphereify.training.same_data import identity_of, is_same
 from sphereify.training.settings import WITHOUT_EFFECT, Settings
 from sphereify.training.verification import Verification, check_identities, verification
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TOLD_RATE = 1e-2
 """The false accept rate whose true accept rate the table of a comparison tells."""
@@ -69,7 +75,9 @@ def variants(operators: str | Iterable[str], options: Mapping[str, Any] | None =
     words = operators.split(",") if isinstance(operators, str) else operators
     names = [choices.canonical(word) for word in words if word.strip()]
     if not names:
-        raise UsageError(f"{option('operators')}: got none, expected some of {', '.join(choices.OPERATORS)}")
+        raise UsageError(
+            f"{option('operators')}: got none, expected some of {', '.join(choices.OPERATORS)}", option="operators"
+        )
     return [Variant("original", None), *(Variant(name, {**(options or {}), "operator": name}) for name in names)]
 
 
@@ -204,6 +212,7 @@ def default_comparison_folder(model: str) -> Path:
     return Path(f"{Path(model.rpartition(':')[2]).name}-compared")
 
 
+@with_keywords_of(ComparisonOptions)
 def compare(
     build: Callable[[], nn.Module],
     data: Data,
@@ -211,16 +220,14 @@ def compare(
     settings: Settings | None = None,
     *,
     output: str | Path,
-    seeds: int = 1,
-    reach: float | None = None,
     learned: str = NOTHING,
-    calibration_images: int = IMAGES,
-    corruptions: bool = False,
+    calibration_images: int = KnowledgeOptions.calibration_images,
     held_out: Data | None = None,
     on_run: Callable[[str, int], None] = lambda name, seed: None,
     on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    **options: "Unpack[ComparisonKeywords]",
 ) -> Comparison:
     """Train each variant with the same seeds, order of images and budget.
 
@@ -230,13 +237,10 @@ def compare(
         variants: the networks; the first is what the others are compared with. See also `variants`.
         settings: how to train, as for `finetune`; what they leave open depends on `learned`, see `with_recipe`.
         output: a folder. Finished runs in it are not repeated, unfinished ones are continued.
-        seeds: number of runs of each variant, with the seeds settings.seed, settings.seed + 1, …
-        reach: accuracy in (0, 1] to which steps are counted; default: 95 % of the first variant's mean.
+        {options}
         learned: how much of what `build` makes has been trained: "nothing", "features" (all but the classifier) or
             "all". Conversions keep it by a calibration on training images, without their labels.
         calibration_images: number of these images, ≥ 0; 0: weights are copied, without a calibration.
-        corruptions: test the trained networks on corrupted images, too, and with them the first variant behind contrast
-            standardisation, if it is no conversion; see `robustness`.
         held_out: images of other classes than those of `data`, in its test part, on which the trained networks are
             verified; see `sphereify.class_splits.only_classes` and `verification`.
         on_run: called before each run with the name of its variant and its seed.
@@ -252,20 +256,17 @@ def compare(
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise wrong_type("build", build, "a function that returns the plain network")
+    asked = ComparisonOptions(**options)
     settings = with_recipe(settings or Settings(), trained=learned != NOTHING)
     folder = Path(output)
+    seeds = range(settings.seed, settings.seed + asked.seeds)
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"variants: got {names}, expected at least one, and each name once")
-    if seeds < 1:
-        raise invalid("seeds", seeds, "a number of at least 1")
-    if reach is not None and not 0 < reach <= 1:
-        raise invalid("reach", reach, "an accuracy above 0 and at most 1, such as 0.9")
     if learned not in LEARNED:
-        raise choose(option("learned"), learned, LEARNED)
-    if calibration_images < 0:
-        raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
-    if corruptions:
+        raise choose("learned", learned, LEARNED)
+    checked_option(KnowledgeOptions, "calibration_images", calibration_images)
+    if asked.corruptions:
         check_corruptible(data)
     if held_out is not None:
         check_identities(held_out)
@@ -275,7 +276,7 @@ def compare(
     runs = []
     for variant in variants:
         results = []
-        for seed in range(settings.seed, settings.seed + seeds):
+        for seed in seeds:
             on_run(variant.name, seed)
             seeded = dataclasses.replace(settings, seed=seed)
             place = folder / f"{variant.name}-seed{seed}"
@@ -283,19 +284,18 @@ def compare(
             results.append(train_once(build, data, variant, seeded, output=place, **kept, **heard))
         runs.append(SeedRuns(variant.name, results))
     found = []
-    for seed in range(settings.seed, settings.seed + seeds) if corruptions else ():
+    for seed in seeds if asked.corruptions else ():
         networks = {v.name: trained(build, v, folder / f"{v.name}-seed{seed}") for v in variants}
         if variants[0].options is None:
             networks[f"{names[0]}, contrast standardised"] = rival_of(networks[names[0]], data)
         found.append(corrupted_accuracies(networks, data, dataclasses.replace(settings, seed=seed)))
     verified = []
-    for seed in range(settings.seed, settings.seed + seeds):
-        if held_out is None:
-            break
-        networks = {v.name: trained(build, v, folder / f"{v.name}-seed{seed}") for v in variants}
-        seeded = dataclasses.replace(settings, seed=seed)
-        verified.append({name: verification(one, held_out, seeded) for name, one in networks.items()})
-    comparison = Comparison(runs, 0.95 * runs[0].mean if reach is None else reach, found, verified)
+    if held_out is not None:
+        for seed in seeds:
+            networks = {v.name: trained(build, v, folder / f"{v.name}-seed{seed}") for v in variants}
+            seeded = dataclasses.replace(settings, seed=seed)
+            verified.append({name: verification(one, held_out, seeded) for name, one in networks.items()})
+    comparison = Comparison(runs, 0.95 * runs[0].mean if asked.reach is None else asked.reach, found, verified)
     _write(comparison, folder)
     return comparison
 
@@ -308,7 +308,7 @@ def train_once(
     *,
     output: str | Path,
     learned: str = NOTHING,
-    calibration_images: int = IMAGES,
+    calibration_images: int = KnowledgeOptions.calibration_images,
     teacher: nn.Module | None = None,
     on_calibration: Callable[[str], None] = lambda line: None,
     on_step: Callable[[Step], None] = lambda step: None,

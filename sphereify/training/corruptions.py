@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sphereify.errors import DataError, choose, invalid, option
+from sphereify.errors import DataError, choose, invalid
 
 SMALL = 64
 """Largest size in pixels of images that take CIFAR-10-C's strengths."""
@@ -42,7 +42,7 @@ def corrupt(images: Tensor, name: str, strength: int, *, seed: int = 0, first: i
         DataError: images with other than 1 or 3 channels.
     """
     if name not in CORRUPTIONS:
-        raise choose(option("corruptions"), name, CORRUPTIONS)
+        raise choose("corruptions", name, CORRUPTIONS)
     if not (isinstance(strength, int) and 1 <= strength <= STRENGTHS):
         raise invalid("strength", strength, f"a whole number from 1 to {STRENGTHS}")
     if images.dim() != 4 or images.shape[1] not in (1, 3):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphereify.errors import UsageError, option
-from sphereify.options import check_options, option_field
+from sphereify.errors import no_effect, option, refused
+from sphereify.options import check_options, option_field, same_option
+from sphereify.shared_options import AugmentationOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,20 +36,8 @@ class DataOptions:
         panel=IMAGES,
         at_least=1,
     )
-    augment: str | None = option_field(
-        None,
-        "Automatic augmentation by timm of the training images, such as rand-m9-mstd0.5.",
-        panel=IMAGES,
-    )
-    color_jitter: float | None = option_field(
-        None,
-        "Strength x of random changes of brightness, contrast and saturation of the training images, each by a factor "
-        "from 1-x to 1+x; default: 0.4 for RGB images above 64 pixels without augment, else 0.",
-        panel=IMAGES,
-        at_least=0,
-        at_most=1,
-        usual="0.2 to 0.8",
-    )
+    augment: str | None = same_option(AugmentationOptions, "augment", panel=IMAGES)
+    color_jitter: float | None = same_option(AugmentationOptions, "color_jitter", panel=IMAGES)
     train_images: int | None = option_field(
         None,
         "Number of training images, a fixed random choice; default: all.",
@@ -74,12 +63,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.data is None:
-            raise UsageError(
-                f"{option('data')}: is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm"
-            )
+            raise refused("data", "is missing; digits, a folder with train/ and val/ (or test/), or a data set of timm")
         check_options(self)
         if self.hold_out_seed is not None and self.hold_out_classes is None:
-            raise UsageError(f"{option('hold_out_seed')}: has no effect without {option('hold_out_classes')}")
+            raise no_effect("hold_out_seed", f"without {option('hold_out_classes')}")
 
     def class_count(self, *, test_only: bool = False) -> int:
         """The number of classes to train on.

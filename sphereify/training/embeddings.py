@@ -17,7 +17,7 @@ from sphereify.convert.graph import read_graph
 from sphereify.convert.names import submodule
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.deployment.folding import is_folded
-from sphereify.errors import DataError, TrainingError, UnsupportedModelError, UsageError, option
+from sphereify.errors import DataError, TrainingError, UnsupportedModelError, option, refused
 from sphereify.nn.functional_calls import Arguments
 from sphereify.nn.modules import check_module
 from sphereify.training.checks import check_images
@@ -149,7 +149,7 @@ def _classifies(site: Any) -> bool:
 def _checked(model: nn.Module, layer: str) -> str:
     if submodule(model, layer) is None:
         names = ", ".join([name for name, _ in model.named_modules() if name][-5:])
-        raise UsageError(f"{option('embedding_layer')}: the model has no layer {layer!r}; its last ones are {names}")
+        raise refused("embedding_layer", f"the model has no layer {layer!r}; its last ones are {names}")
     return layer
 
 

@@ -14,14 +14,13 @@ from sphereify.calibration.results import Calibration
 from sphereify.convert.planner import plan_conversion
 from sphereify.convert.rewrite import FIT_ATTRIBUTE
 from sphereify.datasets import Data, training_images
-from sphereify.errors import NoEffectError, choose, option
+from sphereify.errors import NoEffectError, choose
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
+from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
 
-IMAGES = 1024
-"""Number of training images, without labels, on which a conversion is calibrated."""
 NOTHING, FEATURES, ALL = LEARNED = ("nothing", "features", "all")
 """The share of a network that has been trained: nothing, all but its classifier, or all."""
 
@@ -61,7 +60,9 @@ def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, An
     pooled = {**conversion, "radius": GENTLE_RADIUS}
     try:
         plan_conversion(plain, **pooled)
-    except NoEffectError:
+    except NoEffectError as error:
+        if error.option != "radius":
+            raise
         return dict(conversion)
     return pooled
 
@@ -72,7 +73,7 @@ def keep_knowledge(
     data: Data,
     learned: str,
     *,
-    images: int = IMAGES,
+    images: int = KnowledgeOptions.calibration_images,
     device: str | torch.device | None = None,
     on_layer: Callable[[str, float], None] = lambda name, explained: None,
 ) -> Calibration:
@@ -90,7 +91,7 @@ def keep_knowledge(
         UsageError, DataError: as `calibrate`.
     """
     if learned not in (FEATURES, ALL):
-        raise choose(option("learned"), learned, (FEATURES, ALL))
+        raise choose("learned", learned, (FEATURES, ALL))
     with _new_heads(model if learned == FEATURES else nn.Identity()) as heads:
         result = calibrate(model, original, training_images(data, images), device=device, on_layer=on_layer)
     for name in heads:
@@ -110,7 +111,7 @@ def _new_heads(model: nn.Module) -> Iterator[dict[str, AngularHead]]:
         head.load_state_dict(states[name])
 
 
-def summary(result: Calibration, learned: str, data: Data, images: int = IMAGES) -> str:
+def summary(result: Calibration, learned: str, data: Data, images: int = KnowledgeOptions.calibration_images) -> str:
     """One line on a calibration of `keep_knowledge`."""
     count = min(images, len(data.train))  # type: ignore[arg-type]
     head = "; the classifier is new" if learned == FEATURES else ""

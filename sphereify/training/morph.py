@@ -19,7 +19,7 @@ from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.convert.sites import has_statistics
 from sphereify.convert.start import Filters, start_beta
-from sphereify.errors import NoEffectError, UsageError, option
+from sphereify.errors import no_effect, option, refused
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import ALL, Decoupled, filter_norms, patch_norms
 from sphereify.nn.functional_calls import AngularCall
@@ -101,19 +101,21 @@ def check_morph(model: nn.Module) -> None:
     """
     layers = _layers(model)
     if not layers:
-        raise NoEffectError(f"{option('morph')}: has no effect, since nothing in {type(model).__name__} is angular")
+        raise no_effect("morph", since=f"nothing in {type(model).__name__} is angular")
     head = next((layer for layer in layers if isinstance(layer, AngularHead) and layer.has_margin), None)
     if head is not None:
-        raise UsageError(
-            f"{option('morph')}: the head is {head.kind}, whose margin the original does not have. Take "
-            f"{option('head', 'w-softmax')}, or leave {option('morph')} out"
+        raise refused(
+            "morph",
+            f"the head is {head.kind}, whose margin the original does not have. Take {option('head', 'w-softmax')}, or "
+            f"leave {option('morph')} out",
         )
     plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     dropped = next((decision for decision in (plan.converted if plan else []) if decision.drops_norm), None)
     if dropped is not None:
-        raise UsageError(
-            f"{option('morph')}: the original normalizes by {dropped.norm}, which {option('norm', 'replace')} drops; "
-            f"convert with {option('norm', 'keep')}"
+        raise refused(
+            "morph",
+            f"the original normalizes by {dropped.norm}, which {option('norm', 'replace')} drops; convert with "
+            f"{option('norm', 'keep')}",
         )
 
 

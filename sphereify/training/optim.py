@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.errors import UsageError, first_line, invalid, option
+from sphereify.errors import first_line, invalid, option, refused
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import Decoupled
 from sphereify.nn.functional_calls import AngularCall, angular_weights
 from sphereify.nn.layers import AngularLayer
 from sphereify.nn.modules import check_module
+from sphereify.options import checked_option
 from sphereify.training.recipe import recipe
 from sphereify.training.settings import Settings
 
@@ -40,14 +41,10 @@ def param_groups(
             are, lr without layer_decay.
     """
     check_module(model)
-    if not weight_decay >= 0:
-        raise invalid("weight_decay", weight_decay, "a number of at least 0")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise invalid("layer_decay", layer_decay, "a number above 0 and at most 1", "Usual: 0.65 to 0.9")
+    checked_option(Settings, "weight_decay", weight_decay)
+    checked_option(Settings, "layer_decay", layer_decay)
     if lr is not None and layer_decay is None:
-        raise UsageError(
-            f"{option('lr')}: goes with {option('layer_decay')}; without it, give the learning rate to the optimizer"
-        )
+        raise refused("lr", f"goes with {option('layer_decay')}; without it, give the learning rate to the optimizer")
     undecayed = _undecayed(model)
     if layer_decay is not None:
         return _by_layer(model, weight_decay, undecayed, layer_decay, lr)
@@ -95,9 +92,10 @@ def _by_layer(
         return []
     grouped = _unwrapped(model)
     if layer_decay < 1 and not hasattr(grouped, "group_matcher"):
-        raise UsageError(
-            f"{option('layer_decay')}: {type(grouped).__name__} does not say what its layers are, as models of timm do "
-            f"(group_matcher); leave it out"
+        raise refused(
+            "layer_decay",
+            f"{type(grouped).__name__} does not say what its layers are, as models of timm do (group_matcher); leave "
+            f"it out",
         )
     prefix = next((n for n, p in model.named_parameters()), "").removesuffix(
         next((n for n, p in grouped.named_parameters()), "")
@@ -129,15 +127,13 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     chosen = recipe(settings)
     groups = param_groups(model, chosen.weight_decay, layer_decay=settings.layer_decay)
     if not groups:
-        raise UsageError(f"{option('freeze')}: nothing is left to train")
+        raise refused("freeze", "nothing is left to train")
     if chosen.opt.lower() == "adahessian":
-        raise UsageError(f"{option('opt')}: adahessian needs second derivatives, which this loop does not compute")
+        raise refused("opt", "adahessian needs second derivatives, which this loop does not compute")
     try:
         return create_optimizer_v2(groups, opt=chosen.opt, lr=chosen.lr, weight_decay=0.0)
     except Exception as error:  # timm asserts
-        raise UsageError(
-            f"{option('opt')}: got {chosen.opt!r}, expected an optimizer of timm ({first_line(error)})"
-        ) from None
+        raise invalid("opt", chosen.opt, f"an optimizer of timm ({first_line(error)})") from None
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int) -> Any:
@@ -166,9 +162,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps_pe
             **decay,
         )
     except Exception as error:
-        raise UsageError(
-            f"{option('sched')}: {settings.sched!r} with these epochs does not work ({first_line(error)})"
-        ) from None
+        raise refused("sched", f"{settings.sched!r} with these epochs does not work ({first_line(error)})") from None
     if schedule is None:
         raise invalid("sched", settings.sched, "a schedule of timm, such as cosine or step")
     return schedule

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from sphereify.artifact import TENSORS
 from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
-from sphereify.errors import DataError, UsageError, choose, option
+from sphereify.errors import DataError, UsageError, choose, option, refused
 from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.nn.modules import check_module
@@ -200,9 +200,11 @@ class _CorruptedImages(Dataset):
         check_corruptible(data)
         unknown = next((kind for kind in kinds if kind not in CORRUPTIONS), None)
         if unknown is not None:
-            raise choose(option("corruptions"), unknown, CORRUPTIONS)
+            raise choose("corruptions", unknown, CORRUPTIONS)
         if not kinds:
-            raise UsageError(f"{option('corruptions')}: got none, expected some of {', '.join(CORRUPTIONS)}")
+            raise UsageError(
+                f"{option('corruptions')}: got none, expected some of {', '.join(CORRUPTIONS)}", option="corruptions"
+            )
         self.images, self.kinds, self.seed = data.test, kinds, seed
         self.mean, self.std = (torch.tensor(values or ()).view(-1, 1, 1) for values in (data.mean, data.std))
 
@@ -332,10 +334,10 @@ def open_original(spec: str, data: Data, *, weights: Path | None = None, factory
     """
     if is_saved(spec):
         if weights is not None:
-            raise UsageError(f"{option('against_weights')}: does not go with the artifact {spec}, which has its own")
+            raise refused("against_weights", f"does not go with the artifact {spec}, which has its own")
         return open_model(spec, SourceOptions(factory=factory))
     if weights is None and ":" in spec and not spec.startswith("torchvision:"):
-        raise UsageError(f"{option('against')}: {spec} needs {option('against_weights')}, its trained weights")
+        raise refused("against", f"{spec} needs {option('against_weights')}, its trained weights")
     pretrained = weights is None
     sized: dict[str, Any] = {}
     if accepts(spec, "num_classes"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sphereify.convert.finite import first_bad_layer, first_bad_weight
 from sphereify.datasets import Data
-from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, UsageError, option
+from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, option, refused
 from sphereify.model_images import PREPARATION_ATTRIBUTE, set_preparation, with_classes
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
 from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable, is_trained
@@ -113,7 +113,7 @@ def finetune(
 def _last_checkpoint(folder: RunFolder | None) -> tuple[Path, dict[str, Any]]:
     """The file and the content of the last checkpoint of the run to continue."""
     if folder is None:
-        raise UsageError(f"{option('resume')}: needs {option('output')}, the folder of the run to continue")
+        raise refused("resume", f"needs {option('output')}, the folder of the run to continue")
     return read_last_checkpoint(folder.checkpoints)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sphereify.artifact import save
 from sphereify.datasets import TIMM_READERS
-from sphereify.errors import ArtifactError, UsageError, first_line, option
+from sphereify.errors import ArtifactError, UsageError, first_line, option, refused
 from sphereify.files import as_path, replacing, write_text
 from sphereify.timm_folders import LOCAL_DIR
 from sphereify.training.checkpoint import checkpoints
@@ -92,9 +92,7 @@ class RunFolder:
             ArtifactError: they are damaged.
         """
         if not self.options.is_file():
-            raise UsageError(
-                f"{option('resume')}: {self} is not the folder of a run, there is no {self.options.name} in it"
-            )
+            raise refused("resume", f"{self} is not the folder of a run, there is no {self.options.name} in it")
         try:
             options: dict[str, Any] = json.loads(self.options.read_text(encoding="utf-8"))
         except ValueError as error:

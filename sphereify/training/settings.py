@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sphereify.devices import find_device
-from sphereify.errors import UsageError, invalid, option
+from sphereify.errors import invalid, option, refused
 from sphereify.options import check_options, from_json, option_field, to_json
 from sphereify.patterns import PatternList
 from sphereify.training.terms import Terms
@@ -168,20 +168,17 @@ class Settings:
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise invalid("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} of {option('epochs')}")
         if self.sched == "plateau":
-            raise UsageError(
-                f"{option('sched')}: plateau cannot be continued after a stop, for timm does not save its patience; "
-                f"take cosine, step or wsd"
+            raise refused(
+                "sched",
+                "plateau cannot be continued after a stop, for timm does not save its patience; take cosine, step or "
+                "wsd",
             )
         if self.sched == "multistep" and not self.milestones:
-            raise UsageError(
-                f"{option('milestones')}: none given, expected the epochs after which multistep lowers the rate"
-            )
+            raise refused("milestones", "none given, expected the epochs after which multistep lowers the rate")
 
     def _check_morph(self) -> None:
         if self.morph and self.compile:
-            raise UsageError(
-                f"{option('morph')}: does not go with {option('compile')}, since each step has other layers"
-            )
+            raise refused("morph", f"does not go with {option('compile')}, since each step has other layers")
 
     def _check_sharding(self) -> None:
         others = {
@@ -193,7 +190,7 @@ class Settings:
         }
         used = next((name for name, value in others.items() if value), None)
         if self.fsdp and used is not None:
-            raise UsageError(f"{option('fsdp')}: does not go with {used}")
+            raise refused("fsdp", f"does not go with {used}")
 
     @property
     def chosen_device(self) -> "torch.device":

@@ -1,7 +1,8 @@
-"""The start of a training: a network by name, converted if it is not yet, with the images that it is trained on."""
+"""The start of a training or a test: a network by name, converted if it is not yet, with its images."""
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import Data, ImageFiles, training_images
-from sphereify.errors import DataError, UsageError, invalid, option
+from sphereify.errors import DataError, UsageError, option, refused
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
+from sphereify.options import checked_option
 from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
+from sphereify.training.comparison import Variant, variants
 from sphereify.training.data_options import DataOptions
-from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary, with_radius
+from sphereify.training.evaluation_options import EvaluationOptions
+from sphereify.training.knowledge import FEATURES, NOTHING, keep_knowledge, open_plain, summary, with_radius
+from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
 from sphereify.training.pairs import Pairs, read_pairs
+from sphereify.training.robustness import open_original
 from sphereify.training.teacher import Original, open_teacher
 
 
@@ -52,7 +58,7 @@ def start(
     conversion: ConversionOptions | None = None,
     teacher: str | None = None,
     teacher_weights: str | Path | None = None,
-    calibration_images: int = IMAGES,
+    calibration_images: int = KnowledgeOptions.calibration_images,
     morph: bool = False,
     device: str | torch.device | None = None,
     keep_original: bool = False,
@@ -85,19 +91,19 @@ def start(
         usual = ConversionOptions()
         for name, value in vars(conversion).items():
             if value != getattr(usual, name):
-                raise UsageError(f"{option(name)}: does not go with the artifact {spec}, which is converted already")
+                raise refused(name, f"does not go with the artifact {spec}, which is converted already")
         if morph:
-            raise UsageError(
-                f"{option('morph')}: starts from the original network, and the artifact {spec} is converted already; "
-                f"give the plain model, with {option('pretrained')} or {option('weights')}"
+            raise refused(
+                "morph",
+                f"starts from the original network, and the artifact {spec} is converted already; give the plain "
+                f"model, with {option('pretrained')} or {option('weights')}",
             )
         model = open_model(spec, source)
         data = images.open(model)
         check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
         followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
         return Start(model, data, followed, trained=is_trained(model))
-    if calibration_images < 0:
-        raise invalid("calibration_images", calibration_images, "a number of at least 0", "Usual: 500 to 2,000")
+    checked_option(KnowledgeOptions, "calibration_images", calibration_images)
     plain, learned = open_plain(spec, for_classes_of(images, spec, source), images.class_count())
     data = images.open(plain)
     original = Original(copy.deepcopy(plain), source.pretrained, source.weights, learned == FEATURES)
@@ -134,26 +140,43 @@ def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, tes
     return dataclasses.replace(source, num_classes=count) if accepts(spec, "num_classes") else source
 
 
-def open_to_test(spec: str, images: DataOptions, source: SourceOptions | None = None) -> tuple[nn.Module, Data]:
-    """A trained network and the images to test it on, for `evaluate`.
+@dataclass(frozen=True)
+class ToTest:
+    """A trained network, the images to test it on, and its original."""
+
+    model: nn.Module
+    data: Data
+    original: nn.Module | None = None
+    """The network to compare with on corrupted images; None without one."""
+
+
+def open_to_test(
+    spec: str, images: DataOptions, source: SourceOptions | None = None, options: EvaluationOptions | None = None
+) -> ToTest:
+    """A trained network and the images to test it on, for `evaluate` and `robustness`.
 
     Args:
         spec: an artifact, or a plain model; with weights from a file it is built for the classes of the data.
         images: the data set, of which the test images are enough.
         source: how to build or load the network.
+        options: name the original.
 
     Raises:
-        UsageError: no such model, or weights for other classes than those of the data.
+        UsageError: no such model, weights for other classes than those of the data, or an original that has not been
+            trained.
         DataError: no such data.
         ArtifactError: a file that cannot be read or does not fit.
     """
-    source = source or SourceOptions()
+    source, options = source or SourceOptions(), options or EvaluationOptions()
     if not is_saved(spec) and source.weights is not None and source.num_classes is None:
         source = for_classes_of(images, spec, source, test_only=True)
     model = open_model(spec, source)
     data = images.open(model, as_trained=True, test_only=True)
     check_trained(model, data, "weights", "weights")
-    return model, data
+    if options.against is None:
+        return ToTest(model, data)
+    original = open_original(options.against, data, weights=options.against_weights, factory=source.factory)
+    return ToTest(model, data, original)
 
 
 @dataclass(frozen=True)
@@ -209,10 +232,10 @@ def open_to_verify(
 def _of_list(file: Path, images: DataOptions, model: nn.Module) -> tuple[Data, Pairs]:
     """The images of a list of pairs, with the folders that hold them as classes, and the pairs."""
     if images.test_images is not None:
-        raise UsageError(f"{option('test_images')}: does not go with {option('pairs')}, which names the images")
+        raise refused("test_images", f"does not go with {option('pairs')}, which names the images")
     folder = Path(images.data or "")
     if not folder.is_dir():
-        raise UsageError(f"{option('pairs')}: needs a folder as {option('data')}, got {images.data!r}")
+        raise refused("pairs", f"needs a folder as {option('data')}, got {images.data!r}")
     files, pairs = read_pairs(file, folder)
     listed = ImageFiles(files, **images.preparation(model, as_trained=True))
     names = sorted({path.parent.name for path in files})
@@ -226,3 +249,57 @@ def _of_list(file: Path, images: DataOptions, model: nn.Module) -> tuple[Data, P
             )
     nothing: Any = []
     return Data(f"{folder}, pairs of {file.name}", nothing, listed, names, listed.image_size), pairs
+
+
+@dataclass(frozen=True)
+class ToCompare:
+    """The networks of a comparison, and the images that they are trained and tested on."""
+
+    build: Callable[[], nn.Module]
+    """Builds the plain network; what is new in it is drawn by the random seed of the run."""
+    data: Data
+    variants: list[Variant]
+    learned: str
+    """How much of the plain network has been trained: a value of `sphereify.training.knowledge.LEARNED`."""
+    held_out: Data | None = None
+    """Images of the classes that are left out, if the networks are to be verified on them."""
+
+
+def open_to_compare(
+    spec: str,
+    images: DataOptions,
+    operators: str | Iterable[str],
+    conversion: Mapping[str, Any] | None = None,
+    *,
+    source: SourceOptions | None = None,
+    verification: bool = False,
+) -> ToCompare:
+    """A plain network, its conversions and its images for `compare`.
+
+    Conversions of a network with trained weights have a pooled radius, unless `conversion` says otherwise.
+
+    Args:
+        spec: a plain model, which is built for the classes of the data.
+        images: the data set.
+        operators, conversion: operators and options of the conversions, as for `variants`.
+        source: how to build the network.
+        verification: True to test the embeddings of the networks on the classes that `images` leaves out, too.
+
+    Raises:
+        UsageError: no such model, an artifact, no operator, or a verification without classes that are left out.
+        DataError: no such data.
+        ArtifactError: a file that cannot be read or does not fit.
+    """
+    if is_saved(spec):
+        raise UsageError(f"{spec}: is a saved artifact; compare starts from the plain model that it was made of")
+    if verification and images.hold_out_classes is None:
+        raise refused("verification", f"needs {option('hold_out_classes')}, the classes to verify on")
+    source = for_classes_of(images, spec, source or SourceOptions())
+    unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
+    classes = images.class_count()
+    plain, learned = open_plain(spec, source, classes)
+    data = images.open(plain)
+    options = conversion or {}
+    networks = variants(operators, options if learned == NOTHING else with_radius(plain, options))
+    held_out = images.open(plain, held_out=True) if verification else None
+    return ToCompare(lambda: open_plain(spec, unseeded, classes)[0], data, networks, learned, held_out)

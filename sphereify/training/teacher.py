@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sphereify.artifact import load
-from sphereify.errors import UsageError, option
+from sphereify.errors import option, refused
 from sphereify.sources import accepts, build_model, find_model
 from sphereify.training.objective import logits_of
 from sphereify.weights import UNTRAINED_ATTRIBUTE, load_weights
@@ -47,9 +47,8 @@ def open_teacher(
             weights where none belong.
     """
     if weights is not None and name in (None, ORIGINAL):
-        raise UsageError(
-            f"{option('teacher_weights')}: belong to a {option('teacher')} by name; the original has those of "
-            f"{option('weights')}"
+        raise refused(
+            "teacher_weights", f"belong to a {option('teacher')} by name; the original has those of {option('weights')}"
         )
     if name is None:
         return None
@@ -58,7 +57,7 @@ def open_teacher(
     if Path(name).is_dir():
         return load(name)
     if weights is None and ":" in name and not name.startswith("torchvision:"):
-        raise UsageError(f"{option('teacher')}: {name} needs {option('teacher_weights')}")
+        raise refused("teacher", f"{name} needs {option('teacher_weights')}")
     sizes = {"num_classes": classes} if accepts(name, "num_classes") else {}
     model = build_model(find_model(name, **sizes), pretrained=weights is None)
     if weights is None:
@@ -70,20 +69,22 @@ def open_teacher(
 
 def _checked_original(original: Original | None, classes: int) -> nn.Module:
     if original is None:
-        raise UsageError(
-            f"{option('teacher', ORIGINAL)}: an artifact does not hold what it was before. Give the plain model to "
-            f"finetune with the options of convert, or name the teacher"
+        raise refused(
+            "teacher",
+            "an artifact does not hold what it was before. Give the plain model to finetune with the options of "
+            "convert, or name the teacher",
+            value=ORIGINAL,
         )
     if not original.pretrained and original.weights is None:
-        raise UsageError(
-            f"{option('teacher', ORIGINAL)}: it has not been trained; bring its weights with {option('weights')}"
-        )
+        raise refused("teacher", f"it has not been trained; bring its weights with {option('weights')}", value=ORIGINAL)
     if original.pretrained:
         check_classifier(original.model, classes)
     if original.has_new_classifier:
-        raise UsageError(
-            f"{option('teacher', ORIGINAL)}: {original.weights} has other classes than the data, so its classifier is "
-            f"new and knows nothing. Train it first, and bring its weights with {option('weights')}"
+        raise refused(
+            "teacher",
+            f"{original.weights} has other classes than the data, so its classifier is new and knows nothing. Train it "
+            f"first, and bring its weights with {option('weights')}",
+            value=ORIGINAL,
         )
     return original.model
 
@@ -99,9 +100,10 @@ def check_classifier(model: nn.Module, classes: int) -> None:
     if pretrained == classes:
         why = getattr(model, UNTRAINED_ATTRIBUTE, "")
     if why:
-        raise UsageError(
-            f"{option('teacher')}: {why}: its classifier is new and knows nothing. Train it first, and bring its "
-            f"weights with {option('weights')}"
+        raise refused(
+            "teacher",
+            f"{why}: its classifier is new and knows nothing. Train it first, and bring its weights with "
+            f"{option('weights')}",
         )
 
 

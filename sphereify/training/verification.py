@@ -123,7 +123,7 @@ def verification(
     *,
     pairs: Pairs | None = None,
     max_pairs: int = VerificationOptions.max_pairs,
-    neighbours: int = 1,
+    neighbours: int = VerificationOptions.neighbours,
     embedding_layer: str | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:

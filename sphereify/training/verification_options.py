@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sphereify.errors import UsageError, option
+from sphereify.errors import no_effect, option
 from sphereify.options import check_options, option_field
 
 VERIFICATION = "Verification"
@@ -48,7 +48,7 @@ class VerificationOptions:
         check_options(self)
         for name in ("pairs", "embedding_layer"):
             if getattr(self, name) is not None and not self.verification:
-                raise UsageError(f"{option(name)}: has no effect without {option('verification')}")
+                raise no_effect(name, f"without {option('verification')}")
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of `sphereify.training.verification.verification`, without the pairs."""

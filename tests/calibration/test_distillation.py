@@ -56,7 +56,7 @@ def test_steps_ask_the_original_again_where_its_outputs_are_too_many_to_keep(mon
 @pytest.mark.parametrize("steps", [-1, -5])
 def test_negative_steps_are_an_error(steps):
     original = Residual()
-    with pytest.raises(UsageError, match="expected 0 or more"):
+    with pytest.raises(UsageError, match=f"steps: got {steps}, expected a number of at least 0"):
         calibrate(sphereify(original), original, [smooth_images(8)], steps=steps)
 
 

@@ -83,5 +83,5 @@ def test_a_radius_that_was_given_is_left():
 
 @pytest.mark.parametrize("loss", [0.0, 1.0, -1])
 def test_a_share_that_is_none_is_an_error(loss):
-    with pytest.raises(UsageError, match="expected a share between 0 and 1"):
+    with pytest.raises(UsageError, match=r"loss: got .*, expected a share above 0 and below 1"):
         suggest(Residual(), [smooth_images()], loss=loss)

@@ -389,7 +389,7 @@ def test_suggest_names_layers_and_writes_nothing(run, own, folder):
         (["--calibrate", "digits", "--calibrate-steps", "3"], "No such option: --calibrate-steps"),
         (
             ["--calibrate", "digits", "--accuracy-loss", "2"],
-            "--accuracy-loss: got 2.0, expected a share between 0 and 1",
+            "--accuracy-loss: got 2.0, expected a share above 0 and below 1",
         ),
     ],
 )

@@ -51,6 +51,8 @@ def test_no_docstring_shows_a_stand_in_or_a_plain_doctest(site):
     assert "{options}" not in text
     assert "<p>&gt;&gt;&gt;" not in text
     assert "skip_shortcuts" in text
+    assert "EnergyOptions." not in text
+    assert "function &lt;lambda&gt;" not in text
 
 
 def test_the_pages_load_nothing_from_elsewhere(site):

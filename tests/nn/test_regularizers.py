@@ -578,12 +578,12 @@ def test_layers_that_match_exclude_are_left_out(exclude, left):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"s": -1}, "s: got -1, expected a number ≥ 0"),
-        ({"s": float("nan")}, "s: got nan, expected a number ≥ 0"),
-        ({"s": float("inf")}, "s: got inf, expected a number ≥ 0"),
-        ({"s": "1"}, "s: got '1', expected a number ≥ 0"),
-        ({"hidden_weight": -0.1}, "hidden_weight: got -0.1, expected a number ≥ 0"),
-        ({"output_weight": -2}, "output_weight: got -2, expected a number ≥ 0"),
+        ({"s": -1}, "s: got -1, expected a number of at least 0. Usual: 0, 1, 2"),
+        ({"s": float("nan")}, "s: got nan, expected a number of at least 0. Usual: 0, 1, 2"),
+        ({"s": float("inf")}, "s: got inf, expected a number of at least 0. Usual: 0, 1, 2"),
+        ({"s": "1"}, "s: got '1', expected a number of at least 0. Usual: 0, 1, 2"),
+        ({"hidden_weight": -0.1}, "hidden_weight: got -0.1, expected a number of at least 0"),
+        ({"output_weight": -2}, "output_weight: got -2, expected a number of at least 0"),
         ({"distance": "angle"}, "distance: got 'angle', expected one of euclidean, angular.*Did you mean 'angular'"),
         ({"distance": None}, "distance: got None, expected one of euclidean, angular"),
     ],

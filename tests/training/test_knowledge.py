@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sphereify import save, sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import load_data
-from sphereify.errors import DataError, UsageError
+from sphereify.errors import DataError, NoEffectError, UsageError
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training import DataOptions, Variant, compare
@@ -211,3 +211,9 @@ def test_a_trained_network_gets_a_radius_where_a_convolution_may_pool():
     assert with_radius(pooling, {"radius": 0.0}) == {"radius": 0.0}
     linear = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     assert with_radius(linear, {"radius": None}) == {"radius": None}
+
+
+def test_another_option_without_effect_is_not_taken_for_the_radius():
+    pooling = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(128, 2))
+    with pytest.raises(NoEffectError, match="margin: has no effect on head='w-softmax'"):
+        with_radius(pooling, {"head": "w-softmax", "margin": 3.0})

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from sphereify.nn.energies.compressive import CompressiveEnergy
 from sphereify.nn.energies.determinant import GramDeterminant
-from sphereify.nn.energies.options import EnergyOptions
 from sphereify.nn.energies.pairs import PairEnergy
 from sphereify.nn.energies.separation import Separation
+from sphereify.shared_options import EnergyOptions
 
 
 class Measure(Protocol):

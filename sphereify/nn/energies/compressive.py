@@ -10,9 +10,7 @@ from sphereify.nn.energies.pairs import PairEnergy
 from sphereify.nn.energies.unit import unit
 from sphereify.nn.precision import no_autocast
 from sphereify.nn.recomputation import recomputed
-
-DIMENSIONS = 30
-"""Dimensions of a projection where none are given, as in the authors' experiments."""
+from sphereify.shared_options import DIMENSIONS
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,10 @@ class CompressiveEnergy:
     pairs cost less.
     """
 
-    pairs: PairEnergy = PairEnergy()  # noqa: RUF009  # frozen
-    dimensions: int | None = None
+    pairs: PairEnergy
+    dimensions: int | None
     """Dimensions of a projection; None: 30, and filters of no more inputs are not projected."""
-    projections: int = 20
+    projections: int
 
     def __call__(self, filters: Tensor, half_space: bool) -> Tensor:
         """The energy of each bank: (groups, N, fan_in) -> (groups,)."""

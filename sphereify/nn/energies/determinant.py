@@ -23,7 +23,7 @@ class GramDeterminant:
     of random parts are summed, for the matrix of all would have no room; the parts are drawn anew in each call.
     """
 
-    gamma: float = 1.0
+    gamma: float
 
     def __call__(self, filters: Tensor, half_space: bool) -> Tensor:
         """The energy of each bank: (groups, N, fan_in) -> (groups,)."""

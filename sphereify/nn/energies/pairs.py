@@ -17,9 +17,9 @@ from sphereify.nn.recomputation import recomputed
 class PairEnergy:
     """E = mean over pairs i ≠ j of f(z_ij), with f(z) = z^(-s), or -log z for s = 0."""
 
-    s: float = 1
-    distance: str = "euclidean"
-    self_pairs: bool = True
+    s: float
+    distance: str
+    self_pairs: bool
 
     def __call__(self, filters: Tensor, half_space: bool) -> Tensor:
         """The energy of each bank: (groups, N, fan_in) -> (groups,)."""

@@ -15,7 +15,7 @@ from sphereify.nn.precision import no_autocast
 class Separation:
     """E = -min over pairs i ≠ j of z_ij: to minimise it drives the closest pair apart, and only that."""
 
-    distance: str = "euclidean"
+    distance: str
 
     def __call__(self, filters: Tensor, half_space: bool) -> Tensor:
         """The energy of each bank: (groups, N, fan_in) -> (groups,)."""
