@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def first_page(readme: str) -> str:
     """README.md with its links as they are seen from docs/, and its picture as the colours of the page need it."""
-    text = re.sub(r"(\]\(|src=\"|srcset=\")docs/", r"\1", readme).replace("](examples/README.md", "](examples.md")
+    text = re.sub(r"(\]\(|src=\"|srcset=\")(?:docs|examples)/", r"\1", readme).replace("](README.md", "](examples.md")
     return re.sub(r"<picture>.*?</picture>", _for_both_schemes, text, flags=re.DOTALL)
 
 
