@@ -88,9 +88,10 @@ def test_a_model_is_loaded_to_a_device(artifact):
 # ------------------------------------------------------------------------------------------------------- there and back
 
 LIBRARY_MODELS = {
+    "a resnet with 7 classes": (lambda: timm.create_model("test_resnet", num_classes=7), 32, {"skip_shortcuts": True}),
     "resnet18 with 7 classes": (lambda: timm.create_model("resnet18", num_classes=7), 32, {"skip_shortcuts": True}),
     "resnet18 of one channel": (lambda: timm.create_model("resnet18", in_chans=1), 32, {}),
-    "resnet18 without a classifier": (lambda: timm.create_model("resnet18", num_classes=0), 32, {}),
+    "a resnet without a classifier": (lambda: timm.create_model("test_resnet", num_classes=0), 32, {}),
     "mobilenetv3 with one k": (
         lambda: timm.create_model("mobilenetv3_small_050", num_classes=3), 32,
         {"operator": "learnable-sigmoid", "share_k": "network"},
@@ -108,7 +109,7 @@ LIBRARY_MODELS = {
     "torchvision's googlenet": (lambda: torchvision.models.googlenet(init_weights=False, num_classes=4), 64, {}),
 }  # fmt: skip
 LARGE = {"vit", "torchvision's resnet18 with 5 classes", "torchvision's googlenet", "a larger image", "dilated",
-         "resnet18 of one channel", "mobilenetv3 with one k"}  # fmt: skip
+         "resnet18 with 7 classes", "resnet18 of one channel", "mobilenetv3 with one k"}  # fmt: skip
 
 
 def with_large_ones_in_the_zoo(names):

@@ -48,19 +48,17 @@ PUBLIC = {
 COMMANDS = ["convert", "inspect", "suggest", "finetune", "evaluate", "compare", "predict", "export", "push"]
 
 
-def loaded_after(*steps: str) -> list[set[str]]:
-    """The heavy packages that a fresh interpreter has loaded after each step."""
-    look = f"print(*(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
-    script = "\n".join(["import sys", *(f"{step}\n{look}" for step in steps)])
+def modules_after(*steps: str) -> list[set[str]]:
+    """The modules that a fresh interpreter has loaded after each step."""
+    script = "\n".join(["import sys", *(f"{step}\nprint(*sys.modules, file=sys.stderr)" for step in steps)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [set(line.split()) for line in done.stderr.splitlines()]
 
 
-def modules_after(step: str) -> set[str]:
-    """The modules of the package that a fresh interpreter has loaded after a step."""
-    script = f"import sys\n{step}\nprint(*(name for name in sys.modules if name.startswith('sphereify')))"
-    return set(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT).split())
+def loaded_after(*steps: str) -> list[set[str]]:
+    """The heavy packages that a fresh interpreter has loaded after each step."""
+    return [modules & HEAVY for modules in modules_after(*steps)]
 
 
 def test_importing_the_package_loads_no_other():
@@ -88,18 +86,20 @@ def test_help_loads_nothing_but_the_terminal():
 
 
 def test_layers_parameter_groups_and_conversions_load_what_they_need():
-    layers, groups, conversion = loaded_after(
+    torch_alone, layers, groups, conversion = modules_after(
+        "import torch",
         "import sphereify.nn",
-        "import sphereify; sphereify.param_groups",
-        "from torch import nn\n"
-        "small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))\n"
-        "sphereify.sphereify(small)",
+        "from sphereify import param_groups",
+        "import sphereify; from torch import nn\n"
+        "convolution = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()\n"
+        "classifier = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)\n"
+        "sphereify.sphereify(nn.Sequential(*convolution, *classifier))",
     )
-    assert layers <= {"torch", "numpy"}
-    assert groups <= {"torch", "numpy"}
-    own = modules_after("from sphereify import param_groups")
-    assert {"sphereify.nn.layers", "sphereify.training.optim"} <= own
-    assert not {module for module in own if module.startswith("sphereify.convert")}
+    assert layers & HEAVY <= {"torch", "numpy"}
+    assert "triton" not in layers - torch_alone
+    assert groups & HEAVY <= {"torch", "numpy"}
+    assert {"sphereify.nn.layers", "sphereify.training.optim"} <= groups
+    assert not {module for module in groups if module.startswith("sphereify.convert")}
     assert not conversion & {"timm", "typer", "rich", "matplotlib", "sklearn"}
 
 

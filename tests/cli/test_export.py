@@ -1,6 +1,7 @@
 """The command export: files for other runtimes, and words that are wrong."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,18 @@ from sphereify import fold, save, sphereify
 from tests.deployment.networks import assert_standard, without
 
 
-@pytest.fixture
-def tiny() -> Path:
-    """A small tiny in the working folder."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small converted network. Look, don't touch."""
     torch.manual_seed(0)
-    return save(sphereify(timm.create_model("test_resnet", num_classes=10)), Path("tiny"))
+    model = timm.create_model("test_resnet", num_classes=10)
+    return save(sphereify(model), tmp_path_factory.mktemp("saved") / "tiny")
+
+
+@pytest.fixture
+def tiny(saved: Path) -> Path:
+    """A copy of that network in the working folder."""
+    return Path(shutil.copytree(saved, "tiny"))
 
 
 @pytest.mark.export

@@ -96,7 +96,7 @@ SHORTCUTS = {
 }  # fmt: skip
 
 
-UNMARKED = ("resnet18", "resnet50d", "mobilenetv3_small_100")
+UNMARKED = ("resnet18", "mobilenetv3_small_100")
 
 
 @pytest.mark.parametrize("name", [n if n in UNMARKED else pytest.param(n, marks=pytest.mark.zoo) for n in SHORTCUTS])

@@ -181,6 +181,7 @@ def test_the_angular_network_computes_something_else(case):
     assert not torch.allclose(output(case.angular, case.x), case.expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.zoo
 def test_converting_twice_changes_nothing(case):
     twice = sphereify(case.angular)
     assert [type(module) for module in twice.modules()] == [type(module) for module in case.angular.modules()]

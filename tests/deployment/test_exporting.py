@@ -1,6 +1,7 @@
 """Files for other runtimes: they compute what the model does, for any batch size, or are not left behind."""
 
 import copy
+import functools
 import math
 import os
 import re
@@ -373,9 +374,15 @@ class Deciding(nn.Module):
         return self.conv(x) if x.sum() > 0 else self.conv(-x)
 
 
+@functools.cache
+def refused_models():
+    """A convolutional network and a small ViT. Look, don't touch."""
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, img_size=32)
+    return sphereify(plain()).eval(), sphereify(vit)
+
+
 def refusals(tmp_path):
-    model = sphereify(plain()).eval()
-    vit = sphereify(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, img_size=32))
+    model, vit = refused_models()
     (tmp_path / "folder.onnx").mkdir()
     file = tmp_path / "m.onnx"
     torch_opset = {"format": "torch-export", "opset": 18}
@@ -419,7 +426,7 @@ def test_a_model_that_is_random_in_evaluation_is_refused_with_that_reason(tmp_pa
             return self.fc(nn.functional.dropout(self.layer(x), 0.5, training=True))
 
     with pytest.raises(ExportError, match="differ from pass to pass, since it is random in evaluation"):
-        export(sphereify(Random()).eval(), tmp_path / "m.onnx", torch.randn(4, 6))
+        export(sphereify(Random()).eval(), tmp_path / "m.pt2", torch.randn(4, 6), format="torch-export")
     assert not list(tmp_path.iterdir())
 
 

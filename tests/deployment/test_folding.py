@@ -187,7 +187,8 @@ def net(wiring, **modules):
 )
 def test_the_activation_in_a_norm_of_timms_is_part_of_the_layer(activation, expected):
     norm = timm.layers.BatchNormAct2d(6, apply_act=activation is not None, act_layer=activation or nn.ReLU)
-    model = scrambled(sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval())
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))
+    model = scrambled(sphereify(plain, example_inputs=images(size=6)).eval())
     folded = fold(model)
     assert folded[0].activation == expected
     assert isinstance(folded[1], nn.Identity if expected or activation is None else nn.Sequential)
@@ -200,7 +201,8 @@ def test_the_activation_in_a_norm_of_timms_is_part_of_the_layer(activation, expe
 @pytest.mark.parametrize("way", ["hook", "hook before", "forward"])
 def test_what_is_attached_to_the_activation_keeps_it_apart(way):
     norm = timm.layers.BatchNormAct2d(6)
-    model = sphereify(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))).eval()
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))
+    model = sphereify(plain, example_inputs=images(size=6)).eval()
     calls = []
     act = model[1].act
     if way == "hook":

@@ -4,13 +4,17 @@ import ast
 import dataclasses
 import importlib
 import json
+import posixpath
 import re
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mkdocs.structure.files import Files
 from torch import nn
 
-from documentation import commands, message_list, option_tables
+from documentation import commands, hooks, message_list, option_tables
 from documentation.consoles import blocks, pages
 from documentation.messages import HOLE, Message, all_strings, error_messages
 from documentation.reasons import reasons, unexplained
@@ -37,7 +41,12 @@ def quoted(page: str) -> list[str]:
 
 def known(text: str) -> bool:
     """True if the package has a string in which the parts of a text come in this order."""
-    return any(in_order(text.split(HOLE), candidate) for candidate in CANDIDATES)
+    return any(in_order(text.split(HOLE), candidate) for candidate in candidates())
+
+
+@cache
+def candidates() -> tuple[str, ...]:
+    return (*all_strings(), *(message.text for message in error_messages()))
 
 
 def in_order(parts: list[str], text: str) -> bool:
@@ -50,14 +59,36 @@ def in_order(parts: list[str], text: str) -> bool:
     return True
 
 
-CANDIDATES = (*all_strings(), *(message.text for message in error_messages()))
-
-
 def test_the_readme_has_at_most_8_kib_and_is_the_one_home_of_the_verdict():
     readme = (ROOT / "README.md").read_bytes()
     assert len(readme) <= 8192
     assert readme.count(b"[start:verdict]") == readme.count(b"[end:verdict]") == 1
     assert '--8<-- "README.md:verdict"' in PAGES["evidence.md"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+
+LINK = re.compile(r"\]\(([^)\s]+)|(?:href|src|srcset)=\"([^\"]+)\"")
+CODE = re.compile(r"^( *)(`{3,}).*?^\1\2$|(`+)(?!`).+?(?<!`)\3(?!`)", re.DOTALL | re.MULTILINE)
+
+
+def relative_links(page: str, text: str) -> set[str]:
+    """The files that a page links to or shows, as seen from docs/, without the links to places and to other sites."""
+    targets = {a or b for a, b in LINK.findall(CODE.sub("", text))}
+    files = {target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)}
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(page), file)) for file in files}
+
+
+def test_the_relative_links_of_the_site_lead_to_its_files():
+    settings = SimpleNamespace(site_dir="", use_directory_urls=False, plugins=SimpleNamespace(_current_plugin=None))
+    added = hooks.on_files(Files([]), settings)
+    texts = {file.src_uri: file.content_string for file in added if file.src_uri.endswith(".md")}
+    texts |= {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+    links = {name: relative_links(name, text) for name, text in texts.items()}
+    assert {"images/idea-dark.svg", "results/contrast.png", "examples.md"} <= links["index.md"]
+    assert {"tutorial.ipynb", "results/features.png"} <= links["examples.md"]
+    files = {*added.src_uris, *(file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*") if file.is_file())}
+    assert {name: broken for name, targets in links.items() if (broken := targets - files)} == {}
 
 
 # ------------------------------------------------------------------------------------------------ reasons and messages

@@ -57,8 +57,10 @@ def test_a_radius_of_zero_is_the_papers_operator_bit_by_bit():
     ),
 )
 def test_first_and_second_derivatives_run_through_the_pool(name, groups):
-    x, weight = normal(2, 4, 4, 3).requires_grad_(), normal(4, 4 // groups, 3, 3, seed=1).requires_grad_()
-    beta, bias = normal(4, seed=2).requires_grad_(), normal(4, seed=3).requires_grad_()
+    channels = max(groups, 2)
+    x = normal(2, channels, 4, 3).requires_grad_()
+    weight = normal(channels, channels // groups, 3, 3, seed=1).requires_grad_()
+    beta, bias = normal(channels, seed=2).requires_grad_(), normal(channels, seed=3).requires_grad_()
     inputs = (x, weight, learned(1.5), beta, bias)
 
     def layer(x, weight, radius, beta, bias):

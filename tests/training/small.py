@@ -9,6 +9,8 @@ from sphereify.datasets import Data
 from sphereify.training import Settings
 
 CPU = {"device": "cpu"}
+IMAGES = torch.zeros(2, 2, 6, 6)
+"""What the networks take, so that a conversion need not try the usual sizes, which costs more than a small run."""
 
 
 def images(number: int = 26, classes: int = 3, seed: int = 0) -> Data:
@@ -38,7 +40,7 @@ def plain_net() -> nn.Module:
 
 def net(seed: int = 0, **options) -> nn.Module:
     torch.manual_seed(seed)
-    return sphereify(plain_net(), inplace=True, **options)
+    return sphereify(plain_net(), inplace=True, example_inputs=IMAGES, **options)
 
 
 class Layered(nn.Sequential):
@@ -61,7 +63,7 @@ def plain_dropout_net() -> nn.Module:
 
 def dropout_net(seed: int = 0, **options) -> nn.Module:
     torch.manual_seed(seed)
-    return sphereify(plain_dropout_net(), inplace=True, **options)
+    return sphereify(plain_dropout_net(), inplace=True, example_inputs=IMAGES, **options)
 
 
 def linear_net() -> nn.Module:

@@ -16,7 +16,7 @@ from sphereify.training.distributed import Processes
 from sphereify.training.state import RunState
 from sphereify.training.step import TrainingStep
 from tests.grids import grid
-from tests.training.small import dropout_net, images, net, plain_net, same, state, usual
+from tests.training.small import IMAGES, dropout_net, images, net, plain_net, same, state, usual
 
 FACE_HEADS = ("arcface", "cosface", "sphereface2")
 
@@ -107,7 +107,7 @@ def test_a_run_on_sampled_classes_learns_all_and_leaves_the_head_as_it_was(kind)
 def sphereify_with(classes, kind):
     plain = plain_net()
     plain[-1] = nn.Linear(16, classes)
-    return sphereify(plain, inplace=True, head=kind)
+    return sphereify(plain, inplace=True, example_inputs=IMAGES, head=kind)
 
 
 def test_a_run_on_sampled_classes_goes_on_bit_for_bit(tmp_path):

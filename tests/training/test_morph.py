@@ -34,7 +34,7 @@ def pair(**conversion):
     for _ in range(10):
         net(x)
     net.eval()
-    return net, sphereify(net, **conversion).eval(), x
+    return net, sphereify(net, example_inputs=x, **conversion).eval(), x
 
 
 @pytest.mark.parametrize("conversion", grid(CONVERSIONS, lambda conversion: "learn" in str(conversion)))
