@@ -13,6 +13,7 @@ from sphereify import choices
 from sphereify.datasets import Data
 from sphereify.errors import UsageError, choose, invalid, option, wrong_type
 from sphereify.files import write_text
+from sphereify.options import to_json
 from sphereify.training.comparison_results import Comparison, SeedRuns
 from sphereify.training.knowledge import IMAGES, LEARNED, NOTHING
 from sphereify.training.recipe import with_recipe
@@ -151,7 +152,9 @@ def _run_folder(folder: Path, variant: Variant, seed: int) -> Path:
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
-    curves = {runs.name: [[dataclasses.asdict(e) for e in r.epochs] for r in runs.results] for runs in comparison.runs}
+    curves = {
+        runs.name: [[to_json(epoch) for epoch in result.epochs] for result in runs.results] for runs in comparison.runs
+    }
     write_text(folder / "comparison.md", comparison.markdown())
     robustness = [seed.to_json() for seed in comparison.robustness]
     verifications = [{name: one.to_json() for name, one in seed.items()} for seed in comparison.verification]

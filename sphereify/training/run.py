@@ -171,9 +171,9 @@ class TrainingRun:
         if self.folder is None:
             return
         if self.processes.writes:
-            self.record = RunRecord(self.folder, self.settings.to_json())
+            self.record = RunRecord(self.folder, self.settings)
             if self.state.history:  # the run may have stopped between a checkpoint and its metrics
-                self.record.write_epochs(self.state.rows())
+                self.record.write_epochs(self.state.history)
         if saved is None:
             self._save_checkpoint()
 
@@ -275,7 +275,7 @@ class TrainingRun:
                 self._save_models(whole, self.folder)
             self._save_checkpoint()
         if self.record is not None:
-            self.record.write_epochs(state.rows())
+            self.record.write_epochs(state.history)
 
     def _save_models(self, model: nn.Module, folder: RunFolder) -> None:
         now = self.state.history[-1]
@@ -327,6 +327,6 @@ class TrainingRun:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         result = Result(self.state.history, memory)
         if self.record is not None:
-            self.record.close(result.best.number, self.data.name, memory)
+            self.record.close(result, self.data.name)
         self.processes.wait()
         return result

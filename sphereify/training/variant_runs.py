@@ -1,6 +1,5 @@
 """Runs of a variant: it is trained once in a folder, and opened from there."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sphereify.sources import load_weights
 from sphereify.training.checkpoint import checkpoints
 from sphereify.training.knowledge import IMAGES, NOTHING, keep_knowledge, summary
 from sphereify.training.morph import LENGTH_IMAGES, start_as_original
+from sphereify.training.record import read_result
 from sphereify.training.results import Epoch, Result, Step
 from sphereify.training.run import finetune
 from sphereify.training.run_folder import RunFolder, state_file
@@ -57,7 +57,7 @@ def train_once(
     followed = {} if teacher is None else {"teacher": checksum(teacher.state_dict())}
     check_same_variant(folder, {**variant_identity(model, data, variant, settings), **calibration, **followed})
     if folder.summary.is_file():
-        return _read_result(folder)
+        return read_result(folder)
     resume = bool(checkpoints(folder.checkpoints))
     if settings.morph:
         original = build_variant(build, Variant("original", None), settings)
@@ -69,12 +69,6 @@ def train_once(
         on_calibration(summary(result, learned, data, calibration_images))
     listeners: Any = {"on_step": on_step, "on_epoch": on_epoch}
     return finetune(model, data, settings, output=folder.path, resume=resume, teacher=teacher, **listeners)
-
-
-def _read_result(folder: RunFolder) -> Result:
-    """The result of a run that is complete."""
-    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    return Result([Epoch(**row) for row in rows], json.loads(folder.summary.read_text())["peak_memory"])
 
 
 def trained(build: Callable[[], nn.Module], variant: Variant, output: str | Path) -> nn.Module:
