@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FINGERPRINT_ATTRIBUTE = "loaded_fingerprint"
-"""Attribute of a model that came from an artifact, with the fingerprint of the tensors that lie there."""
+from sphereify.annotations import LOADED_FINGERPRINT
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -40,5 +39,5 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 def is_as_loaded(model: nn.Module, now: str | None) -> bool:
     """True unless a model has another fingerprint now than the artifact that it came from."""
-    loaded = getattr(model, FINGERPRINT_ATTRIBUTE, None)
+    loaded = LOADED_FINGERPRINT.of(model)
     return loaded is None or now is None or loaded == now

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sphereify.annotations import UNTRAINED
 from sphereify.errors import UsageError, option
 from sphereify.options import check_options, option_field
 
@@ -114,9 +115,8 @@ def _factory_of(artifact: str, factory: str) -> "Callable[[], nn.Module]":
 
 def untrained_part(model: "nn.Module") -> str:
     """A sentence on the part of a model for which its weights brought nothing; empty if there is none."""
-    from sphereify.weights import UNTRAINED_ATTRIBUTE
 
-    return getattr(model, UNTRAINED_ATTRIBUTE, "")
+    return UNTRAINED.of(model) or ""
 
 
 def is_saved(spec: str) -> bool:

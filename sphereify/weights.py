@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import UNTRAINED
 from sphereify.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
 from sphereify.errors import ArtifactError, first_line
 from sphereify.files import as_path
-
-UNTRAINED_ATTRIBUTE = "_untrained"
-"""The attribute of a model with a sentence on the part for which its checkpoint brought no weights."""
 
 
 def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = None) -> list[str]:
@@ -57,7 +55,7 @@ def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = No
 
 
 def fill_from(model: nn.Module, path: str | Path, classes: int | None) -> list[str]:
-    """Fill a model as `load_weights` does, and note on it what stays new, in its attribute `UNTRAINED_ATTRIBUTE`."""
+    """Fill a model as `load_weights` does, and note on it what stays new, as `UNTRAINED`."""
     new = load_weights(model, path, classes=classes)
     if new:
         note_untrained(model, new, f"{path} is for other classes than {classes}")
@@ -66,9 +64,7 @@ def fill_from(model: nn.Module, path: str | Path, classes: int | None) -> list[s
 
 def note_untrained(model: nn.Module, tensors: list[str], why: str) -> None:
     """Note on a model that these tensors of it are new."""
-    setattr(
-        model, UNTRAINED_ATTRIBUTE, f"{why}, so {', '.join(tensors[:4])} {'is' if len(tensors) == 1 else 'are'} new"
-    )
+    UNTRAINED.write(model, f"{why}, so {', '.join(tensors[:4])} {'is' if len(tensors) == 1 else 'are'} new")
 
 
 def with_new_classifier(model: nn.Module, fresh: nn.Module, classes: int) -> list[str]:

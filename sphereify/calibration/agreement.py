@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATION_FIT, PLAN
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.held_out import HeldOut, divide
@@ -25,7 +26,7 @@ from sphereify.convert.notes import radius_notes
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import apply_plan
 from sphereify.errors import UsageError, invalid, option
 from sphereify.nn.modules import check_module
 from sphereify.options import with_keywords_of
@@ -116,7 +117,7 @@ class RadiusChoice:
     @property
     def plan(self) -> ConversionPlan:
         """The plan of the network, which holds the chosen radii."""
-        return cast(ConversionPlan, getattr(self.network, PLAN_ATTRIBUTE))
+        return PLAN.required(self.network)
 
     @property
     def options(self) -> ConversionKeywords:
@@ -219,8 +220,8 @@ def choose_radius(
         )
     network.to(home)
     noted = replace(result.plan, notes=[*result.plan.notes, f"radius chosen by agreement: {_told(result)}"])
-    setattr(network, PLAN_ATTRIBUTE, noted)
-    setattr(network, FIT_ATTRIBUTE, calibration.to_json(steps=steps, **_measured(result)))
+    PLAN.write(network, noted)
+    CALIBRATION_FIT.write(network, calibration.to_json(steps=steps, **_measured(result)))
     return result
 
 

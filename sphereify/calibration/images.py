@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.input_channels import input_channels
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
 from sphereify.errors import UsageError, option
 from sphereify.model_images import image_config
@@ -28,7 +28,7 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
         raise UsageError(
             f"{option('data')}: is missing; the images to calibrate on: digits, a folder, or a name of timm's"
         )
-    if hasattr(model, PLAN_ATTRIBUTE):
+    if PLAN.is_on(model):
         raise UsageError(
             f"{option('data')}: this model is converted already; a calibration takes the plain one, with its weights"
         )

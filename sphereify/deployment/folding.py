@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import FOLDING, PLAN
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
@@ -16,8 +17,7 @@ from sphereify.convert.input_values import filled
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.names import submodule
-from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
+from sphereify.convert.rewrite import become, without_norm
 from sphereify.convert.sites import class_name
 from sphereify.deployment.comparison import check_outputs
 from sphereify.deployment.folded_layers import (
@@ -38,9 +38,6 @@ from sphereify.nn.heads import HEAD_EPS
 from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear, adopted
 from sphereify.nn.radius import HasRadius
 from sphereify.wording import count
-
-FOLDING_ATTRIBUTE = "folding"
-"""Attribute of a folded model that holds its `Folding`."""
 
 BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm1d",
@@ -166,7 +163,7 @@ def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
         if norm is not None and behind is not None:
             become(norm, behind)
     model.eval().requires_grad_(False)
-    setattr(model, FOLDING_ATTRIBUTE, folding)
+    FOLDING.write(model, folding)
     return model
 
 
@@ -230,7 +227,7 @@ def _computes_weights(layer: nn.Module) -> bool:
 
 def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
     """The BatchNorm that follows each layer and serves that layer alone, by the layer's name."""
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     sites: Any = plan.decisions if plan is not None else read_graph(model, example_inputs).sites
     owned = {site.name: site.norm for site in sites if site.owns_norm and site.norm is not None}
     return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}

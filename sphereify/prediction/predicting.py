@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import SOURCE
 from sphereify.errors import DataError, SphereifyError, UsageError, first_line, option, wrong_type
 from sphereify.image_folders import images_below
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
@@ -17,7 +18,6 @@ from sphereify.pictures import open_image
 from sphereify.prediction.networks import Network, is_exported, of_file, of_module
 from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.preparation import Preparation, PreparationOptions
-from sphereify.sources import SOURCE_ATTRIBUTE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,7 +128,7 @@ def _check_trained(name: str, model: nn.Module, source: SourceOptions) -> None:
     """Refuse a model that was built by name, and knows nothing."""
     if untrained := untrained_part(model):
         raise UsageError(f"{name}: {untrained}, so that it can predict nothing")
-    built = getattr(model, SOURCE_ATTRIBUTE, None)
+    built = SOURCE.of(model)
     known = source.pretrained or source.weights is not None or is_saved(name)
     if not known and built is not None and built.library != "factory":
         raise UsageError(

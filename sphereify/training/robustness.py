@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.artifact import TENSORS
 from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
@@ -23,7 +24,7 @@ from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.nn.modules import check_module
 from sphereify.plots import plot_robustness
-from sphereify.sources import RECORD_ATTRIBUTE, accepts
+from sphereify.sources import accepts
 from sphereify.training.checks import check_arguments, check_classes, check_record, check_trained
 from sphereify.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from sphereify.training.evaluation import autocast
@@ -148,7 +149,7 @@ def corrupted_accuracies(
     images = _CorruptedImages(data, kinds, settings.seed)
     device, layout = settings.chosen_device, {"memory_format": torch.channels_last} if settings.channels_last else {}
     for network in networks.values():
-        check_record(getattr(network, RECORD_ATTRIBUTE, None), data)
+        check_record(TRAINING_RECORD.of(network), data)
         check_classes(network, data)
         network.to(device, **layout).eval()  # type: ignore[call-overload]
     # A batch of the loader holds so many images that, with their copies, they are a batch for the networks.

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import PREPARATION
 from sphereify.convert.finite import first_bad_layer, first_bad_weight
 from sphereify.datasets import Data
 from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, UsageError, option
-from sphereify.model_images import PREPARATION_ATTRIBUTE, set_preparation, with_classes
+from sphereify.model_images import set_preparation, with_classes
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
 from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable, is_trained
 from sphereify.training.distributed import Processes, join
@@ -148,7 +149,7 @@ class TrainingRun:
     ):
         self.model, self.data, self.settings, self.processes, self.folder = model, data, settings, processes, folder
         self.device = processes.device
-        known = data.preparation or getattr(model, PREPARATION_ATTRIBUTE, None)
+        known = data.preparation or PREPARATION.of(model)
         set_preparation(model, with_classes(known, data.classes))
         seed_all(settings.seed)
         if self.device.type == "cuda":

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
 from sphereify.datasets import Data, ImageFiles, training_images
 from sphereify.errors import DataError, UsageError, invalid, option
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
-from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
+from sphereify.sources import accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
 from sphereify.training.data_options import DataOptions
 from sphereify.training.knowledge import FEATURES, IMAGES, NOTHING, keep_knowledge, open_plain, summary, with_radius
@@ -93,7 +94,7 @@ def start(
             )
         model = open_model(spec, source)
         data = images.open(model)
-        check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
+        check_unseen(TRAINING_RECORD.of(model), data.held_out)
         followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
         return Start(model, data, followed, trained=is_trained(model))
     if calibration_images < 0:
@@ -193,7 +194,7 @@ def open_to_verify(
         # Embeddings need no classifier: weights of any number of classes fill all else of a network for two.
         source = dataclasses.replace(source, num_classes=2) if accepts(spec, "num_classes") else source
     model = open_model(spec, source)
-    record = getattr(model, RECORD_ATTRIBUTE, None)
+    record = TRAINING_RECORD.of(model)
     listed = None
     if pairs is None:
         data = images.open(model, as_trained=True, test_only=True, held_out=True)
