@@ -21,6 +21,7 @@ from sphereify.convert.rewrite import become, without_norm
 from sphereify.convert.sites import class_name
 from sphereify.deployment.comparison import check_outputs
 from sphereify.deployment.folded_layers import (
+    ACTIVATIONS,
     PLAIN,
     FoldedConv1d,
     FoldedConv2d,
@@ -49,10 +50,6 @@ BATCH_NORMS = {
     "torchvision.ops.misc.FrozenBatchNorm2d",
 }
 """Classes, by qualified name, that in evaluation apply one affine map to each channel, then perhaps an activation."""
-
-
-ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
-"""The activations of `folded_layers.ACTIVATIONS` as modules, which timm's classes of a norm with an activation hold."""
 
 
 class Affine(NamedTuple):
@@ -172,7 +169,7 @@ def _activation(behind: nn.Module) -> str | None:
     parts = list(behind.children())
     if len(parts) != 1 or parts[0]._forward_hooks or parts[0]._forward_pre_hooks or "forward" in vars(parts[0]):
         return None
-    return ACTIVATIONS.get(type(parts[0]))
+    return next((name for name, activation in ACTIVATIONS.items() if type(parts[0]) is activation.module), None)
 
 
 def _module(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
