@@ -108,8 +108,8 @@ def _factory_of(artifact: str, factory: str) -> "Callable[[], nn.Module]":
     from sphereify.sources import accepts, build_model, find_model
 
     before = read_document(artifact)["source"] or {}
-    given = before.get("arguments", {}) if before.get("library") == "factory" else {}
-    arguments = {name: value for name, value in given.items() if accepts(factory, name)}
+    own_arguments = before.get("arguments", {}) if before.get("library") == "factory" else {}
+    arguments = {name: value for name, value in own_arguments.items() if accepts(factory, name)}
     return functools.partial(build_model, replace(find_model(factory), arguments=arguments))
 
 

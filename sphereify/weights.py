@@ -227,10 +227,10 @@ class _Misfit:
 
     def __str__(self) -> str:
         wrong = [f"{name}: {shape} in the file, {own} in the model" for name, shape, own in self.shapes]
-        found = (("of another shape", wrong), ("missing", self.missing), ("not in the model", self.unknown))
+        misfits = (("of another shape", wrong), ("missing", self.missing), ("not in the model", self.unknown))
         problems = [
             f"{len(names)} {what}: {'; '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for what, names in found
+            for what, names in misfits
             if names
         ]
         return ". ".join([*problems, *filter(None, [self.other])])
@@ -253,11 +253,11 @@ def _fill(model: nn.Module, tensors: dict[str, Any]) -> _Misfit:
         watch.remove()
     if error is None:
         return _Misfit([], [], [])
-    missing = list(itertools.chain.from_iterable(found.missing_keys for found in keys))
+    missing = list(itertools.chain.from_iterable(report.missing_keys for report in keys))
     absent = [name for name in model.state_dict() if name not in tensors]
     if missing and set(missing) <= set(absent):  # torch itself does not count what it has a default for
         missing = absent
-    unknown = list(itertools.chain.from_iterable(found.unexpected_keys for found in keys))
+    unknown = list(itertools.chain.from_iterable(report.unexpected_keys for report in keys))
     matches = [match for line in str(error).splitlines() if (match := _OTHER_SHAPE.search(line))]
     shapes = [(match[1], _shape(match[2]), _shape(match[3])) for match in matches]
     return _Misfit(shapes, missing, unknown, "" if shapes or missing or unknown else first_line(error))

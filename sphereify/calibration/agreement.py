@@ -275,20 +275,20 @@ def plan_with_radius(
     return plan, names
 
 
-def options_with(given: ConversionKeywords, radii: dict[str, float]) -> ConversionKeywords:
+def options_with(options: ConversionKeywords, radii: dict[str, float]) -> ConversionKeywords:
     """Conversion options with these radii added: one for all, or as overrides where they differ."""
     if not any(radii.values()):
-        return cast(ConversionKeywords, {**given, "learn_radius": False, "radius": 0.0})
+        return cast(ConversionKeywords, {**options, "learn_radius": False, "radius": 0.0})
     if len(set(radii.values())) == 1:
-        return cast(ConversionKeywords, {**given, "radius": next(iter(radii.values()))})
-    settings: dict[str, Any] = dict(given.get("overrides") or {})
+        return cast(ConversionKeywords, {**options, "radius": next(iter(radii.values()))})
+    settings: dict[str, Any] = dict(options.get("overrides") or {})
     overrides = Patterns("overrides", settings.keys())
     own = {}
     for name, radius in radii.items():
         matched = overrides.match((name,))
         own[pattern_of(name)] = {**(settings[matched] if matched is not None else {}), "radius": radius}
     largest = max(radii.values())
-    return cast(ConversionKeywords, {**given, "radius": largest, "overrides": {**own, **settings, **own}})
+    return cast(ConversionKeywords, {**options, "radius": largest, "overrides": {**own, **settings, **own}})
 
 
 class RadiusSearch:

@@ -129,8 +129,8 @@ def _check_trained(name: str, model: nn.Module, source: SourceOptions) -> None:
     if untrained := untrained_part(model):
         raise UsageError(f"{name}: {untrained}, so that it can predict nothing")
     built = SOURCE.of(model)
-    known = source.pretrained or source.weights is not None or is_saved(name)
-    if not known and built is not None and built.library != "factory":
+    has_weights = source.pretrained or source.weights is not None or is_saved(name)
+    if not has_weights and built is not None and built.library != "factory":
         raise UsageError(
             f"{name}: was built with random weights; give {option('pretrained')} or {option('weights')}, or an artifact"
         )
@@ -142,9 +142,9 @@ def image_paths(images: "str | os.PathLike[str] | Iterable[str | os.PathLike[str
     Raises:
         DataError: a file or a folder that is not there, or no images.
     """
-    given: Iterable[Any] = [images] if isinstance(images, (str, os.PathLike)) else images
+    paths: Iterable[Any] = [images] if isinstance(images, (str, os.PathLike)) else images
     files: list[Path] = []
-    for one in given:
+    for one in paths:
         path = Path(one)
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder")
@@ -154,10 +154,10 @@ def image_paths(images: "str | os.PathLike[str] | Iterable[str | os.PathLike[str
     return files
 
 
-def _preparation(network: Network, given: Preparation | PreparationOptions | None) -> Preparation:
-    if isinstance(given, Preparation):
-        return given
-    options = given or PreparationOptions()
+def _preparation(network: Network, preparation: Preparation | PreparationOptions | None) -> Preparation:
+    if isinstance(preparation, Preparation):
+        return preparation
+    options = preparation or PreparationOptions()
     prepared = options.over(network.preparation, network.channels)
     if prepared is None:
         raise UsageError(

@@ -63,7 +63,7 @@ def write_report(
     file = checked_path(path)
     if calibration is None and (fit := CALIBRATION_FIT.of(model_or_plan)) is not None:
         calibration = Calibration.from_json(fit)
-    known = {
+    parts = {
         "calibration": calibration,
         "robustness": robustness,
         "epochs": epochs,
@@ -87,10 +87,10 @@ def write_report(
         check_module(original, "original")
         check_fit(original, plan)
     if model is None:
-        contents = contents_of_plan(plan, name, **known)
+        contents = contents_of_plan(plan, name, **parts)
     else:
         run = {"original": original, "inputs": inputs, "described": inputs_described}
-        contents = contents_of_model(model, plan, name, **run, **known)  # type: ignore[arg-type]
+        contents = contents_of_model(model, plan, name, **run, **parts)  # type: ignore[arg-type]
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip()
     write_text(file, page(contents, date=date, versions=versions()))
     return file

@@ -123,14 +123,15 @@ def _with_classifier(model: nn.Module, image_size: tuple[int, int, int]) -> tupl
     example = torch.zeros(1, *image_size, device=device)
     plan = PLAN.of(model)
     sites: Any = plan.decisions if plan is not None and is_folded(model) else read_graph(model, example).sites
-    found = [site for site in sites if site.role == "classifier" and _classifies(site)]
-    if len(found) != 1:
-        which = f"{len(found)} classifiers: {', '.join(site.name for site in found)}" if found else "no classifier"
+    classifiers = [site for site in sites if site.role == "classifier" and _classifies(site)]
+    if len(classifiers) != 1:
+        names = ", ".join(site.name for site in classifiers)
+        which = f"{len(classifiers)} classifiers: {names}" if classifiers else "no classifier"
         raise UnsupportedModelError(
             f"{type(model).__name__} has {which}; the embedding is the input of the classifier. Name the layer whose "
             f"input it is with {option('embedding_layer')}"
         )
-    (site,) = found
+    (site,) = classifiers
     if site.call is None:
         return model, site.name
     plan = plan_conversion(model, example_inputs=example)

@@ -167,8 +167,8 @@ def corrupted_accuracies(
         on_images(tested + skipped, len(images))
     if not tested:
         raise DataError(f"{data.name}: not one of its test images could be read")
-    found = {name: _shares(count.tolist(), kinds, tested) for name, count in counts.items()}
-    return Robustness(found, tested, len(data.classes), skipped)
+    accuracies = {name: _shares(count.tolist(), kinds, tested) for name, count in counts.items()}
+    return Robustness(accuracies, tested, len(data.classes), skipped)
 
 
 def check_corruptible(data: Data) -> None:
@@ -244,16 +244,16 @@ def _shares(counts: list[int], kinds: list[str], images: int) -> CorruptedAccura
     return CorruptedAccuracy(clean, dict(zip(kinds, strengths, strict=True)))
 
 
-def write_robustness(found: Robustness, folder: Path) -> None:
+def write_robustness(robustness: Robustness, folder: Path) -> None:
     """Write the results as robustness.json, and their picture as robustness.png.
 
     Raises:
         ArtifactError: a file cannot be written.
         UsageError: matplotlib is not installed.
     """
-    results = found.to_json()
+    results = robustness.to_json()
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    plot_robustness(results["networks"], found.chance, folder / "robustness.png")
+    plot_robustness(results["networks"], robustness.chance, folder / "robustness.png")
 
 
 def read_robustness(artifact: Path) -> dict[str, Any] | None:
@@ -269,9 +269,9 @@ def read_robustness(artifact: Path) -> dict[str, Any] | None:
     for file in (artifact / RESULTS, artifact.resolve().parent / RESULTS):
         if tensors.is_file() and file.is_file() and file.stat().st_mtime >= tensors.stat().st_mtime:
             try:
-                found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                if found["networks"]:
-                    return found
+                results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if results["networks"]:
+                    return results
             except (OSError, ValueError, KeyError, TypeError):
                 continue
     return None

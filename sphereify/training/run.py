@@ -149,8 +149,8 @@ class TrainingRun:
     ):
         self.model, self.data, self.settings, self.processes, self.folder = model, data, settings, processes, folder
         self.device = processes.device
-        known = data.preparation or PREPARATION.of(model)
-        set_preparation(model, with_classes(known, data.classes))
+        preparation = data.preparation or PREPARATION.of(model)
+        set_preparation(model, with_classes(preparation, data.classes))
         seed_all(settings.seed)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

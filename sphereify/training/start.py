@@ -105,16 +105,16 @@ def start(
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
     keywords = dict(conversion.keywords())
     model = sphereify(plain, inplace=True, **(keywords if learned == NOTHING else with_radius(plain, keywords)))
-    result, kept, untrained = None, None, untrained_part(plain)
+    result, line, untrained = None, None, untrained_part(plain)
     if morph:
         check_classes(model, data)
         start_as_original(model, original.model, training_images(data, LENGTH_IMAGES))
     elif learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
-        kept = summary(result, learned, data, calibration_images)
+        line = summary(result, learned, data, calibration_images)
     before = original.model if keep_original and learned != NOTHING else None
-    return Start(model, data, followed, kept, learned != NOTHING, untrained, result, before)
+    return Start(model, data, followed, line, learned != NOTHING, untrained, result, before)
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:
