@@ -78,7 +78,7 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
 
     from sphereify.artifact import load
     from sphereify.sources import build_model, find_model
-    from sphereify.weights import fill_from
+    from sphereify.weights.loading import fill_from
 
     options = options or SourceOptions()
     if is_saved(spec):

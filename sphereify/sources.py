@@ -17,8 +17,8 @@ from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_li
 from sphereify.hub import PREFIX, is_hub_name, repository_of
 from sphereify.imports import import_file
 from sphereify.timm_folders import LOCAL_DIR, config_of, is_saved_by_timm, registered
-from sphereify.weights import load_weights as load_weights  # part of opening a model by name
-from sphereify.weights import note_untrained, with_new_classifier
+from sphereify.weights.loading import load_weights as load_weights  # part of opening a model by name
+from sphereify.weights.loading import note_untrained, with_new_classifier
 
 FORMS = (
     f"a timm name, {PREFIX}USER/NAME, {LOCAL_DIR}FOLDER, torchvision:NAME, package.module:factory, "

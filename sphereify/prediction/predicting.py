@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sphereify.annotations import SOURCE
 from sphereify.errors import DataError, SphereifyError, UsageError, first_line, option, wrong_type
-from sphereify.image_folders import images_below
+from sphereify.images.folders import images_below
+from sphereify.images.pictures import open_image
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.options import with_keywords_of
-from sphereify.pictures import open_image
 from sphereify.prediction.networks import Network, is_exported, of_file, of_module
 from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.preparation import Preparation, PreparationOptions

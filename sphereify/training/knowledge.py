@@ -18,7 +18,7 @@ from sphereify.errors import NoEffectError, choose, option
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training.recipe import GENTLE_RADIUS
-from sphereify.weights import fill_from
+from sphereify.weights.loading import fill_from
 
 IMAGES = 1024
 """Number of training images, without labels, on which a conversion is calibrated."""

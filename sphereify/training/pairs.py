@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sphereify.errors import DataError, first_line, option
-from sphereify.image_folders import is_image
+from sphereify.images.folders import is_image
 
 SAME, DIFFERENT = ("1", "same", "true", "yes"), ("0", "-1", "different", "false", "no")
 """Words, in any case, for pairs of one identity and of two in a list of pairs."""

@@ -12,7 +12,7 @@ from sphereify.artifact import load
 from sphereify.errors import UsageError, option
 from sphereify.sources import accepts, build_model, find_model
 from sphereify.training.objective import logits_of
-from sphereify.weights import load_weights
+from sphereify.weights.loading import load_weights
 
 ORIGINAL = "original"
 """The teacher's name that stands for the network before its conversion."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sphereify.annotations import UNTRAINED
-from sphereify.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
 from sphereify.errors import ArtifactError, first_line
 from sphereify.files import as_path
+from sphereify.weights.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
 
 
 def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = None) -> list[str]:
