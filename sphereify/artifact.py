@@ -18,15 +18,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sphereify.annotations import (
+    CALIBRATED,
+    CALIBRATION_FIT,
+    FOLDING,
+    LOADED_FINGERPRINT,
+    PLAN,
+    PRETRAINED_BASE,
+    TRAINING_RECORD,
+)
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import apply_plan
 from sphereify.convert.sites import class_name, is_site, weight_of
 from sphereify.deployment.folded_layers import FoldedLayer
-from sphereify.deployment.folding import FOLDING_ATTRIBUTE, Folding, apply_folding
+from sphereify.deployment.folding import Folding, apply_folding
 from sphereify.devices import find_device
 from sphereify.errors import ArtifactError, SphereifyWarning, UsageError, option, wrong_type
 from sphereify.files import as_path, replacing
-from sphereify.fingerprint import FINGERPRINT_ATTRIBUTE, fingerprint
+from sphereify.fingerprint import fingerprint
 from sphereify.hub import download, has_file, is_hub_name, repository_of
 from sphereify.model_images import preparation_of, set_preparation
 from sphereify.nn import AngularHead
@@ -37,7 +46,7 @@ from sphereify.nn.precision import CHANNELS_LAST, is_channels_last
 from sphereify.nn.quantized import is_quantized
 from sphereify.preparation import Preparation
 from sphereify.rebuilding import proven_source
-from sphereify.sources import BASE_ATTRIBUTE, RECORD_ATTRIBUTE, Source, base_of, build_model, versions
+from sphereify.sources import Source, base_of, build_model, versions
 from sphereify.timm_folders import is_saved_by_timm
 
 FORMAT_VERSION = 1
@@ -71,12 +80,12 @@ def save(
         ArtifactError: the folder cannot be written.
     """
     check_module(model)
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     if plan is None:
         raise UsageError(f"{type(model).__name__} was not converted; save takes what sphereify(model) returns")
     check_complete(model, "save")
     folder = as_path("path", path)
-    folding: Folding | None = getattr(model, FOLDING_ATTRIBUTE, None)
+    folding = FOLDING.of(model)
     _check_unchanged(model, plan, folding)
     tensors, tied = _tensors(model)
     source = proven_source(model, plan, folding)
@@ -102,8 +111,8 @@ def save(
         ],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "buffers": {name: str(b.dtype).removeprefix("torch.") for name, b in _unsaved_buffers(model).items()},
-        "calibrated": bool(getattr(model, CALIBRATED_ATTRIBUTE, False)),
-        "calibration": getattr(model, FIT_ATTRIBUTE, None),
+        "calibrated": bool(CALIBRATED.of(model)),
+        "calibration": CALIBRATION_FIT.of(model),
         "base": base_of(model),
         "preparation": prepared.to_json() if prepared is not None else None,
         "training": training,
@@ -152,17 +161,17 @@ def load(
         apply_folding(model, _folding(document["folding"], path))
     _fill(model, folder / TENSORS, document)
     if document.get("calibrated"):
-        setattr(model, CALIBRATED_ATTRIBUTE, True)
+        CALIBRATED.write(model, True)
     if document.get("calibration") is not None:
-        setattr(model, FIT_ATTRIBUTE, document["calibration"])
+        CALIBRATION_FIT.write(model, document["calibration"])
     if (base := (document.get("base") or {}).get("model")) is not None:
-        setattr(model, BASE_ATTRIBUTE, base)
+        PRETRAINED_BASE.write(model, base)
     if "preparation" in document:  # earlier versions did not write it
         set_preparation(model, stored_preparation(document, path))
     if document.get("fingerprint") is not None:
-        setattr(model, FINGERPRINT_ATTRIBUTE, document["fingerprint"])
+        LOADED_FINGERPRINT.write(model, document["fingerprint"])
     if document["training"] is not None:
-        setattr(model, RECORD_ATTRIBUTE, document["training"])
+        TRAINING_RECORD.write(model, document["training"])
     return model.to(target).eval()
 
 

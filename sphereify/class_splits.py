@@ -58,14 +58,14 @@ def without_classes(data: Data, held_out: Iterable[str]) -> Data:
     Raises:
         DataError: a class that the data does not have.
     """
-    left_out = _known(data, held_out)
-    kept = [name for name in data.classes if name not in left_out]
+    left_out = _in_class_order(data, held_out)
+    remaining = [name for name in data.classes if name not in left_out]
     return dataclasses.replace(
         data,
         name=f"{data.name} without {len(left_out)} classes",
-        train=_of_classes(data.train, data, kept),
-        test=_of_classes(data.test, data, kept),
-        classes=kept,
+        train=_of_classes(data.train, data, remaining),
+        test=_of_classes(data.test, data, remaining),
+        classes=remaining,
         held_out=left_out,
     )
 
@@ -76,7 +76,7 @@ def only_classes(data: Data, classes: Iterable[str]) -> Data:
     Raises:
         DataError: a class that the data does not have, or not one image of them.
     """
-    chosen = _known(data, classes)
+    chosen = _in_class_order(data, classes)
     parts = [_of_classes(part, data, chosen) for part in (with_transform_of(data.train, data.test), data.test)]
     parts = [part for part in parts if len(part)]
     if not parts:
@@ -86,13 +86,13 @@ def only_classes(data: Data, classes: Iterable[str]) -> Data:
     return dataclasses.replace(data, name=name, train=_Nothing(), test=test, classes=list(chosen))
 
 
-def _known(data: Data, names: Iterable[str]) -> tuple[str, ...]:
+def _in_class_order(data: Data, names: Iterable[str]) -> tuple[str, ...]:
     """The names in the order of the classes."""
-    wanted = list(names)
-    unknown = sorted({*wanted} - {*data.classes})
+    chosen = list(names)
+    unknown = sorted({*chosen} - {*data.classes})
     if unknown:
         raise DataError(f"{data.name}: has no class {', '.join(unknown[:5])} to hold out")
-    return tuple(name for name in data.classes if name in wanted)
+    return tuple(name for name in data.classes if name in chosen)
 
 
 class _Nothing(Dataset):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from sphereify.errors import DataError, UsageError, first_line, invalid, no_effect, refused, wrong_type
-from sphereify.image_folders import classes_in, image_files, open_parts
-from sphereify.pictures import as_rgb, open_image
+from sphereify.images.folders import classes_in, image_files, open_parts
+from sphereify.images.pictures import as_rgb, open_image
+from sphereify.images.transforms import make_transform
 from sphereify.preparation import SMALL, Preparation
 from sphereify.scikit_learn import handwritten_digits
 from sphereify.shared_options import AugmentationOptions
-from sphereify.transforms import make_transform
 
 TIMM_READERS = ("torch/", "hfds/", "tfds/", "wds/", "hfids/")
 """Beginnings of the names that `timm.data.create_dataset` reads through another library."""

@@ -79,14 +79,14 @@ def examine() -> Examination:
 
 def makers(device: torch.device) -> dict[str, Passes]:
     """The makers of the passes that can serve on a device, the reference first."""
-    found: dict[str, Passes] = {"reference": reference}
+    usable: dict[str, Passes] = {"reference": reference}
     if device.type == "cpu":
-        found["blocks"] = cpu
+        usable["blocks"] = cpu
         if compiled.serves():
-            found["compiled"] = compiled
+            usable["compiled"] = compiled
     if triton.serves(device):
-        found["Triton"] = triton
-    return found
+        usable["Triton"] = triton
+    return usable
 
 
 def environment() -> dict[str, str]:
@@ -135,8 +135,8 @@ def _examine(name: str, maker: Passes, device: torch.device) -> Iterator[PassRep
         for dtype, layout in product(_served(maker, DTYPES), self_check.LAYOUTS):
             kind = Kind(device, dtype, torch.float32, layout)
             with _exact_convolutions(device):
-                for found in self_check.deviations(maker, kind):
-                    _note(reports[found.name], found, kind)
+                for deviation in self_check.deviations(maker, kind):
+                    _note(reports[deviation.name], deviation, kind)
         is_interpreted = maker is triton and device.type == "cpu"  # whose times say nothing
         for dtype in () if is_interpreted else _served(maker, TIMED_DTYPES):
             for each, seconds in _times(maker, Kind(device, dtype, torch.float32, "channels_last")):
@@ -157,12 +157,12 @@ def _exact_convolutions(device: torch.device) -> AbstractContextManager:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
 
 
-def _note(report: PassReport, found: Deviation, kind: Kind) -> None:
+def _note(report: PassReport, deviation: Deviation, kind: Kind) -> None:
     """Keep the worst of the deviations in a report."""
-    if not report.where or found.deviation / found.allowed > report.deviation / report.allowed:
-        report.deviation, report.allowed = found.deviation, found.allowed
+    if not report.where or deviation.deviation / deviation.allowed > report.deviation / report.allowed:
+        report.deviation, report.allowed = deviation.deviation, deviation.allowed
         report.where = f"{str(kind.dtype).removeprefix('torch.')}, {kind.layout.replace('_', ' ')}"
-        report.agrees = found.agrees
+        report.agrees = deviation.agrees
 
 
 def _times(maker: Passes, kind: Kind) -> Iterator[tuple[str, float]]:

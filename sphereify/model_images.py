@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.annotations import PREPARATION, TRAINING_RECORD
 from sphereify.convert.input_channels import input_channels
 from sphereify.convert.model_inputs import data_config
 from sphereify.errors import UsageError, refused
 from sphereify.nn import SphereConv2d
 from sphereify.preparation import CHANNELS, Preparation, PreparationOptions
-from sphereify.sources import RECORD_ATTRIBUTE
-
-PREPARATION_ATTRIBUTE = "image_preparation"
-"""Attribute with the `Preparation` of a model's images, as its training or its artifact says; None: not known."""
 
 
 def preparation_of(model: nn.Module, record: dict[str, Any] | None = None) -> Preparation | None:
@@ -28,13 +25,13 @@ def preparation_of(model: nn.Module, record: dict[str, Any] | None = None) -> Pr
         model: plain or converted.
         record: of its training, with `image_size` and `classes`; default: that of the artifact that it was loaded from.
     """
-    if hasattr(model, PREPARATION_ATTRIBUTE):
-        return getattr(model, PREPARATION_ATTRIBUTE)  # type: ignore[no-any-return]
+    if PREPARATION.is_on(model):
+        return PREPARATION.of(model)
     config = _library_config(model)
     channels = input_channels(model)
     if channels not in CHANNELS or not config.get("mean") or not config.get("std"):
         return None
-    record = record or record_of(model) or {}
+    record = record or TRAINING_RECORD.of(model) or {}
     try:
         size = record["image_size"][-1] if record.get("image_size") else usual_size(config)
         return Preparation.of(size, channels, config, class_names(model, record))
@@ -44,7 +41,7 @@ def preparation_of(model: nn.Module, record: dict[str, Any] | None = None) -> Pr
 
 def set_preparation(model: nn.Module, preparation: Preparation | None) -> None:
     """Let a model carry the preparation of its images; None: that it is not known."""
-    setattr(model, PREPARATION_ATTRIBUTE, preparation)
+    PREPARATION.write(model, preparation)
 
 
 def prepare_as(model: nn.Module, options: PreparationOptions, *, size_is_used: bool = False) -> None:
@@ -97,7 +94,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
     another size than the model's own, and small images whole, which the next one need not do.
     """
     config = _library_config(model)
-    own: Preparation | None = getattr(model, PREPARATION_ATTRIBUTE, None)
+    own = PREPARATION.of(model)
     if own is None or not config:
         return config if own is None else own.config()
     if recorded_size(model) is None:
@@ -107,7 +104,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
 
 def test_config(model: nn.Module) -> dict[str, Any]:
     """The preparation with which a model is tested, in the keys of timm's `pretrained_cfg`, as far as known."""
-    own: Preparation | None = getattr(model, PREPARATION_ATTRIBUTE, None)
+    own = PREPARATION.of(model)
     return _library_config(model) if own is None else {**_library_config(model), **own.config()}
 
 
@@ -120,22 +117,17 @@ def _library_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """The record of the training that a loaded artifact went through; None without one."""
-    return getattr(model, RECORD_ATTRIBUTE, None)
-
-
 def recorded_size(model: nn.Module) -> int | None:
     """The size in pixels of the images in the training record of a loaded artifact; None without one."""
-    record = record_of(model) or {}
+    record = TRAINING_RECORD.of(model) or {}
     return record["image_size"][-1] if record.get("image_size") else None
 
 
 def chosen_size(model: nn.Module) -> tuple[int, int] | None:
     """The height and width in pixels that a training, or whoever converted a model, chose; None: its library's."""
-    if (trained := (record_of(model) or {}).get("image_size")) is not None:
+    if (trained := (TRAINING_RECORD.of(model) or {}).get("image_size")) is not None:
         return trained[-2], trained[-1]
-    own: Preparation | None = getattr(model, PREPARATION_ATTRIBUTE, None)
+    own = PREPARATION.of(model)
     config = _library_config(model)
     if own is None or (config.get("input_size") and own.image_size[-1] == usual_size(config)):
         return None
@@ -156,7 +148,7 @@ def class_names(model: nn.Module, record: dict[str, Any] | None = None) -> tuple
     They are those of its training, of its library's configuration, or of ImageNet where that says that the weights are
     for it. A model with another number of classes than the configuration has none.
     """
-    record = record or record_of(model) or {}
+    record = record or TRAINING_RECORD.of(model) or {}
     if record.get("classes"):
         return tuple(str(name) for name in record["classes"])
     config = data_config(model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sphereify.annotations import UNTRAINED
 from sphereify.errors import UsageError, exclusive, option, refused
 from sphereify.options import check_options, option_field
 
@@ -75,7 +76,7 @@ def open_model(spec: str, options: SourceOptions | None = None) -> "nn.Module":
 
     from sphereify.artifact import load
     from sphereify.sources import build_model, find_model
-    from sphereify.weights import fill_from
+    from sphereify.weights.loading import fill_from
 
     options = options or SourceOptions()
     if is_saved(spec):
@@ -105,16 +106,15 @@ def _factory_of(artifact: str, factory: str) -> "Callable[[], nn.Module]":
     from sphereify.sources import accepts, build_model, find_model
 
     before = read_document(artifact)["source"] or {}
-    given = before.get("arguments", {}) if before.get("library") == "factory" else {}
-    arguments = {name: value for name, value in given.items() if accepts(factory, name)}
+    own_arguments = before.get("arguments", {}) if before.get("library") == "factory" else {}
+    arguments = {name: value for name, value in own_arguments.items() if accepts(factory, name)}
     return functools.partial(build_model, replace(find_model(factory), arguments=arguments))
 
 
 def untrained_part(model: "nn.Module") -> str:
     """A sentence on the part of a model for which its weights brought nothing; empty if there is none."""
-    from sphereify.weights import UNTRAINED_ATTRIBUTE
 
-    return getattr(model, UNTRAINED_ATTRIBUTE, "")
+    return UNTRAINED.of(model) or ""
 
 
 def is_saved(spec: str) -> bool:

@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATED, LOADED_FINGERPRINT, PREPARATION, PRETRAINED_BASE, REBUILDING_PROOF
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import apply_plan
 from sphereify.convert.sites import class_name
 from sphereify.deployment.folding import Folding, apply_folding
-from sphereify.fingerprint import FINGERPRINT_ATTRIBUTE
-from sphereify.model_images import PREPARATION_ATTRIBUTE
-from sphereify.sources import BASE_ATTRIBUTE, Source, build_model, recognise
-
-_PROOF_ATTRIBUTE = "_sphereify_proof"
+from sphereify.sources import Source, build_model, recognise
 
 Description = list[tuple[Any, ...]]
 """The shape of each tensor, and the class and the settings of each module: all of a network but its values."""
 
 
 @dataclass(frozen=True)
-class _Proof:
+class Proof:
     """The outcome of a search for a source, with all that it depended on."""
 
     candidates: list[Source]
@@ -46,17 +43,17 @@ def proven_source(model: nn.Module, plan: ConversionPlan, folding: Folding | Non
         plan: the plan that it was converted by.
         folding: how it was folded, if it was.
     """
-    question = _Proof(recognise(model), plan, folding, _describe(model))
-    answer: _Proof | None = getattr(model, _PROOF_ATTRIBUTE, None)
+    question = Proof(recognise(model), plan, folding, _describe(model))
+    answer = REBUILDING_PROOF.of(model)
     if answer is None or question != _without_source(answer):
         source = next((s for s in question.candidates if _rebuilds(s, plan, folding, question.description)), None)
-        answer = _Proof(question.candidates, plan, folding, question.description, source)
-        setattr(model, _PROOF_ATTRIBUTE, answer)
+        answer = Proof(question.candidates, plan, folding, question.description, source)
+        REBUILDING_PROOF.write(model, answer)
     return answer.source
 
 
-def _without_source(proof: _Proof) -> _Proof:
-    return _Proof(proof.candidates, proof.plan, proof.folding, proof.description)
+def _without_source(proof: Proof) -> Proof:
+    return Proof(proof.candidates, proof.plan, proof.folding, proof.description)
 
 
 def _rebuilds(source: Source, plan: ConversionPlan, folding: Folding | None, description: Description) -> bool:
@@ -98,10 +95,7 @@ _NO_SETTING = {
     "training_logits",
     "grad_checkpointing",
     "output_read_only",
-    CALIBRATED_ATTRIBUTE,
-    BASE_ATTRIBUTE,
-    FINGERPRINT_ATTRIBUTE,
-    PREPARATION_ATTRIBUTE,
+    *(annotation.attribute for annotation in (CALIBRATED, PRETRAINED_BASE, LOADED_FINGERPRINT, PREPARATION)),
 }
 """Attributes that change without making another network."""
 

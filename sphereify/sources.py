@@ -11,25 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from sphereify.convert.model_inputs import IMAGE_CONFIG_ATTRIBUTE
+from sphereify.annotations import IMAGE_CONFIG, PRETRAINED_BASE, SOURCE
 from sphereify.convert.sites import is_site
 from sphereify.errors import ArtifactError, SphereifyError, UsageError, first_line, invalid, option
 from sphereify.hub import PREFIX, is_hub_name, repository_of
 from sphereify.imports import import_file
 from sphereify.timm_folders import LOCAL_DIR, config_of, is_saved_by_timm, registered
-from sphereify.weights import load_weights as load_weights  # part of opening a model by name
-from sphereify.weights import note_untrained, with_new_classifier
-
-SOURCE_ATTRIBUTE = "conversion_source"
-"""The attribute in which a model that was built by name carries its `Source`."""
-
-RECORD_ATTRIBUTE = "training_record"
-"""The attribute with the record of training that an artifact brings: the data, the classes, the size of the images."""
-
-BASE_ATTRIBUTE = "pretrained_base"
-"""The attribute with the name of the pretrained model whose weights a model started from.
-
-Not `base_model`, by which models of transformers give the network below their head."""
+from sphereify.weights.loading import load_weights as load_weights  # part of opening a model by name
+from sphereify.weights.loading import note_untrained, with_new_classifier
 
 FORMS = (
     f"a timm name, {PREFIX}USER/NAME, {LOCAL_DIR}FOLDER, torchvision:NAME, package.module:factory, "
@@ -122,11 +111,11 @@ def build_model(source: Source, *, pretrained: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{source}: returned {type(model).__name__}, expected a torch.nn.Module")
     if is_saved_by_timm(source.name):  # from now on it needs neither the hub nor the folder
-        setattr(model, SOURCE_ATTRIBUTE, Source("timm", *registered(source.name, source.arguments, model)))
+        SOURCE.write(model, Source("timm", *registered(source.name, source.arguments, model)))
     else:
-        setattr(model, SOURCE_ATTRIBUTE, source)
+        SOURCE.write(model, source)
     if pretrained:
-        setattr(model, BASE_ATTRIBUTE, _published_name(model, source))
+        PRETRAINED_BASE.write(model, _published_name(model, source))
     return model
 
 
@@ -138,7 +127,7 @@ def base_of(model: nn.Module) -> dict[str, str | None]:
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     licence = config.get("license") if isinstance(config, dict) else None
-    return {"model": getattr(model, BASE_ATTRIBUTE, None), "license": licence or None}
+    return {"model": PRETRAINED_BASE.of(model), "license": licence or None}
 
 
 def _published_name(model: nn.Module, source: Source) -> str:
@@ -197,7 +186,7 @@ def _classifiers(model: nn.Module) -> list[str]:
 def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
     model = _torchvision_model(source, pretrained)
     if config := _torchvision_config(source.name, source.arguments):
-        setattr(model, IMAGE_CONFIG_ATTRIBUTE, config)
+        IMAGE_CONFIG.write(model, config)
     return model
 
 
@@ -307,7 +296,7 @@ def _makes_models(thing: Any) -> bool:
 
 def recognise(model: nn.Module) -> list[Source]:
     """Sources that may have built a plain or converted model, the likeliest first; none of them has been checked."""
-    own = getattr(model, SOURCE_ATTRIBUTE, None)
+    own = SOURCE.of(model)
     return [*([own] if own else []), *_recognised(model)]
 
 

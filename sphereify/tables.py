@@ -199,12 +199,14 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     out.print(_table_of_networks(out, comparison.columns(), comparison.rows()))
 
 
-def print_robustness(out: Console, found: Robustness) -> None:
+def print_robustness(out: Console, robustness: Robustness) -> None:
     """Print the accuracy of each network on clean images, the means over the strengths, and the mean of these."""
-    skipped = f"; {found.skipped} could not be read" if found.skipped else ""
-    caption = f"means over five strengths, {found.images} images{skipped}; chance is {found.chance:.1%}"
+    skipped = f"; {robustness.skipped} could not be read" if robustness.skipped else ""
+    caption = f"means over five strengths, {robustness.images} images{skipped}; chance is {robustness.chance:.1%}"
     out.print(
-        _table_of_networks(out, found.columns(), found.rows(), title="accuracy on corrupted images", caption=caption)
+        _table_of_networks(
+            out, robustness.columns(), robustness.rows(), title="accuracy on corrupted images", caption=caption
+        )
     )
 
 
@@ -221,18 +223,20 @@ def _table_of_networks(out: Console, columns: list[str], rows: list[list[str]], 
     return high
 
 
-def print_verification(out: Console, found: Verification, name: str) -> None:
+def print_verification(out: Console, verification: Verification, name: str) -> None:
     """Print the measures of a verification, with what too few pairs leave open, and of what they are."""
-    remarks = {rate: found.too_few(rate) for rate in found.tar}
+    remarks = {rate: verification.too_few(rate) for rate in verification.tar}
     note = [""] if any(remarks.values()) else []
     table = text_table("measure", "%", *note, title=f"verification of {name}", whole=["%"])
-    for rate, share in found.tar.items():
+    for rate, share in verification.tar.items():
         value = "" if share is None else f"{100 * share:.2f}"
         remark = [remarks[rate]] if note else []
         add_row(table, f"true accept rate at a false accept rate of {rate:g}", value, *remark)
-    add_row(table, "equal error rate", f"{100 * found.eer:.2f}", *note)
-    if found.neighbour_accuracy is not None:
-        nearest = "nearest neighbour" if found.neighbours == 1 else f"{found.neighbours} nearest neighbours"
-        add_row(table, f"accuracy by {nearest}", f"{100 * found.neighbour_accuracy:.2f}", *note)
+    add_row(table, "equal error rate", f"{100 * verification.eer:.2f}", *note)
+    if verification.neighbour_accuracy is not None:
+        nearest = (
+            "nearest neighbour" if verification.neighbours == 1 else f"{verification.neighbours} nearest neighbours"
+        )
+        add_row(table, f"accuracy by {nearest}", f"{100 * verification.neighbour_accuracy:.2f}", *note)
     out.print(table)
-    say(out, found.of_what(), "bold")
+    say(out, verification.of_what(), "bold")

@@ -14,7 +14,7 @@ from examples.evidence.work import Found, Piece
 from sphereify.class_splits import without_classes
 from sphereify.datasets import Data
 from sphereify.training import Settings, Variant, train_once, trained
-from sphereify.weights import load_weights
+from sphereify.weights.loading import load_weights
 
 OTHER, SAME = "other classes", "same classes"
 CLASSIFIER = "fc."

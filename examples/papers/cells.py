@@ -28,10 +28,10 @@ from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import SphereifyError, TrainingError, UsageError
 from sphereify.files import write_text
+from sphereify.images.transforms import make_transform
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
 from sphereify.training.settings import WITHOUT_EFFECT
-from sphereify.transforms import make_transform
 
 SIZE = 32
 """Height and width of an image in pixels."""

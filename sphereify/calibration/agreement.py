@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATION_FIT, PLAN
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.held_out import HeldOut, divide
@@ -26,7 +27,7 @@ from sphereify.convert.notes import radius_notes
 from sphereify.convert.options import ConversionKeywords, ConversionOptions
 from sphereify.convert.plan import ConversionPlan
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import apply_plan
 from sphereify.errors import UsageError, no_effect, option, refused
 from sphereify.nn.modules import check_module
 from sphereify.options import checked_option, with_keywords_of
@@ -117,7 +118,7 @@ class RadiusChoice:
     @property
     def plan(self) -> ConversionPlan:
         """The plan of the network, which holds the chosen radii."""
-        return cast(ConversionPlan, getattr(self.network, PLAN_ATTRIBUTE))
+        return PLAN.required(self.network)
 
     @property
     def options(self) -> ConversionKeywords:
@@ -222,8 +223,8 @@ def choose_radius(
         )
     network.to(home)
     noted = replace(result.plan, notes=[*result.plan.notes, f"radius chosen by agreement: {_told(result)}"])
-    setattr(network, PLAN_ATTRIBUTE, noted)
-    setattr(network, FIT_ATTRIBUTE, calibration.to_json(steps=steps, **_measured(result)))
+    PLAN.write(network, noted)
+    CALIBRATION_FIT.write(network, calibration.to_json(steps=steps, **_measured(result)))
     return result
 
 
@@ -276,20 +277,20 @@ def plan_with_radius(
     return plan, names
 
 
-def options_with(given: ConversionKeywords, radii: dict[str, float]) -> ConversionKeywords:
+def options_with(options: ConversionKeywords, radii: dict[str, float]) -> ConversionKeywords:
     """Conversion options with these radii added: one for all, or as overrides where they differ."""
     if not any(radii.values()):
-        return cast(ConversionKeywords, {**given, "learn_radius": False, "radius": 0.0})
+        return cast(ConversionKeywords, {**options, "learn_radius": False, "radius": 0.0})
     if len(set(radii.values())) == 1:
-        return cast(ConversionKeywords, {**given, "radius": next(iter(radii.values()))})
-    settings: dict[str, Any] = dict(given.get("overrides") or {})
+        return cast(ConversionKeywords, {**options, "radius": next(iter(radii.values()))})
+    settings: dict[str, Any] = dict(options.get("overrides") or {})
     overrides = Patterns("overrides", settings.keys())
     own = {}
     for name, radius in radii.items():
         matched = overrides.match((name,))
         own[pattern_of(name)] = {**(settings[matched] if matched is not None else {}), "radius": radius}
     largest = max(radii.values())
-    return cast(ConversionKeywords, {**given, "radius": largest, "overrides": {**own, **settings, **own}})
+    return cast(ConversionKeywords, {**options, "radius": largest, "overrides": {**own, **settings, **own}})
 
 
 class RadiusSearch:

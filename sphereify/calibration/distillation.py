@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.calibration.batches import checked_batches
 from sphereify.calibration.features import are_images, feature_modules, jittered, moved, recorded
 from sphereify.calibration.head import centred
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating, tensors_in
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, invalid
 from sphereify.nn.modules import check_module
 from sphereify.options import checked_option
@@ -186,7 +186,7 @@ class _Lesson:
         self.model = model
         self.original = original
         self.log_scale = log_scale
-        self.names = feature_modules(getattr(model, PLAN_ATTRIBUTE, None), model, original) if features else []
+        self.names = feature_modules(PLAN.of(model), model, original) if features else []
         images = all(are_images(arguments) for arguments, _ in examples)
         self.augment = augment and images
         self.jitter = contrast_jitter and images

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.convert.input_channels import input_channels
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.datasets import load_images
 from sphereify.errors import refused
 from sphereify.model_images import image_config
@@ -26,7 +26,7 @@ def calibration_images(model: nn.Module, options: CalibrationOptions) -> list[Te
     """
     if options.data is None:
         raise refused("data", "is missing; the images to calibrate on: digits, a folder, or a name of timm's")
-    if hasattr(model, PLAN_ATTRIBUTE):
+    if PLAN.is_on(model):
         raise refused("data", "this model is converted already; a calibration takes the plain one, with its weights")
     return load_images(
         options.data,

@@ -7,10 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.convert.copies import copy_of
 from sphereify.convert.names import relative_parameter, submodule
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, apply_plan
+from sphereify.convert.rewrite import apply_plan
 from sphereify.convert.sites import number_of_channels
 from sphereify.nn.functional_calls import CALLS, AngularCall, Arguments, call_key
 
@@ -97,8 +98,7 @@ def reference_of(original: nn.Module, plan: ConversionPlan) -> nn.Module:
         d if d.action == "keep" or d.name in calls else replace(d, action="keep", head=None) for d in plan.decisions
     ]
     copied = copy_of(original)
-    if hasattr(copied, PLAN_ATTRIBUTE):
-        delattr(copied, PLAN_ATTRIBUTE)
+    PLAN.remove(copied)
     copied = apply_plan(copied, replace(plan, decisions=decisions), inplace=True)
     for module in copied.modules():
         if type(module) is AngularCall:

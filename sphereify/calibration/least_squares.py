@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATED, CALIBRATION_FIT, PLAN
 from sphereify.calibration.batches import checked_batches, joined, range_warning
 from sphereify.calibration.distillation import check_steps, distill
 from sphereify.calibration.head import set_head
@@ -28,7 +29,6 @@ from sphereify.calibration.trial_runs import can_take_turns, first_run
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE, PLAN_ATTRIBUTE
 from sphereify.errors import UsageError
 from sphereify.nn import AngularHead
 from sphereify.nn.modules import check_module
@@ -84,7 +84,7 @@ def calibrate(
     another layer uses too, or that the model computes from other parameters, keeps its direction.
     """
     check_module(model)
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     if plan is None:
         raise UsageError(f"calibration: {type(model).__name__} was not converted")
     check_module(original, "original", "a torch.nn.Module, the plain network")
@@ -104,10 +104,9 @@ def calibrate(
             calibration.difference = distill(
                 model, original, inputs, steps=steps, seed=seed, contrast_jitter=contrast_jitter, on_step=on_step
             )
-    setattr(model, CALIBRATED_ATTRIBUTE, True)
-    setattr(
-        model, FIT_ATTRIBUTE, calibration.to_json(steps=steps, inputs=sum(len(batch.tensors()[0]) for batch in inputs))
-    )
+    CALIBRATED.write(model, True)
+    count = sum(len(batch.tensors()[0]) for batch in inputs)
+    CALIBRATION_FIT.write(model, calibration.to_json(steps=steps, inputs=count))
     return calibration
 
 

@@ -73,21 +73,21 @@ class Suggestion:
         return _options(self.exclude, self.radius, self.given, self.pooled)
 
 
-def _overrides(exclude: list[str], given: ConversionKeywords) -> dict[str, Any]:
-    settings = given.get("overrides") or {}
+def _overrides(exclude: list[str], options: ConversionKeywords) -> dict[str, Any]:
+    settings = options.get("overrides") or {}
     return {**dict.fromkeys(exclude, "keep"), **{p: v for p, v in settings.items() if p not in exclude}}
 
 
 def _options(
-    exclude: list[str], radius: float | None, given: ConversionKeywords, pooled: list[str]
+    exclude: list[str], radius: float | None, options: ConversionKeywords, pooled: list[str]
 ) -> ConversionKeywords:
     chosen: dict[str, Any] = {}
     if pooled and {pattern_of(name) for name in pooled} <= set(exclude):
         chosen = {"radius": 0.0, "learn_radius": False}  # a radius that no layer takes would be refused
     elif radius is not None:
         chosen = {"radius": radius} if radius else {"learn_radius": False}
-    kept = {"overrides": _overrides(exclude, given)} if exclude else {}
-    return cast(ConversionKeywords, {**given, **chosen, **kept})
+    overrides = {"overrides": _overrides(exclude, options)} if exclude else {}
+    return cast(ConversionKeywords, {**options, **chosen, **overrides})
 
 
 @with_keywords_of(ConversionOptions)
@@ -135,11 +135,13 @@ def suggest(
 
     def agreement_without(number: int) -> float:
         if number not in trials:
-            given = _options([pattern_of(layer.name) for layer in layers[:number]], radius, options, pooled)
+            trial_options = _options([pattern_of(layer.name) for layer in layers[:number]], radius, options, pooled)
             if number == 0 and search is not None:
                 _, networks[0], calibration = search.best
             else:
-                networks[number] = apply_plan(model, plan_conversion(model, example_inputs=example_inputs, **given))
+                networks[number] = apply_plan(
+                    model, plan_conversion(model, example_inputs=example_inputs, **trial_options)
+                )
                 calibration = calibrate(networks[number], model, division.fit, positions=POSITIONS)
             if not layers:
                 layers.extend(calibration.worst())

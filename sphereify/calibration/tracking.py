@@ -19,7 +19,7 @@ from sphereify.calibration.layer_pairs import LayerPair
 from sphereify.calibration.lockstep import Pass, active_pass
 from sphereify.calibration.norms import scales_filters
 from sphereify.calibration.rows import rows_at
-from sphereify.convert.operations import ADD, word
+from sphereify.convert.operations import ADD, RECTIFIERS, word
 from sphereify.nn.functional_calls import Arguments
 
 
@@ -205,7 +205,6 @@ def input_of(arguments: tuple[Any, ...]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- functions on the output
 
 _READ_NO_VALUES = {"size", "dim", "numel", "is_floating_point", "get_device", "is_contiguous", "ndimension", "getattr"}
-_RECTIFIERS = {"relu", "relu_"}
 
 
 class OutputTracker(TorchFunctionMode):
@@ -225,7 +224,7 @@ class OutputTracker(TorchFunctionMode):
         for output in used:
             other = _other_summand(func, args, kwargs, output)
             if other is None:
-                output.rectified = word(func) in _RECTIFIERS
+                output.rectified = word(func) in RECTIFIERS
                 current.report(output)
             else:
                 summed.append((output, current.place_of(other)))

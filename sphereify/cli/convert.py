@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sphereify import choices
+from sphereify.annotations import PLAN, TRAINING_RECORD
 from sphereify.calibration.options import CalibrationOptions, SuggestionOptions
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
@@ -66,7 +67,7 @@ def convert(
     from sphereify.artifact import save
     from sphereify.calibration.images import calibration_images
     from sphereify.conversion import sphereify
-    from sphereify.model_images import prepare_as, record_of, unknown_preparation
+    from sphereify.model_images import prepare_as, unknown_preparation
     from sphereify.tables import print_calibration, print_radius_choice
     from sphereify.terminal import console
 
@@ -74,7 +75,7 @@ def convert(
     prepare_as(network, preparation, size_is_used=calibration.data is not None)
     if calibration.data is not None:
         calibration = dataclasses.replace(calibration, img_size=preparation.img_size)
-    before = getattr(network, "conversion_plan", None)
+    before = PLAN.of(network)
     example_inputs = inputs.for_model(network)
     batches = None if calibration.data is None else calibration_images(network, calibration)
     choice = result = None
@@ -86,7 +87,7 @@ def convert(
         converted = sphereify(network, inplace=inplace, example_inputs=example_inputs, **options.keywords())
         if batches is not None:
             result = _calibrate(converted, network, batches, calibration)
-    save(converted, folder, training=record_of(network) if converted.conversion_plan == before else None)
+    save(converted, folder, training=TRAINING_RECORD.of(network) if converted.conversion_plan == before else None)
     _print_plan(converted.conversion_plan, json, every, verbose)  # type: ignore[arg-type]
     if report is not None:
         agreement = {} if choice is None else {"inputs with the original's class": f"{100 * choice.agreement:.1f} %"}
@@ -164,14 +165,14 @@ def inspect(
     plan = plan_conversion(network, example_inputs=example_inputs, **conversion.keywords())
     is_done = not plan.converted  # an artifact, with nothing left to convert: how it was converted
     if is_done:
-        plan = getattr(network, "conversion_plan", plan)
+        plan = PLAN.of(network) or plan
     plan = plan.verify(network, example_inputs) if verify else plan
     _print_plan(plan, json, every, verbose)
     if report is not None:
         from sphereify.training.robustness import read_robustness
 
         # An artifact as it is, unless options ask what else could be converted.
-        is_done = is_done or (hasattr(network, "conversion_plan") and conversion == ConversionOptions())
+        is_done = is_done or (PLAN.is_on(network) and conversion == ConversionOptions())
         about: dict[str, Any] = {"robustness": read_robustness(Path(model))} if is_done else {"original": network}
         about |= {"options": given(conversion, source, inputs), "name": name_of(model), "inputs": example_inputs}
         write(report, network if is_done else plan, **about, quiet=json)

@@ -16,13 +16,13 @@ def doctor(
     from sphereify.doctor import examine
     from sphereify.errors import SphereifyError
 
-    found = examine()
+    examination = examine()
     if json:
-        _print_json(found)
+        _print_json(examination)
     else:
-        _print(found)
-    if found.wrong:
-        names = ", ".join(f"{report.maker} {report.name} on {report.device}" for report in found.wrong)
+        _print(examination)
+    if examination.wrong:
+        names = ", ".join(f"{report.maker} {report.name} on {report.device}" for report in examination.wrong)
         raise SphereifyError(
             f"wrong results: {names}. Layers check kernels before they use them, and go on without those that are "
             f"wrong. In the environment SPHEREIFY_KERNELS=0 switches Triton's off, SPHEREIFY_COMPILED_PASSES=0 the "
@@ -30,18 +30,18 @@ def doctor(
         )
 
 
-def _print_json(found: "Examination") -> None:
+def _print_json(examination: "Examination") -> None:
     import json
     import math
     from dataclasses import asdict
 
-    data = asdict(found)
+    data = asdict(examination)
     for report in data["passes"]:  # JSON has no infinity
         report["deviation"] = report["deviation"] if math.isfinite(report["deviation"]) else None
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def _print(found: "Examination") -> None:
+def _print(examination: "Examination") -> None:
     from rich.text import Text
 
     from sphereify.doctor import TIMED_DTYPES
@@ -50,11 +50,11 @@ def _print(found: "Examination") -> None:
 
     out = console()
     table = text_table("", "")
-    for row in found.environment.items():
+    for row in examination.environment.items():
         add_row(table, *row)
     out.print(table)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TIMED_DTYPES]
-    for (maker, device), reports in groupby(found.passes, key=lambda report: (report.maker, report.device)):
+    for (maker, device), reports in groupby(examination.passes, key=lambda report: (report.maker, report.device)):
         columns = ["pass", "agrees", "deviation", "allowed", *dtypes]
         table = text_table(*columns, title=f"{maker} on {device}", whole={*columns} - {"agrees"})
         for report in reports:
@@ -64,6 +64,6 @@ def _print(found: "Examination") -> None:
             add_row(table, report.name, agrees, *deviation, *times)
         out.print(table)
     say(out, "deviation: from the reference in float64, as a share of the largest value; allowed: by rounding", "dim")
-    say(out, f"{enumerated(dtypes)}: microseconds of {found.timed}; median of single calls", "dim")
-    if not found.wrong:
+    say(out, f"{enumerated(dtypes)}: microseconds of {examination.timed}; median of single calls", "dim")
+    if not examination.wrong:
         say(out, "all passes agree with the reference", "bold")

@@ -72,8 +72,8 @@ def with_options(
             use(spelling)
             values = prepare(context, values)
             made = {name: group.make(values) for name, group in groups.items()}
-            given = {**values, "context": context}
-            function(**{name: given[name] for name in own}, **made)
+            arguments = {**values, "context": context}
+            function(**{name: arguments[name] for name in own}, **made)
 
         command.__signature__ = inspect.Signature(list(unique.values()))  # type: ignore[attr-defined]
         command.__annotations__ = {name: parameter.annotation for name, parameter in unique.items()}

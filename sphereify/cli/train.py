@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sphereify.annotations import PLAN
 from sphereify.cli.convert import Model
 from sphereify.cli.options import Fields, with_options
 from sphereify.cli.output import OUTPUT, Force, check_folder, name_of
@@ -188,7 +189,7 @@ def evaluate(
 
     opened = open_to_test(model, images, source, asked)
     network, data = opened.model, opened.data
-    if report is not None and not hasattr(network, "conversion_plan"):
+    if report is not None and not PLAN.is_on(network):
         raise refused("report", f"{model} is not converted, and a report is about a conversion; give an artifact")
     evaluation = test(network, data, settings)
     print_evaluation(console(), evaluation, data.classes)

@@ -40,8 +40,8 @@ def assumed_inputs(model: nn.Module) -> list[ModelArguments]:
     are optional, gets what its name says (`input_ids`, `pixel_values`, `timestep`, …), or else what the first layers
     take: images, volumes, signals, ids or features.
     """
-    known = _KnownModel(model)
-    candidates = [*_declared_inputs(model, known), *_by_signature(known)]
+    facts = _ModelFacts(model)
+    candidates = [*_declared_inputs(model, facts), *_by_signature(facts)]
     return list({candidate.described(): candidate for candidate in candidates}.values())
 
 
@@ -96,7 +96,7 @@ def runnable_inputs(model: nn.Module, batch: int = BATCH) -> ModelArguments:
 # ------------------------------------------------------------------------------------------- declarations and signature
 
 
-def _declared_inputs(model: nn.Module, known: "_KnownModel") -> Iterator[ModelArguments]:
+def _declared_inputs(model: nn.Module, facts: "_ModelFacts") -> Iterator[ModelArguments]:
     """Inputs that the model carries itself, if its forward takes arguments of these names."""
     for attribute in DECLARED:
         inputs = None
@@ -105,27 +105,27 @@ def _declared_inputs(model: nn.Module, known: "_KnownModel") -> Iterator[ModelAr
         if not isinstance(inputs, (Tensor, tuple, Mapping)):
             continue
         arguments = ModelArguments.of(inputs)
-        if arguments.tensors() and set(arguments.kwargs) <= {p.name for p in known.parameters}:
+        if arguments.tensors() and set(arguments.kwargs) <= {p.name for p in facts.parameters}:
             yield arguments
 
 
-def _by_signature(known: "_KnownModel") -> Iterator[ModelArguments]:
+def _by_signature(facts: "_ModelFacts") -> Iterator[ModelArguments]:
     """Arguments for the parameters that a forward needs, by their names and by the first layers."""
-    needed = [p for p in known.parameters if p.default is p.empty]
+    needed = [p for p in facts.parameters if p.default is p.empty]
     if needed:
-        seen = [p for p in known.parameters if p in needed or known.is_content(p.name)]
-        told = [p for p in known.parameters if p in seen or known.kind(p.name) in ("moment", "labels", "context")]
+        seen = [p for p in facts.parameters if p in needed or facts.is_content(p.name)]
+        told = [p for p in facts.parameters if p in seen or facts.kind(p.name) in ("moment", "labels", "context")]
         for choice in (seen, needed, told):
-            yield from known.arguments(choice)
+            yield from facts.arguments(choice)
         return
-    content = [p for p in known.parameters if known.is_content(p.name)]
-    main = [p for p in known.parameters if p.name == getattr(known.model, "main_input_name", None)]
-    choices = [content, main, *([p] for p in content), known.parameters[:1]]
+    content = [p for p in facts.parameters if facts.is_content(p.name)]
+    main = [p for p in facts.parameters if p.name == getattr(facts.model, "main_input_name", None)]
+    choices = [content, main, *([p] for p in content), facts.parameters[:1]]
     for choice in choices:
         if choice:
-            yield from known.arguments(choice)
-    if not known.parameters:  # forward(*args)
-        yield from (ModelArguments((value,)) for value in known.by_layers())
+            yield from facts.arguments(choice)
+    if not facts.parameters:  # forward(*args)
+        yield from (ModelArguments((value,)) for value in facts.by_layers())
 
 
 class _Kind(NamedTuple):
@@ -156,7 +156,7 @@ KINDS = (
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-class _KnownModel:
+class _ModelFacts:
     """Facts that can be read off a model without running it, and tensors for its arguments."""
 
     def __init__(self, model: nn.Module):
@@ -177,8 +177,8 @@ class _KnownModel:
 
     def kind(self, name: str) -> str:
         """The kind of an argument of that name; empty if the name says nothing."""
-        found = next((kind.name for kind in KINDS if re.search(kind.pattern, name.lower())), "")
-        return "" if found == "ids" and nn.Embedding not in self.layers else found
+        kind = next((one.name for one in KINDS if re.search(one.pattern, name.lower())), "")
+        return "" if kind == "ids" and nn.Embedding not in self.layers else kind
 
     def is_content(self, name: str) -> bool:
         """True if an argument of that name is what the model looks at."""

@@ -79,8 +79,8 @@ def _starts(name: str, args: tuple, kwargs: dict[str, Any]) -> list[int]:
     dim = args[0].dim()
     starts = [0] * dim
     if name == "narrow":
-        given = dict(zip(("dim", "start"), args[1:], strict=False)) | kwargs
-        starts[given["dim"]] = given["start"]
+        arguments = dict(zip(("dim", "start"), args[1:], strict=False)) | kwargs
+        starts[arguments["dim"]] = arguments["start"]
         return starts
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     place = next((i for i, one in enumerate(index) if one is Ellipsis), len(index))

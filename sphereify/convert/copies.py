@@ -68,7 +68,7 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
     Old weight norms keep such tensors, and so do networks that collect features.
     """
-    found: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
     seen: set[int] = set()
     waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
@@ -78,7 +78,7 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             if not value.is_leaf:
-                found[id(value)] = value.detach().clone()
+                copies[id(value)] = value.detach().clone()
         elif isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, (list, tuple, set, deque)):
@@ -89,7 +89,7 @@ def _computed_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
             waiting += [*value.args, *value.keywords.values()]
         elif isinstance(getattr(value, "__dict__", None), dict):
             waiting += vars(value).values()
-    return found
+    return copies
 
 
 def _compiled_parts(model: nn.Module) -> dict[int, nn.Module]:
@@ -106,10 +106,10 @@ def _compiled_parts(model: nn.Module) -> dict[int, nn.Module]:
     return copies
 
 
-def _drop_hooks(module: nn.Module, original: nn.Module, kept: set[int]) -> None:
+def _drop_hooks(module: nn.Module, original: nn.Module, exempt: set[int]) -> None:
     """Remove all hooks but those with which torch computes a weight and those to keep, known by the original's."""
     for name, hooks in vars(module).items():
         if name.endswith("_hooks") and isinstance(hooks, dict):
             before = vars(original)[name]
-            for key in [k for k, hook in hooks.items() if not computes_weight(hook) and id(before[k]) not in kept]:
+            for key in [k for k, hook in hooks.items() if not computes_weight(hook) and id(before[k]) not in exempt]:
                 del hooks[key]

@@ -2,11 +2,11 @@
 
 from torch import nn
 
+from sphereify.annotations import PLAN
 from sphereify.convert.arguments import Inputs
 from sphereify.convert.graph import read_graph
 from sphereify.convert.multiplied import Costs
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 
 
 def multiplications(plan_or_model: ConversionPlan | nn.Module, example_inputs: Inputs = None) -> dict[str, int]:
@@ -33,7 +33,7 @@ def costs(plan_or_model: ConversionPlan | nn.Module, example_inputs: Inputs = No
     """The multiplications of one forward pass, as `multiplications` gives them, with those that no site makes."""
     if isinstance(plan_or_model, ConversionPlan):
         return plan_or_model.costs
-    plan: ConversionPlan | None = getattr(plan_or_model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(plan_or_model)
     if plan is not None and plan.costs.total and example_inputs is None:
         return plan.costs
     return read_graph(plan_or_model, example_inputs).costs

@@ -51,10 +51,10 @@ def merging_note(model: nn.Module, converted: set[str]) -> str | None:
     Args:
         converted: qualified names of the modules that become angular or make angular calls.
     """
-    found = [(name, method) for name, _, method in _methods(model, converted)]
-    if not found:
+    methods = [(name, method) for name, _, method in _methods(model, converted)]
+    if not methods:
         return None
-    first, *others = (join(name, method) for name, method in found)
+    first, *others = (join(name, method) for name, method in methods)
     more = f" and {count(len(others), 'method')} like it" if others else ""
     return (
         f"{type(model).__name__}: {first}(){more} would merge converted layers with others, which changes what they "

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import IMAGE_CONFIG
+
 IMAGENET = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
@@ -20,17 +22,13 @@ IMAGENET = {
 """Preparation of the images of torchvision's classifiers."""
 
 
-IMAGE_CONFIG_ATTRIBUTE = "image_config"
-"""Attribute of a model without `pretrained_cfg` with the same keys, for the weights that its library has for it."""
-
-
 def data_config(model: nn.Module) -> dict[str, Any]:
     """The preparation of a model's images: size, mean, standard deviation, crop and interpolation, as far as known.
 
     A timm model carries its own configuration; a torchvision model that was built by name has that of its default
     weights, and any other one the usual one of ImageNet.
     """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, IMAGE_CONFIG_ATTRIBUTE, None)
+    config = getattr(model, "pretrained_cfg", None) or IMAGE_CONFIG.of(model)
     if config is None and type(model).__module__.startswith("torchvision.models."):
         return dict(IMAGENET)
     return config or {}

@@ -80,8 +80,8 @@ def observe_model(model: nn.Module, example_inputs: Inputs = None, *, on_shapes:
         example_inputs: default: the first of the usual inputs with which it runs; see `assumed_inputs`.
         on_shapes: run on the meta device; otherwise with values, on the device of the parameters.
     """
-    given = example_inputs is not None
-    return observe_first(model, [ModelArguments.of(example_inputs)] if given else assumed_inputs(model), on_shapes)
+    candidates = assumed_inputs(model) if example_inputs is None else [ModelArguments.of(example_inputs)]
+    return observe_first(model, candidates, on_shapes)
 
 
 def observe_first(model: nn.Module, candidates: list[ModelArguments], on_shapes: bool = True) -> Observation:

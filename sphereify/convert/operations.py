@@ -29,6 +29,7 @@ ONLY_SHAPES = {
 SOFTMAX = {"softmax", "softmax2d"}
 HIDDEN_ACTIVATIONS = {"tanh", "gelu", "silu", "elu", "selu", "celu", "mish", "leaky_relu", "hardswish", "prelu"}
 """Activations of hidden features; a sigmoid and a ReLU also make probabilities and lengths of scores."""
+RECTIFIERS = {"relu", "relu_"}
 ADD = {"add", "iadd", "add_", "sub", "isub", "sub_", "subtract"}
 """Sums, and differences, which are sums with a sign."""
 SCALE = {"mul", "truediv", "div", "imul", "itruediv", "mul_", "div_"}

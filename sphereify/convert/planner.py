@@ -239,8 +239,8 @@ class _Planner:
         decision = replace(decision, action="convert", operator=operator, k=k, share_k=share_k)
         if site.role == "classifier":
             kind = "w-softmax" if self.options.head == "auto" else self.options.head
-            given = {name: getattr(self.options, name) for name, kinds in HEAD_NUMBERS.items() if kind in kinds}
-            numbers: dict[str, Any] = {name: head_number(name, kind, value) for name, value in given.items()}
+            options = {name: getattr(self.options, name) for name, kinds in HEAD_NUMBERS.items() if kind in kinds}
+            numbers: dict[str, Any] = {name: head_number(name, kind, value) for name, value in options.items()}
             gradient = None if self.options.margin_gradient == "true" else self.options.margin_gradient
             return replace(decision, reason=HEAD_REASONS[kind], head=kind, margin_gradient=gradient, **numbers)
         magnitude, rows = self._magnitude(site, setting)

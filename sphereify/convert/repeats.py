@@ -94,8 +94,8 @@ def _siblings(parts: list[str]) -> list[list[str]]:
 
 def _numbered(part: str) -> tuple[str, int] | None:
     """A name without its last number, and that number: ("layer", 3) for layer3."""
-    found = re.fullmatch(r"(.*?)(0|[1-9][0-9]*)", part)
-    return (found[1], int(found[2])) if found else None
+    match = re.fullmatch(r"(.*?)(0|[1-9][0-9]*)", part)
+    return (match[1], int(match[2])) if match else None
 
 
 def _rows_of_child(part: str, child: _Module) -> list[Repeat]:

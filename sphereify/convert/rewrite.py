@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATED, CALIBRATION_FIT, PLAN
 from sphereify.choices import DEFAULT_EPS
 from sphereify.convert.copies import copy_of
 from sphereify.convert.merging import refuse_merging
@@ -35,13 +36,6 @@ TWINS: dict[str, Any] = {
     "conv3d": SphereConv3d.from_conv,
     "linear": SphereLinear.from_linear,
 }
-
-PLAN_ATTRIBUTE = "conversion_plan"
-"""Attribute of a converted model that holds the plan that made it."""
-CALIBRATED_ATTRIBUTE = "calibrated"
-"""Attribute that is True in a converted model whose layers were fitted to those of the original."""
-FIT_ATTRIBUTE = "calibration_fit"
-"""Attribute with the results of that calibration, as plain JSON values."""
 
 
 def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) -> nn.Module:
@@ -96,10 +90,10 @@ def apply_plan(model: nn.Module, plan: ConversionPlan, inplace: bool = False) ->
     _leave_fast_paths(model)
     refuse_merging(model, {d.module for d in plan.converted})
     guard_methods(model)
-    if hasattr(model, PLAN_ATTRIBUTE) and plan.converted:  # a calibration before did not know these layers
-        for fact in (CALIBRATED_ATTRIBUTE, FIT_ATTRIBUTE):
-            vars(model).pop(fact, None)
-    setattr(model, PLAN_ATTRIBUTE, _merged(getattr(model, PLAN_ATTRIBUTE, None), plan))
+    if PLAN.is_on(model) and plan.converted:  # a calibration before did not know these layers
+        CALIBRATED.remove(model)
+        CALIBRATION_FIT.remove(model)
+    PLAN.write(model, _merged(PLAN.of(model), plan))
     return model
 
 

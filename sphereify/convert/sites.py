@@ -215,7 +215,7 @@ def compiled_sites(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], st
     Such a part shows its layers by the names of their classes. One that shows none is itself the site.
     """
     kinds = {base.__name__: kind for base, kind in KINDS.items()}
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    sites: dict[str, tuple[str, tuple[int, ...], str]] = {}
     parts: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{part}.") for part in parts):
@@ -226,8 +226,8 @@ def compiled_sites(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], st
             for own, layer in module.named_modules()
             if getattr(layer, "original_name", "") in kinds and isinstance(getattr(layer, "weight", None), torch.Tensor)
         }
-        found |= layers or {name: ("compiled", (), name)}
-    return found
+        sites |= layers or {name: ("compiled", (), name)}
+    return sites
 
 
 def in_order(sites: Iterable[Any], order: list[str]) -> list[Any]:

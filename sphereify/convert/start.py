@@ -117,8 +117,8 @@ class Statistics(NamedTuple):
             norm.running_var.copy_(self.variance)
 
 
-def is_trained(norm: Any) -> bool:
-    """True if running statistics are other than those with which a BatchNorm is made."""
+def has_trained_statistics(norm: Any) -> bool:
+    """True if the running statistics of a BatchNorm are other than those with which it is made."""
     return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
 
 
@@ -135,7 +135,7 @@ def statistics_behind(norm: Any, filters: Filters, beta: Tensor | None) -> Stati
         shift: Any = 0.0 if filters.bias is None else filters.bias.float()
         zeros = torch.zeros_like(norm.running_mean, dtype=torch.float32)
         fresh = Statistics(zeros + shift, zeros + (scale * filters.usual_gains()) ** 2 / filters.fan_in)
-        if not is_trained(norm):
+        if not has_trained_statistics(norm):
             return fresh
         if filters.weight is None:
             return None
@@ -148,7 +148,7 @@ def statistics_behind(norm: Any, filters: Filters, beta: Tensor | None) -> Stati
 def take_over_norm(beta: Tensor, shift: Tensor, norm: Any, filters: Filters) -> None:
     """Start SphereNorm with the scale and shift of each channel by the BatchNorm that it replaces."""
     with torch.no_grad():
-        if has_statistics(norm) and not beta.is_meta and filters.weight is not None and is_trained(norm):
+        if has_statistics(norm) and not beta.is_meta and filters.weight is not None and has_trained_statistics(norm):
             bias: Any = 0.0 if filters.bias is None else filters.bias.float()
             scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
             moved = scale * (bias - norm.running_mean.float())

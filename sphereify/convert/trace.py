@@ -116,13 +116,13 @@ def _trace_with_all_arguments(bones: nn.Module, facts: TraceFacts) -> None:
     if optional and _graph_of(bones, all_arguments=True)[0] is None:
         facts.left_out = optional
     elif optional:
-        given = TraceFacts()
-        _collect(bones, "", given, is_root=True, all_arguments=True)
-        facts.called_with_more = given.called
-        more = {name: role for name, role in given.roles.items() if name not in facts.order}
+        with_all = TraceFacts()
+        _collect(bones, "", with_all, is_root=True, all_arguments=True)
+        facts.called_with_more = with_all.called
+        more = {name: role for name, role in with_all.roles.items() if name not in facts.order}
         facts.roles = {**more, **facts.roles}
         if "classifier" in more.values():
-            facts.outputs = given.outputs
+            facts.outputs = with_all.outputs
 
 
 def _collect(

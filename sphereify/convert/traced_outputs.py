@@ -27,7 +27,7 @@ def traced_outputs(wiring: Wiring) -> TracedOutputs:
     layer of a residual block is; it is no output layer.
     """
     made_of = _MadeOf(wiring)
-    found = TracedOutputs()
+    outputs = TracedOutputs()
     output = next(node for node in reversed(wiring.graph.nodes) if node.op == "output")
     leaves = output.all_input_nodes
     if len(leaves) == 1 and isinstance(leaves[0].target, type):  # a named tuple, made by its class
@@ -38,11 +38,11 @@ def traced_outputs(wiring: Wiring) -> TracedOutputs:
         sites = {wiring.sites[node] for node in sources if node in wiring.sites} - made_of.read
         end = {name for name in sites if wiring.filters(name) not in features}
         if end:
-            found.ends.append(end)
+            outputs.ends.append(end)
         if made_of.adds_input[leaf]:
-            found.corrections |= end
-        found.open_ended |= any(wiring.is_opaque(node) for node in sources)
-    return found
+            outputs.corrections |= end
+        outputs.open_ended |= any(wiring.is_opaque(node) for node in sources)
+    return outputs
 
 
 class _MadeOf:

@@ -15,7 +15,7 @@ and has fewer channels than there are filters, the input is divided instead, and
 
 import math
 import sys
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,19 @@ from sphereify.nn.sphereface2 import similarity
 from sphereify.nn.tracing import one_node
 
 Layer = TypeVar("Layer", bound="FoldedLayer")
-ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "hardswish": F.hardswish}
-"""Activations that can be part of a folded layer, by name; each takes `inplace`."""
+
+
+class Activation(NamedTuple):
+    """An activation that can be part of a folded layer."""
+
+    module: type[nn.Module]
+    """Its class, of which timm's norms with an activation hold an instance."""
+    function: Any
+    """Its function, which takes `inplace`."""
+
+
+ACTIVATIONS = {"relu": Activation(nn.ReLU, F.relu), "hardswish": Activation(nn.Hardswish, F.hardswish)}
+"""These activations by the name that `FoldedLayer` and the compiled passes know."""
 
 PLAIN = "plain"
 """The curve of a layer that has become an inner product again."""
@@ -187,7 +198,7 @@ class FoldedLayer(nn.Module):
         """The output behind the activation, in place where nothing needs it."""
         if self.activation is None:
             return y
-        return ACTIVATIONS[self.activation](y, inplace=not y.requires_grad)
+        return ACTIVATIONS[self.activation].function(y, inplace=not y.requires_grad)
 
     def extra_repr(self) -> str:
         behind = f", activation={self.activation}" if self.activation else ""

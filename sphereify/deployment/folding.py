@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import FOLDING, PLAN
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.copies import copy_of
 from sphereify.convert.graph import read_graph
@@ -16,11 +17,11 @@ from sphereify.convert.input_values import filled
 from sphereify.convert.model_checks import check_model
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.names import submodule
-from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE, become, without_norm
+from sphereify.convert.rewrite import become, without_norm
 from sphereify.convert.sites import class_name
 from sphereify.deployment.comparison import check_outputs
 from sphereify.deployment.folded_layers import (
+    ACTIVATIONS,
     PLAIN,
     FoldedConv1d,
     FoldedConv2d,
@@ -39,9 +40,6 @@ from sphereify.nn.layers import AngularLayer, SphereConv1d, SphereConv2d, Sphere
 from sphereify.nn.radius import HasRadius
 from sphereify.wording import count
 
-FOLDING_ATTRIBUTE = "folding"
-"""Attribute of a folded model that holds its `Folding`."""
-
 BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d",
@@ -52,10 +50,6 @@ BATCH_NORMS = {
     "torchvision.ops.misc.FrozenBatchNorm2d",
 }
 """Classes, by qualified name, that in evaluation apply one affine map to each channel, then perhaps an activation."""
-
-
-ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
-"""The activations of `folded_layers.ACTIVATIONS` as modules, which timm's classes of a norm with an activation hold."""
 
 
 class Affine(NamedTuple):
@@ -166,7 +160,7 @@ def apply_folding(model: nn.Module, folding: Folding) -> nn.Module:
         if norm is not None and behind is not None:
             become(norm, behind)
     model.eval().requires_grad_(False)
-    setattr(model, FOLDING_ATTRIBUTE, folding)
+    FOLDING.write(model, folding)
     return model
 
 
@@ -175,7 +169,7 @@ def _activation(behind: nn.Module) -> str | None:
     parts = list(behind.children())
     if len(parts) != 1 or parts[0]._forward_hooks or parts[0]._forward_pre_hooks or "forward" in vars(parts[0]):
         return None
-    return ACTIVATIONS.get(type(parts[0]))
+    return next((name for name, activation in ACTIVATIONS.items() if type(parts[0]) is activation.module), None)
 
 
 def _module(model: nn.Module, name: str, kinds: tuple[type, ...]) -> nn.Module:
@@ -230,7 +224,7 @@ def _computes_weights(layer: nn.Module) -> bool:
 
 def _owned_norms(model: nn.Module, example_inputs: Inputs) -> dict[str, str]:
     """The BatchNorm that follows each layer and serves that layer alone, by the layer's name."""
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     sites: Any = plan.decisions if plan is not None else read_graph(model, example_inputs).sites
     owned = {site.name: site.norm for site in sites if site.owns_norm and site.norm is not None}
     return {name: norm for name, norm in owned.items() if _is_batch_norm(submodule(model, norm))}

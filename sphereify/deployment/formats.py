@@ -198,9 +198,11 @@ class TorchExport:
         with path.open("rb") as file:
             program = torch.export.load(file, extra_files=metadata)
         network = program.module()
-        given = set(program.graph_signature.user_inputs)
+        user_inputs = set(program.graph_signature.user_inputs)
         values = [
-            node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in given
+            node.meta.get("val")
+            for node in program.graph.nodes
+            if node.op == "placeholder" and node.name in user_inputs
         ]
         rows = values[0].shape[0] if values and isinstance(values[0], Tensor) and values[0].dim() else None
         texts = {name: text for name, text in metadata.items() if isinstance(text, str) and text}

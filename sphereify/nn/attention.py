@@ -14,11 +14,11 @@ Project = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
 
 def projections(args: tuple, kwargs: dict[str, Any]) -> list[tuple[Any, bool]]:
     """The weights of the projections in a call of `F.multi_head_attention_forward`, and whether each has a bias."""
-    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    arguments = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
     separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    inputs = separate if given.get("use_separate_proj_weight") else ("in_proj_weight",)
-    weights = [(given.get(name), given.get("in_proj_bias") is not None) for name in inputs]
-    return [*weights, (given.get("out_proj_weight"), given.get("out_proj_bias") is not None)]
+    inputs = separate if arguments.get("use_separate_proj_weight") else ("in_proj_weight",)
+    weights = [(arguments.get(name), arguments.get("in_proj_bias") is not None) for name in inputs]
+    return [*weights, (arguments.get("out_proj_weight"), arguments.get("out_proj_bias") is not None)]
 
 
 def attend(

@@ -212,8 +212,8 @@ class AngularLoss(nn.Module):
                 "AngularLoss: the output came out of a transformation, such as torch.vmap, that took it apart, and no "
                 "longer says with which weights it was made. Call the loss inside, where the model is called."
             )
-        known = self._checked_head and output.features.device.type != "cpu"
-        if output.logits is not None and len(output.features) and has_values(output.features) and not known:
+        is_checked = self._checked_head and output.features.device.type != "cpu"
+        if output.logits is not None and len(output.features) and has_values(output.features) and not is_checked:
             self._checked_head = True
             with torch.no_grad():
                 difference = float((head.logits(output.features[:1]) - output.logits[:1]).abs().max())

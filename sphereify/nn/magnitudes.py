@@ -106,12 +106,12 @@ class Magnitude:
         object.__setattr__(self, "beta", form.beta if self.beta is None else float(self.beta))
 
     def _check_radius(self, form: Form) -> None:
-        given = {
+        settings = {
             "magnitude_radius": self.radius is not None,
             "magnitude_mean": self.mean != "input",
             "learn_magnitude_radius": self.learned,
         }
-        used = next((name for name, is_given in given.items() if is_given), None)
+        used = next((name for name, is_set in settings.items() if is_set), None)
         if used is not None and not form.takes_radius:
             others = ", ".join(name for name, other in FORMS.items() if other.takes_radius)
             shown = self.mean if used == "magnitude_mean" else None

@@ -354,11 +354,11 @@ def make_operator(
     name = choices.canonical(operator)
     if name not in CLASSES:
         raise choose(option_name, operator, choices.OPERATORS)
-    given = {} if k is None else {"k": k}
+    keywords = {} if k is None else {"k": k}
     if name == LearnableSigmoidOperator.name:
-        return LearnableSigmoidOperator(filters, **given)
+        return LearnableSigmoidOperator(filters, **keywords)
     if name == SigmoidOperator.name:
-        return SigmoidOperator(**given)
+        return SigmoidOperator(**keywords)
     if k is not None:
         raise UsageError(
             f"{option('k')}: got {k!r} for the {name} operator, which has none. Leave it out or take a sigmoid.",

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import SOURCE
 from sphereify.errors import DataError, SphereifyError, UsageError, first_line, option, wrong_type
-from sphereify.image_folders import images_below
+from sphereify.images.folders import images_below
+from sphereify.images.pictures import open_image
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.options import with_keywords_of
-from sphereify.pictures import open_image
 from sphereify.prediction.networks import Network, is_exported, of_file, of_module
 from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.preparation import Preparation, PreparationOptions
-from sphereify.sources import SOURCE_ATTRIBUTE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,9 +128,9 @@ def _check_trained(name: str, model: nn.Module, source: SourceOptions) -> None:
     """Refuse a model that was built by name, and knows nothing."""
     if untrained := untrained_part(model):
         raise UsageError(f"{name}: {untrained}, so that it can predict nothing")
-    built = getattr(model, SOURCE_ATTRIBUTE, None)
-    known = source.pretrained or source.weights is not None or is_saved(name)
-    if not known and built is not None and built.library != "factory":
+    built = SOURCE.of(model)
+    has_weights = source.pretrained or source.weights is not None or is_saved(name)
+    if not has_weights and built is not None and built.library != "factory":
         raise UsageError(
             f"{name}: was built with random weights; give {option('pretrained')} or {option('weights')}, or an artifact"
         )
@@ -142,9 +142,9 @@ def image_paths(images: "str | os.PathLike[str] | Iterable[str | os.PathLike[str
     Raises:
         DataError: a file or a folder that is not there, or no images.
     """
-    given: Iterable[Any] = [images] if isinstance(images, (str, os.PathLike)) else images
+    paths: Iterable[Any] = [images] if isinstance(images, (str, os.PathLike)) else images
     files: list[Path] = []
-    for one in given:
+    for one in paths:
         path = Path(one)
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder")
@@ -154,10 +154,10 @@ def image_paths(images: "str | os.PathLike[str] | Iterable[str | os.PathLike[str
     return files
 
 
-def _preparation(network: Network, given: Preparation | PreparationOptions | None) -> Preparation:
-    if isinstance(given, Preparation):
-        return given
-    options = given or PreparationOptions()
+def _preparation(network: Network, preparation: Preparation | PreparationOptions | None) -> Preparation:
+    if isinstance(preparation, Preparation):
+        return preparation
+    options = preparation or PreparationOptions()
     prepared = options.over(network.preparation, network.channels)
     if prepared is None:
         raise UsageError(

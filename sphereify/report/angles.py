@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.calibration.layer_pairs import path_of, reference_of
 from sphereify.convert.arguments import Inputs, ModelArguments
 from sphereify.convert.input_values import filled
 from sphereify.convert.model_inputs import evaluating, seeded, unchanged
 from sphereify.convert.plan import ConversionPlan, Decision
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.errors import UsageError, first_line
 from sphereify.nn import AngularHead, CosineOperator
 from sphereify.nn.functional_calls import ANGULAR, AngularCall
@@ -93,7 +93,7 @@ def measure_angles(
     check_module(model)
     if original is not None:
         check_module(original, "original")
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     if plan is None:
         raise UsageError(f"measure_angles: {type(model).__name__} was not converted")
     arguments = filled(ModelArguments.of(inputs), model)

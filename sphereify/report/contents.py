@@ -87,9 +87,9 @@ class Contents:
         return None if fit is None else fit.after
 
 
-def contents_of_plan(plan: ConversionPlan, name: str, **known: Any) -> Contents:
+def contents_of_plan(plan: ConversionPlan, name: str, **parts: Any) -> Contents:
     """The contents of a report on a plan alone."""
-    return Contents(name or plan.model.rpartition(".")[2], plan, plan.costs, _planned_radii(plan), **known)
+    return Contents(name or plan.model.rpartition(".")[2], plan, plan.costs, _planned_radii(plan), **parts)
 
 
 def contents_of_model(
@@ -100,7 +100,7 @@ def contents_of_model(
     original: nn.Module | None = None,
     inputs: Inputs = None,
     described: str = "",
-    **known: Any,
+    **parts: Any,
 ) -> Contents:
     """The contents of a report on a converted network; the arguments are those of `write_report`."""
     energy, without = _energy(model)
@@ -114,7 +114,7 @@ def contents_of_model(
         angles=_angles(model, original, inputs, described),
         energy=energy,
         without_energy=without,
-        **known,
+        **parts,
     )
 
 

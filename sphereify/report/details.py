@@ -94,8 +94,8 @@ def _fits(contents: Contents) -> Markup:
 # ---------------------------------------------------------------------------------------------------------- robustness
 
 
-def _robustness(found: Mapping[str, Any]) -> Markup:
-    networks: Mapping[str, Any] = found["networks"]
+def _robustness(results: Mapping[str, Any]) -> Markup:
+    networks: Mapping[str, Any] = results["networks"]
     kinds = list(next(iter(networks.values()))["corrupted"])
     panels = []
     for kind in kinds:
@@ -103,7 +103,7 @@ def _robustness(found: Mapping[str, Any]) -> Markup:
         percents = {name: [100 * share for share in shares] for name, shares in series.items()}
         told = "; ".join(f"{name}: {', '.join(f'{v:.1f}' for v in shares)}" for name, shares in percents.items())
         label = f"Accuracy in % under {kind} at strengths 0 to {len(shares_of(percents)) - 1}: {told}"
-        chart = lines(percents, label, high=100, dotted=100 * found["chance"])
+        chart = lines(percents, label, high=100, dotted=100 * results["chance"])
         panels.append(element("figure", element("figcaption", kind), chart))
     legend = element(
         "ul",
@@ -117,8 +117,8 @@ def _robustness(found: Mapping[str, Any]) -> Markup:
         for name, one in networks.items()
     )
     text = (
-        f"Accuracy in % on {found['images']:,} test images at the strengths 1 to 5 of each corruption; 0 is the image "
-        f"as it is. The table has the means over the strengths."
+        f"Accuracy in % on {results['images']:,} test images at the strengths 1 to 5 of each corruption; 0 is the "
+        f"image as it is. The table has the means over the strengths."
     )
     numbers = table(headers, rows, numeric=range(1, len(headers)), label="Accuracy under corruption")
     return joined([element("p", text), legend, element("div", panels, class_="panels"), numbers])
@@ -263,8 +263,8 @@ def _energies(contents: Contents) -> Markup:
         def cells(row: LayerEnergy) -> list[Any]:
             filters = f"{row.groups}×{row.filters}" if row.groups > 1 else str(row.filters)
             least = "" if row.least is None else f"{row.least:.4f}"
-            known = f", at least {least}" if least else ""
-            chart = dots(row.energy, low, high, row.least, f"energy {row.energy:.4f}{known}")
+            bound = f", at least {least}" if least else ""
+            chart = dots(row.energy, low, high, row.least, f"energy {row.energy:.4f}{bound}")
             name = [element("code", row.layer or "(the model)"), element("small", " output") if row.is_output else None]
             return [name, filters, f"{row.fan_in:,}", f"{row.energy:.4f}", chart, least]
 

@@ -80,13 +80,13 @@ def _numbers(contents: Contents) -> Iterator[tuple[str, str, str]]:
 def strip(contents: Contents) -> Markup:
     """The layers in the order in which they run: as wide as they cost, coloured by what happened, filled to R²."""
     decisions, fates = contents.plan.decisions, contents.fates
-    known = contents.costs.total > 0
-    floor = 0.15 * sum(contents.costs.sites.values()) / max(len(decisions), 1) if known else 1.0
+    has_costs = contents.costs.total > 0
+    floor = 0.15 * sum(contents.costs.sites.values()) / max(len(decisions), 1) if has_costs else 1.0
     groups = []
     for name, members in _groups(decisions):
         layers, width = [], 0.0
         for decision in members:
-            cost = contents.costs.sites.get(decision.name, 0) / (floor or 1.0) if known else 0.0
+            cost = contents.costs.sites.get(decision.name, 0) / (floor or 1.0) if has_costs else 0.0
             layers.append(_layer(decision, fates[decision.name], cost + 1.0, contents))
             width += cost + 1.0
         label = element("span", element("bdi", name), class_="group", title=name) if name else None

@@ -53,8 +53,8 @@ def _options(contents: Contents) -> Markup | None:
     """The options that were given."""
     if not contents.options:
         return element("p", "Options: all at their defaults.", class_="quiet")
-    given = (element("li", element("code", words)) for words in contents.options)
-    return joined([element("h3", "Options"), element("ul", given, class_="options")])
+    items = (element("li", element("code", words)) for words in contents.options)
+    return joined([element("h3", "Options"), element("ul", items, class_="options")])
 
 
 def _made(contents: Contents, date: str, versions: Mapping[str, str]) -> Markup:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from sphereify.annotations import CALIBRATION_FIT, PLAN
 from sphereify.calibration.results import Calibration
 from sphereify.convert.arguments import Inputs
 from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import FIT_ATTRIBUTE, PLAN_ATTRIBUTE, apply_plan, check_fit
+from sphereify.convert.rewrite import apply_plan, check_fit
 from sphereify.errors import UsageError, invalid, wrong_type
 from sphereify.files import as_path, write_text
 from sphereify.nn.modules import check_module
@@ -60,9 +61,9 @@ def write_report(
         ArtifactError: the file cannot be written.
     """
     file = checked_path(path)
-    if calibration is None and (fit := getattr(model_or_plan, FIT_ATTRIBUTE, None)) is not None:
+    if calibration is None and (fit := CALIBRATION_FIT.of(model_or_plan)) is not None:
         calibration = Calibration.from_json(fit)
-    known = {
+    parts = {
         "calibration": calibration,
         "robustness": robustness,
         "epochs": epochs,
@@ -74,7 +75,7 @@ def write_report(
         model = None if original is None else apply_plan(original, plan)
     elif isinstance(model_or_plan, nn.Module):
         model = model_or_plan
-        plan = getattr(model, PLAN_ATTRIBUTE, None)  # type: ignore[assignment]
+        plan = PLAN.of(model)  # type: ignore[assignment]
         if plan is None:
             raise UsageError(
                 f"{type(model).__name__} was not converted: give what sphereify(model) returns, or the plan that "
@@ -86,10 +87,10 @@ def write_report(
         check_module(original, "original")
         check_fit(original, plan)
     if model is None:
-        contents = contents_of_plan(plan, name, **known)
+        contents = contents_of_plan(plan, name, **parts)
     else:
         run = {"original": original, "inputs": inputs, "described": inputs_described}
-        contents = contents_of_model(model, plan, name, **run, **known)  # type: ignore[arg-type]
+        contents = contents_of_model(model, plan, name, **run, **parts)  # type: ignore[arg-type]
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip()
     write_text(file, page(contents, date=date, versions=versions()))
     return file

@@ -104,15 +104,15 @@ def _licence(facts: Facts, options: PushOptions) -> tuple[str, str]:
     """The licence, and whence it is known."""
     if options.license is not None:
         return in_one_line(options.license), "as its author says"
-    known = (facts.document.get("base") or {}).get("license") or _licence_of_timm(facts.source)
-    if not known:
+    licence = (facts.document.get("base") or {}).get("license") or _licence_of_timm(facts.source)
+    if not licence:
         name = facts.source.get("name") or facts.plan.model
         raise refused(
             "license",
             f"is missing; the configuration of the base model {name} names no licence. Look up the one under which its "
             f"weights may be shared, such as apache-2.0, mit or cc-by-nc-4.0",
         )
-    return str(known), f"the licence that the configuration of its base model {facts.source.get('name', '')} names"
+    return str(licence), f"the licence that the configuration of its base model {facts.source.get('name', '')} names"
 
 
 def _licence_of_timm(source: dict[str, Any]) -> str | None:
@@ -152,8 +152,8 @@ def _head(facts: Facts, repository: str, licence: str, options: PushOptions) -> 
 
 def _base_repository(facts: Facts, options: PushOptions) -> str | None:
     """The repository of the base model on the hub, if it has one there."""
-    known = options.base_model or (facts.document.get("base") or {}).get("model")
-    return known if known and known.count("/") == 1 and ":" not in known else None
+    base = options.base_model or (facts.document.get("base") or {}).get("model")
+    return base if base and base.count("/") == 1 and ":" not in base else None
 
 
 def _hub_data(name: str | None) -> str | None:

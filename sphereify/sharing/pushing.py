@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.artifact import DOCUMENT, TENSORS, located, read_document, save
 from sphereify.errors import UsageError, option, wrong_type
 from sphereify.fingerprint import is_as_loaded
@@ -18,7 +19,6 @@ from sphereify.hub import Repository, check_token, has_file_to_keep, repository_
 from sphereify.options import with_keywords_of
 from sphereify.sharing.card import model_card
 from sphereify.sharing.options import PushKeywords, PushOptions
-from sphereify.sources import RECORD_ATTRIBUTE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +118,7 @@ def _artifact(model: "nn.Module | str | os.PathLike[str]") -> Iterator[tuple[Pat
     """The folder of an artifact, which is written if there is none yet, and the content of its conversion.json."""
     if isinstance(model, nn.Module):
         with tempfile.TemporaryDirectory() as aside:
-            folder = save(model, Path(aside) / "artifact", training=getattr(model, RECORD_ATTRIBUTE, None))
+            folder = save(model, Path(aside) / "artifact", training=TRAINING_RECORD.of(model))
             document = read_document(folder)
             if document["training"] and not is_as_loaded(model, document["fingerprint"]):
                 document["training"].pop("accuracy", None)  # of other weights

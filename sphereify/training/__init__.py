@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from sphereify.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sphereify.training.comparison import Comparison, Variant, compare, train_once, trained, variants
+    from sphereify.training.comparison import compare, variants
+    from sphereify.training.comparison_results import Comparison
     from sphereify.training.data_options import DataOptions
     from sphereify.training.evaluation import Evaluation, accuracy, evaluate
     from sphereify.training.objective import Objective
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from sphereify.training.settings import Settings
     from sphereify.training.teacher import Original, open_teacher
     from sphereify.training.terms import Terms
+    from sphereify.training.variant import Variant
+    from sphereify.training.variant_runs import train_once, trained
     from sphereify.training.verification import Verification
 
 _HOMES = {
-    "Comparison": "sphereify.training.comparison",
+    "Comparison": "sphereify.training.comparison_results",
     "DataOptions": "sphereify.training.data_options",
     "Epoch": "sphereify.training.results",
     "Evaluation": "sphereify.training.evaluation",
@@ -33,7 +36,7 @@ _HOMES = {
     "Settings": "sphereify.training.settings",
     "Step": "sphereify.training.results",
     "Terms": "sphereify.training.terms",
-    "Variant": "sphereify.training.comparison",
+    "Variant": "sphereify.training.variant",
     "Verification": "sphereify.training.verification",
     "accuracy": "sphereify.training.evaluation",
     "compare": "sphereify.training.comparison",
@@ -41,8 +44,8 @@ _HOMES = {
     "finetune": "sphereify.training.run",
     "open_teacher": "sphereify.training.teacher",
     "param_groups": "sphereify.training.optim",
-    "train_once": "sphereify.training.comparison",
-    "trained": "sphereify.training.comparison",
+    "train_once": "sphereify.training.variant_runs",
+    "trained": "sphereify.training.variant_runs",
     "variants": "sphereify.training.comparison",
     "with_recipe": "sphereify.training.recipe",
 }

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
+from sphereify.annotations import CALIBRATED, TRAINING_RECORD
 from sphereify.datasets import Data
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, UnsupportedModelError, UsageError, first_line, option, refused, wrong_type
 from sphereify.models import untrained_part
 from sphereify.nn.modules import check_module
-from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.distributed import Processes
 from sphereify.training.freezing import frozen
 from sphereify.training.loader import training_batches
@@ -28,7 +27,7 @@ from sphereify.training.settings import Settings, differences
 
 def is_trained(model: nn.Module) -> bool:
     """True if a model keeps what a trained network knew: it was calibrated to one, or it is the artifact of a run."""
-    return bool(getattr(model, CALIBRATED_ATTRIBUTE, False) or getattr(model, RECORD_ATTRIBUTE, None))
+    return bool(CALIBRATED.of(model) or TRAINING_RECORD.of(model))
 
 
 def check_run(
@@ -109,7 +108,7 @@ def check_classes(model: nn.Module, data: Data, who: str = "the model") -> None:
 
 def _remedy(model: nn.Module, data: Data) -> str:
     """The advice on a model of another number of classes than the data."""
-    record = getattr(model, RECORD_ATTRIBUTE, None) or {}
+    record = TRAINING_RECORD.of(model) or {}
     left_out = record.get("held_out_classes", ())
     if left_out and {*left_out, *record.get("classes", ())} == {*data.classes, *data.held_out}:
         return f"its training left out {', '.join(left_out[:5])}; leave out the same classes as there"

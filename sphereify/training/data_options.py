@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.errors import no_effect, option, refused
 from sphereify.options import check_options, option_field, same_option
 from sphereify.shared_options import AugmentationOptions
@@ -106,7 +107,6 @@ class DataOptions:
         """
         from sphereify.class_splits import only_classes, without_classes
         from sphereify.datasets import choose_images, load_data
-        from sphereify.sources import RECORD_ATTRIBUTE
 
         data = load_data(
             self.data or "",
@@ -116,7 +116,7 @@ class DataOptions:
             color_jitter=self.color_jitter,
             test_only=test_only,
         )
-        record = getattr(model, RECORD_ATTRIBUTE, None) if as_trained else None
+        record = TRAINING_RECORD.of(model) if as_trained else None
         if left_out := self._classes_left_out(data, record):
             data = (only_classes if held_out else without_classes)(data, left_out)
         counts = {"train": None if held_out else self.train_images, "test": self.test_images}

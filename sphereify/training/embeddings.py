@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.annotations import PLAN
 from sphereify.calibration.layer_pairs import path_of, reference_of
 from sphereify.conversion import plan_conversion
 from sphereify.convert.finite import first_bad_layer
 from sphereify.convert.graph import read_graph
 from sphereify.convert.names import submodule
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.deployment.folding import is_folded
 from sphereify.errors import DataError, TrainingError, UnsupportedModelError, option, refused
 from sphereify.nn.functional_calls import Arguments
@@ -121,16 +121,17 @@ def _with_classifier(model: nn.Module, image_size: tuple[int, int, int]) -> tupl
     """A network that computes what the model does, the model itself where possible, and its module that classifies."""
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     example = torch.zeros(1, *image_size, device=device)
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     sites: Any = plan.decisions if plan is not None and is_folded(model) else read_graph(model, example).sites
-    found = [site for site in sites if site.role == "classifier" and _classifies(site)]
-    if len(found) != 1:
-        which = f"{len(found)} classifiers: {', '.join(site.name for site in found)}" if found else "no classifier"
+    classifiers = [site for site in sites if site.role == "classifier" and _classifies(site)]
+    if len(classifiers) != 1:
+        names = ", ".join(site.name for site in classifiers)
+        which = f"{len(classifiers)} classifiers: {names}" if classifiers else "no classifier"
         raise UnsupportedModelError(
             f"{type(model).__name__} has {which}; the embedding is the input of the classifier. Name the layer whose "
             f"input it is with {option('embedding_layer')}"
         )
-    (site,) = found
+    (site,) = classifiers
     if site.call is None:
         return model, site.name
     plan = plan_conversion(model, example_inputs=example)

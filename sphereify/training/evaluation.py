@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.convert.finite import answers_of, first_bad_layer
 from sphereify.datasets import Data
 from sphereify.errors import DataError, TrainingError
 from sphereify.files import write_text
 from sphereify.nn.modules import check_module
 from sphereify.plots import plot_confusion
-from sphereify.sources import RECORD_ATTRIBUTE
 from sphereify.training.checks import check_arguments, check_classes, check_record
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import make_loader, on_device, test_batches
@@ -84,7 +84,7 @@ def evaluate(model: nn.Module, data: Data, settings: Settings | None = None) -> 
     settings = settings or Settings()
     if not len(data.test):  # type: ignore[arg-type]
         raise DataError(f"{data.name}: has no test images")
-    check_record(getattr(model, RECORD_ATTRIBUTE, None), data)
+    check_record(TRAINING_RECORD.of(model), data)
     check_classes(model, data)
     alone = Processes(0, 1, settings.chosen_device)
     layout: Any = {"memory_format": torch.channels_last} if settings.channels_last else {}

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.annotations import CALIBRATION_FIT, UNTRAINED
 from sphereify.calibration.least_squares import calibrate
 from sphereify.calibration.results import Calibration
 from sphereify.convert.planner import plan_conversion
-from sphereify.convert.rewrite import FIT_ATTRIBUTE
 from sphereify.datasets import Data, training_images
 from sphereify.errors import NoEffectError, choose
 from sphereify.models import SourceOptions, open_model
 from sphereify.nn import AngularHead
 from sphereify.training.knowledge_options import KnowledgeOptions
 from sphereify.training.recipe import GENTLE_RADIUS
-from sphereify.weights import UNTRAINED_ATTRIBUTE, fill_from
+from sphereify.weights.loading import fill_from
 
 NOTHING, FEATURES, ALL = LEARNED = ("nothing", "features", "all")
 """The share of a network that has been trained: nothing, all but its classifier, or all."""
@@ -45,7 +45,7 @@ def open_plain(spec: str, source: SourceOptions, classes: int) -> tuple[nn.Modul
     if not source.pretrained:
         return model, NOTHING
     pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
-    return model, ALL if pretrained == classes and not hasattr(model, UNTRAINED_ATTRIBUTE) else FEATURES
+    return model, ALL if pretrained == classes and not UNTRAINED.is_on(model) else FEATURES
 
 
 def with_radius(plain: nn.Module, conversion: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def keep_knowledge(
         result = calibrate(model, original, training_images(data, images), device=device, on_layer=on_layer)
     for name in heads:
         result.layers.pop(name, None)
-    fit: dict[str, Any] = getattr(model, FIT_ATTRIBUTE)
-    setattr(model, FIT_ATTRIBUTE, {**fit, "r2": {name: r2 for name, r2 in fit["r2"].items() if name in result.layers}})
+    fit = CALIBRATION_FIT.required(model)
+    CALIBRATION_FIT.write(model, {**fit, "r2": {name: r2 for name, r2 in fit["r2"].items() if name in result.layers}})
     return result
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import PLAN
 from sphereify.convert.model_inputs import evaluating
 from sphereify.convert.names import submodule
-from sphereify.convert.plan import ConversionPlan
-from sphereify.convert.rewrite import PLAN_ATTRIBUTE
 from sphereify.convert.sites import has_statistics
 from sphereify.convert.start import Filters, start_beta
 from sphereify.errors import no_effect, option, refused
@@ -76,7 +75,7 @@ class Morph:
 
 def _normalized(network: nn.Module) -> Iterator[tuple[Any, Any]]:
     """The layers of which the lengths of patches are known, with the BatchNorm that normalizes each of them alone."""
-    plan: ConversionPlan | None = getattr(network, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(network)
     for decision in plan.converted if plan is not None else ():
         layer, norm = submodule(network, decision.name), submodule(network, decision.norm)
         if decision.call is None and decision.owns_norm and has_statistics(norm) and hasattr(layer, USUAL_NORM):
@@ -109,7 +108,7 @@ def check_morph(model: nn.Module) -> None:
             f"the head is {head.kind}, whose margin the original does not have. Take {option('head', 'w-softmax')}, or "
             f"leave {option('morph')} out",
         )
-    plan: ConversionPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = PLAN.of(model)
     dropped = next((decision for decision in (plan.converted if plan else []) if decision.drops_norm), None)
     if dropped is not None:
         raise refused(
@@ -135,7 +134,7 @@ def start_as_original(model: nn.Module, original: nn.Module, batches: Iterable[T
         NoEffectError, UsageError: as `check_morph`.
     """
     check_morph(model)
-    plan: ConversionPlan = getattr(model, PLAN_ATTRIBUTE)
+    plan = PLAN.required(model)
     for name in {decision.norm for decision in plan.converted}:
         norm, before = submodule(model, name), submodule(original, name)
         if norm is not None and before is not None:

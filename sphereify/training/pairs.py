@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sphereify.errors import DataError, first_line, option
-from sphereify.image_folders import is_image
+from sphereify.images.folders import is_image
 
 SAME, DIFFERENT = ("1", "same", "true", "yes"), ("0", "-1", "different", "false", "no")
 """Words, in any case, for pairs of one identity and of two in a list of pairs."""
@@ -85,10 +85,10 @@ def pairs_of(identities: Tensor, limit: int, seed: int = 0) -> Pairs:
 
 def _drawn(draw: torch.Generator, total: int, number: int) -> Tensor:
     """`number` of the numbers below `total`, each once, all choices alike, in order; in memory for `number` of them."""
-    found = torch.arange(total) if total <= 2 * number else torch.empty(0, dtype=torch.int64)
-    while len(found) < number:  # twice as many with repetitions are enough, but for bad luck
-        found = torch.cat([found, torch.randint(total, (2 * number,), generator=draw)]).unique()
-    return found[torch.randperm(len(found), generator=draw)[:number]].sort().values
+    candidates = torch.arange(total) if total <= 2 * number else torch.empty(0, dtype=torch.int64)
+    while len(candidates) < number:  # twice as many with repetitions are enough, but for bad luck
+        candidates = torch.cat([candidates, torch.randint(total, (2 * number,), generator=draw)]).unique()
+    return candidates[torch.randperm(len(candidates), generator=draw)[:number]].sort().values
 
 
 def read_pairs(file: Path, folder: Path) -> tuple[list[Path], Pairs]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sphereify.files import write_text
-from sphereify.sources import versions
+from sphereify.options import from_json, to_json
+from sphereify.training.results import Epoch, Result, Summary
 from sphereify.training.run_folder import RunFolder
+from sphereify.training.settings import Settings
 
 
 class RunRecord:
@@ -17,21 +19,20 @@ class RunRecord:
 
     Args:
         folder: the folder of the run.
-        settings: the settings as plain JSON values, for the summary.
+        settings: the settings of the run, for the summary.
     """
 
-    def __init__(self, folder: RunFolder, settings: dict[str, Any]):
+    def __init__(self, folder: RunFolder, settings: Settings):
         self.folder, self.settings = folder, settings
-        self.rows: list[dict[str, Any]] = []
         self.board: Any = None
 
-    def write_epochs(self, rows: list[dict[str, Any]]) -> None:
+    def write_epochs(self, epochs: list[Epoch]) -> None:
         """Write all epochs so far anew, so that a run that is continued leaves none twice.
 
         Raises:
             ArtifactError: a file cannot be written.
         """
-        self.rows = rows
+        rows = [to_json(epoch) for epoch in epochs]
         write_text(self.folder.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
         text = io.StringIO()
@@ -42,38 +43,33 @@ class RunRecord:
         self.board = self.board or _tensorboard(self.folder)
         if self.board is not None:
             for tag, value in _scalars(rows[-1]):
-                self.board.add_scalar(tag, value, rows[-1]["step"])
+                self.board.add_scalar(tag, value, epochs[-1].step)
             self.board.flush()
 
-    def close(self, best: int, data: str, peak_memory: int | None) -> None:
+    def close(self, result: Result, data: str) -> None:
         """Write the summary, and draw the curves where matplotlib is installed.
 
         Args:
-            best: number of the best epoch.
+            result: of the whole run.
             data: name of the data set.
-            peak_memory: in bytes on the GPU; None on a CPU.
 
         Raises:
             ArtifactError: a file cannot be written.
         """
-        summary = {
-            "data": data,
-            "epochs": len(self.rows),
-            "accuracy": self.rows[-1]["accuracy"],
-            "best_epoch": best,
-            "best_accuracy": self.rows[best - 1]["accuracy"],
-            "peak_memory": peak_memory,
-            "images_per_second": sum(row["images_per_second"] for row in self.rows) / len(self.rows),
-            "settings": self.settings,
-            "versions": versions(),
-        }
+        summary = to_json(Summary.of(result, data, self.settings))
         write_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
         if self.board is not None:
             self.board.close()
         if importlib.util.find_spec("matplotlib") is not None:
             from sphereify.plots import plot_run
 
-            plot_run(self.rows, self.folder.curves)
+            plot_run([to_json(epoch) for epoch in result.epochs], self.folder.curves)
+
+
+def read_result(folder: RunFolder) -> Result:
+    """The result of a run that is complete."""
+    epochs = [from_json(Epoch, json.loads(line)) for line in folder.metrics.read_text().splitlines()]
+    return Result(epochs, from_json(Summary, json.loads(folder.summary.read_text())).peak_memory)
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

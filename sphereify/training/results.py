@@ -1,6 +1,10 @@
 """Results of training: after each step, after each epoch, and of the whole run."""
 
+import statistics
 from dataclasses import dataclass, field
+
+from sphereify.sources import versions
+from sphereify.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,41 @@ class Result:
     def accuracy(self) -> float:
         """Accuracy after the last epoch, in [0, 1]."""
         return self.epochs[-1].accuracy
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run that is complete, as its summary.json tells it."""
+
+    data: str
+    """Name of the data set."""
+    epochs: int
+    """Number of epochs."""
+    accuracy: float
+    """Accuracy after the last epoch, in [0, 1]."""
+    best_epoch: int
+    """Number of the best epoch, from 1; see `Result.best`."""
+    best_accuracy: float
+    """Accuracy after the best epoch."""
+    peak_memory: int | None
+    """Largest memory in bytes on the GPU; None on a CPU."""
+    images_per_second: float
+    """Training speed: the mean over the epochs."""
+    settings: Settings
+    versions: dict[str, str]
+    """Versions of the libraries with which the run ended."""
+
+    @classmethod
+    def of(cls, result: Result, data: str, settings: Settings) -> "Summary":
+        """The summary of a run on a data set of this name."""
+        return cls(
+            data=data,
+            epochs=len(result.epochs),
+            accuracy=result.accuracy,
+            best_epoch=result.best.number,
+            best_accuracy=result.best.accuracy,
+            peak_memory=result.peak_memory,
+            images_per_second=statistics.mean(epoch.images_per_second for epoch in result.epochs),
+            settings=settings,
+            versions=versions(),
+        )

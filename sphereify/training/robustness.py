@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.artifact import TENSORS
 from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
@@ -23,7 +24,7 @@ from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.nn.modules import check_module
 from sphereify.plots import plot_robustness
-from sphereify.sources import RECORD_ATTRIBUTE, accepts
+from sphereify.sources import accepts
 from sphereify.training.checks import check_arguments, check_classes, check_record, check_trained
 from sphereify.training.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from sphereify.training.evaluation import autocast
@@ -148,7 +149,7 @@ def corrupted_accuracies(
     images = _CorruptedImages(data, kinds, settings.seed)
     device, layout = settings.chosen_device, {"memory_format": torch.channels_last} if settings.channels_last else {}
     for network in networks.values():
-        check_record(getattr(network, RECORD_ATTRIBUTE, None), data)
+        check_record(TRAINING_RECORD.of(network), data)
         check_classes(network, data)
         network.to(device, **layout).eval()  # type: ignore[call-overload]
     # A batch of the loader holds so many images that, with their copies, they are a batch for the networks.
@@ -166,8 +167,8 @@ def corrupted_accuracies(
         on_images(tested + skipped, len(images))
     if not tested:
         raise DataError(f"{data.name}: not one of its test images could be read")
-    found = {name: _shares(count.tolist(), kinds, tested) for name, count in counts.items()}
-    return Robustness(found, tested, len(data.classes), skipped)
+    accuracies = {name: _shares(count.tolist(), kinds, tested) for name, count in counts.items()}
+    return Robustness(accuracies, tested, len(data.classes), skipped)
 
 
 def check_corruptible(data: Data) -> None:
@@ -245,16 +246,16 @@ def _shares(counts: list[int], kinds: list[str], images: int) -> CorruptedAccura
     return CorruptedAccuracy(clean, dict(zip(kinds, strengths, strict=True)))
 
 
-def write_robustness(found: Robustness, folder: Path) -> None:
+def write_robustness(robustness: Robustness, folder: Path) -> None:
     """Write the results as robustness.json, and their picture as robustness.png.
 
     Raises:
         ArtifactError: a file cannot be written.
         UsageError: matplotlib is not installed.
     """
-    results = found.to_json()
+    results = robustness.to_json()
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    plot_robustness(results["networks"], found.chance, folder / "robustness.png")
+    plot_robustness(results["networks"], robustness.chance, folder / "robustness.png")
 
 
 def read_robustness(artifact: Path) -> dict[str, Any] | None:
@@ -270,9 +271,9 @@ def read_robustness(artifact: Path) -> dict[str, Any] | None:
     for file in (artifact / RESULTS, artifact.resolve().parent / RESULTS):
         if tensors.is_file() and file.is_file() and file.stat().st_mtime >= tensors.stat().st_mtime:
             try:
-                found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                if found["networks"]:
-                    return found
+                results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if results["networks"]:
+                    return results
             except (OSError, ValueError, KeyError, TypeError):
                 continue
     return None

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereify.annotations import PREPARATION
 from sphereify.convert.finite import first_bad_layer, first_bad_weight
 from sphereify.datasets import Data
 from sphereify.errors import DataError, Interrupted, SphereifyWarning, TrainingError, option, refused
-from sphereify.model_images import PREPARATION_ATTRIBUTE, set_preparation, with_classes
+from sphereify.model_images import set_preparation, with_classes
 from sphereify.training.checkpoint import checkpoints, read_last_checkpoint, step_of, write_checkpoint
 from sphereify.training.checks import check_arguments, check_run, check_same_run, check_trainable, is_trained
 from sphereify.training.distributed import Processes, join
@@ -148,8 +149,8 @@ class TrainingRun:
     ):
         self.model, self.data, self.settings, self.processes, self.folder = model, data, settings, processes, folder
         self.device = processes.device
-        known = data.preparation or getattr(model, PREPARATION_ATTRIBUTE, None)
-        set_preparation(model, with_classes(known, data.classes))
+        preparation = data.preparation or PREPARATION.of(model)
+        set_preparation(model, with_classes(preparation, data.classes))
         seed_all(settings.seed)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -171,9 +172,9 @@ class TrainingRun:
         if self.folder is None:
             return
         if self.processes.writes:
-            self.record = RunRecord(self.folder, self.settings.to_json())
+            self.record = RunRecord(self.folder, self.settings)
             if self.state.history:  # the run may have stopped between a checkpoint and its metrics
-                self.record.write_epochs(self.state.rows())
+                self.record.write_epochs(self.state.history)
         if saved is None:
             self._save_checkpoint()
 
@@ -275,7 +276,7 @@ class TrainingRun:
                 self._save_models(whole, self.folder)
             self._save_checkpoint()
         if self.record is not None:
-            self.record.write_epochs(state.rows())
+            self.record.write_epochs(state.history)
 
     def _save_models(self, model: nn.Module, folder: RunFolder) -> None:
         now = self.state.history[-1]
@@ -327,6 +328,6 @@ class TrainingRun:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         result = Result(self.state.history, memory)
         if self.record is not None:
-            self.record.close(result.best.number, self.data.name, memory)
+            self.record.close(result, self.data.name)
         self.processes.wait()
         return result

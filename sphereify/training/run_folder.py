@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sphereify.annotations import PLAN
 from sphereify.artifact import save
 from sphereify.datasets import TIMM_READERS
 from sphereify.errors import ArtifactError, UsageError, first_line, option, refused
@@ -181,7 +182,7 @@ def save_model(model: nn.Module, path: Path, training: dict[str, Any]) -> Path:
     Raises:
         ArtifactError: it cannot be written.
     """
-    if getattr(model, "conversion_plan", None) is not None:
+    if PLAN.of(model) is not None:
         return save(model, path, training=training)
     file = state_file(path)
     tensors = {

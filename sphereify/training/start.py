@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphereify.annotations import TRAINING_RECORD
 from sphereify.calibration.results import Calibration
 from sphereify.conversion import sphereify
 from sphereify.convert.options import ConversionOptions
@@ -17,7 +18,7 @@ from sphereify.datasets import Data, ImageFiles, training_images
 from sphereify.errors import DataError, UsageError, option, refused
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
 from sphereify.options import checked_option
-from sphereify.sources import RECORD_ATTRIBUTE, accepts, find_model
+from sphereify.sources import accepts, find_model
 from sphereify.training.checks import check_classes, check_trained, check_unseen, is_trained
 from sphereify.training.comparison import Variant, variants
 from sphereify.training.data_options import DataOptions
@@ -100,7 +101,7 @@ def start(
             )
         model = open_model(spec, source)
         data = images.open(model)
-        check_unseen(getattr(model, RECORD_ATTRIBUTE, None), data.held_out)
+        check_unseen(TRAINING_RECORD.of(model), data.held_out)
         followed = open_teacher(teacher, len(data.classes), weights=teacher_weights)
         return Start(model, data, followed, trained=is_trained(model))
     checked_option(KnowledgeOptions, "calibration_images", calibration_images)
@@ -110,16 +111,16 @@ def start(
     followed = open_teacher(teacher, len(data.classes), weights=teacher_weights, original=original)
     keywords = dict(conversion.keywords())
     model = sphereify(plain, inplace=True, **(keywords if learned == NOTHING else with_radius(plain, keywords)))
-    result, kept, untrained = None, None, untrained_part(plain)
+    result, line, untrained = None, None, untrained_part(plain)
     if morph:
         check_classes(model, data)
         start_as_original(model, original.model, training_images(data, LENGTH_IMAGES))
     elif learned != NOTHING and calibration_images:
         check_classes(model, data)  # refused before a calibration, which takes its time
         result = keep_knowledge(model, original.model, data, learned, images=calibration_images, device=device)
-        kept = summary(result, learned, data, calibration_images)
+        line = summary(result, learned, data, calibration_images)
     before = original.model if keep_original and learned != NOTHING else None
-    return Start(model, data, followed, kept, learned != NOTHING, untrained, result, before)
+    return Start(model, data, followed, line, learned != NOTHING, untrained, result, before)
 
 
 def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, test_only: bool = False) -> SourceOptions:
@@ -216,7 +217,7 @@ def open_to_verify(
         # Embeddings need no classifier: weights of any number of classes fill all else of a network for two.
         source = dataclasses.replace(source, num_classes=2) if accepts(spec, "num_classes") else source
     model = open_model(spec, source)
-    record = getattr(model, RECORD_ATTRIBUTE, None)
+    record = TRAINING_RECORD.of(model)
     listed = None
     if pairs is None:
         data = images.open(model, as_trained=True, test_only=True, held_out=True)

@@ -1,6 +1,5 @@
 """The state of a run: all that training changes, as it goes into a checkpoint and comes back from one."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from sphereify.datasets import Data
+from sphereify.options import from_json, to_json
 from sphereify.training.distributed import Processes
 from sphereify.training.loader import training_batches
 from sphereify.training.meter import Meter
@@ -68,10 +68,6 @@ class RunState:
         self.batches.start = 0
         self.meter = Meter(self.processes.device)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The epochs so far as plain values."""
-        return [dataclasses.asdict(epoch) for epoch in self.history]
-
     def capture(self) -> dict[str, Any]:
         """All of the state as nested plain values and tensors; every process must call it, as it gathers from all."""
         randoms = self.processes.gather(random_state())
@@ -99,7 +95,7 @@ class RunState:
             "batch": self.batches.start,
             "step": self.step,
             "meter": meters,
-            "history": self.rows(),
+            "history": [to_json(epoch) for epoch in self.history],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -117,7 +113,7 @@ class RunState:
         self.epoch, self.step, self.batches.start = saved["epoch"], saved["step"], saved["batch"]
         self.meter.restore(saved["meter"][self.processes.rank])
         self.morph.at(self.step)
-        self.history = [Epoch(**row) for row in saved["history"]]
+        self.history = [from_json(Epoch, row) for row in saved["history"]]
         set_random_state(saved["random"][self.processes.rank])
 
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sphereify.annotations import UNTRAINED
 from sphereify.artifact import load
 from sphereify.errors import option, refused
 from sphereify.sources import accepts, build_model, find_model
 from sphereify.training.objective import logits_of
-from sphereify.weights import UNTRAINED_ATTRIBUTE, load_weights
+from sphereify.weights.loading import load_weights
 
 ORIGINAL = "original"
 """The teacher's name that stands for the network before its conversion."""
@@ -98,7 +99,7 @@ def check_classifier(model: nn.Module, classes: int) -> None:
     pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
     why = f"its pretrained weights are for {pretrained} classes, the data has {classes}"
     if pretrained == classes:
-        why = getattr(model, UNTRAINED_ATTRIBUTE, "")
+        why = UNTRAINED.of(model) or ""
     if why:
         raise refused(
             "teacher",

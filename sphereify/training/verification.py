@@ -151,15 +151,15 @@ def verification(
     embed = partial(embeddings, model, data.test, data.image_size, settings, layer=embedding_layer, on_images=on_images)
     if pairs is None:
         identities = check_identities(data, neighbours)
-        found = embed()
-        identities = identities[found.rows]
+        embedded = embed()
+        identities = identities[embedded.rows]
         _check_neighbours(neighbours, len(identities))
-        return _measured(data, found, pairs_of(identities, max_pairs, settings.seed), identities, neighbours)
+        return _measured(data, embedded, pairs_of(identities, max_pairs, settings.seed), identities, neighbours)
     check_installed("verification")
     images = len(data.test)  # type: ignore[arg-type]
     _check_pairs(data, pairs, images)
-    found = embed()
-    return _measured(data, found, pairs.among(found.rows, images), None, neighbours)
+    embedded = embed()
+    return _measured(data, embedded, pairs.among(embedded.rows, images), None, neighbours)
 
 
 def check_identities(data: Data, neighbours: int = 1) -> Tensor:
@@ -203,10 +203,12 @@ def _check_neighbours(neighbours: int, images: int) -> None:
         raise invalid("neighbours", neighbours, f"fewer than the {images} images")
 
 
-def _measured(data: Data, found: Embeddings, pairs: Pairs, identities: Tensor | None, neighbours: int) -> Verification:
+def _measured(
+    data: Data, embedded: Embeddings, pairs: Pairs, identities: Tensor | None, neighbours: int
+) -> Verification:
     """The measures of pairs, whose images are rows of the embeddings, and of the identities of these, if there are."""
     _check_kinds(data, pairs)  # images that could not be read may have been all of a kind
-    scores = cosines(found.vectors, pairs)
+    scores = cosines(embedded.vectors, pairs)
     false_accepts, true_accepts = roc(pairs.same.numpy(), scores)
     different = int((~pairs.same).sum())
     same_scores, different_scores = (
@@ -223,14 +225,14 @@ def _measured(data: Data, found: Embeddings, pairs: Pairs, identities: Tensor | 
         Roc(rates.tolist(), [true_accept_rate(false_accepts, true_accepts, rate) for rate in rates]),
         same_scores,
         different_scores,
-        images=len(found.rows),
-        skipped=found.skipped,
+        images=len(embedded.rows),
+        skipped=embedded.skipped,
         pairs=pairs.total,
         identities=None if counts is None else len(counts),
         neighbours=neighbours,
         neighbour_accuracy=None
         if identities is None
-        else neighbour_accuracy(found.vectors.numpy(), identities.numpy(), neighbours),
+        else neighbour_accuracy(embedded.vectors.numpy(), identities.numpy(), neighbours),
     )
 
 
@@ -259,13 +261,13 @@ def true_accept_rate(false_accepts: Any, true_accepts: Any, rate: float) -> floa
     return float(true_accepts[place])
 
 
-def write_verification(found: Verification, folder: Path) -> None:
+def write_verification(verification: Verification, folder: Path) -> None:
     """Write the results as verification.json, and their picture as verification.png.
 
     Raises:
         ArtifactError: a file cannot be written.
         UsageError: matplotlib is not installed.
     """
-    results = found.to_json()
+    results = verification.to_json()
     write_text(folder / "verification.json", json.dumps(results, indent=1) + "\n")
     plot_verification(results, folder / "verification.png")

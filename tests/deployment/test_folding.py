@@ -11,10 +11,11 @@ from torch import nn
 
 from sphereify import fold, load, save, sphereify
 from sphereify.choices import HEAD_KINDS, OPERATORS
-from sphereify.deployment.folded_layers import FoldedConv2d, FoldedHead, FoldedLayer
+from sphereify.deployment.folded_layers import ACTIVATIONS, FoldedConv2d, FoldedHead, FoldedLayer
 from sphereify.deployment.folding import folded
 from sphereify.errors import ArtifactError, PlanMismatchError, UnsupportedModelError, UsageError
 from sphereify.nn import AngularHead, SigmoidOperator, SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
+from sphereify.nn.passes import compiled
 from sphereify.training import Settings, finetune
 from tests.convert.models import Net, Power, conv, images, plain
 from tests.deployment.networks import assert_same, scrambled
@@ -180,6 +181,16 @@ def test_a_real_model_is_the_same_with_its_norms_folded(name, operator):
 
 def net(wiring, **modules):
     return scrambled(sphereify(Net(wiring, **modules), head="keep"))
+
+
+def test_the_compiled_loops_apply_each_activation_that_a_folded_layer_can_have():
+    assert set(compiled.ACTIVATIONS) == {None, *ACTIVATIONS}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_function_of_an_activation_is_that_of_its_module(name):
+    x = torch.linspace(-8, 8, 33)
+    assert torch.equal(ACTIVATIONS[name].function(x, inplace=False), ACTIVATIONS[name].module()(x))
 
 
 @pytest.mark.parametrize(

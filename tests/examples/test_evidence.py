@@ -21,8 +21,8 @@ from examples.papers.results import Outcome
 from sphereify import plots
 from sphereify.datasets import load_data
 from sphereify.training import Objective
-from sphereify.training.comparison import build_variant
 from sphereify.training.corruptions import CORRUPTIONS
+from sphereify.training.variant import build_variant
 from tests.examples.test_papers import photos, table  # noqa: F401  a fixture
 
 PROGRAMS = ("contrast", "small_batches", "depth", "operators", "energy")

@@ -11,7 +11,7 @@ from examples.evidence.images import whole
 from examples.papers.training_images import with_few_images, with_label_noise
 from sphereify.class_splits import targets_of
 from sphereify.training import Variant
-from sphereify.training.comparison import build_variant
+from sphereify.training.variant import build_variant
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from examples.papers import cells, conditioning, fourier, gan_energy, plain_cnn
 from sphereify import plots, sphereify
 from sphereify.datasets import load_data
 from sphereify.training import Objective
-from sphereify.training.comparison import build_variant
+from sphereify.training.variant import build_variant
 from tests.examples.colours import write_pictures
 
 TRAINED = (

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from sphereify import calibrate, load, push_to_hub, save, sphereify
+from sphereify.annotations import PRETRAINED_BASE
 from sphereify.errors import ArtifactError, HubError, UsageError
 from sphereify.model_images import set_preparation
 from sphereify.preparation import Preparation
 from sphereify.sharing.card import model_card
 from sphereify.sharing.options import PushKeywords, PushOptions
 from sphereify.sharing.pushing import card_of
-from sphereify.sources import BASE_ATTRIBUTE
 from tests.convert.models import plain
 
 FILES = ("README.md", "conversion.json", "model.safetensors")
@@ -215,7 +215,7 @@ def test_a_calibration_and_pretrained_weights_are_told_by_the_artifact(tmp_path)
     torch.manual_seed(0)
     original = plain()
     model = sphereify(original)
-    setattr(model, BASE_ATTRIBUTE, "someone/plain")
+    PRETRAINED_BASE.write(model, "someone/plain")
     calibration = calibrate(model, original, [torch.randn(24, 3, 8, 8)])
     text = card_of(save(model, tmp_path), "me/net", license="mit")
     assert f"{calibration.summary().partition('R² ')[2][:4]} of the variance" in text

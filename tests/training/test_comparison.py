@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from sphereify.datasets import Data
 from sphereify.errors import UsageError
@@ -89,6 +89,30 @@ def test_an_operator_object_is_known_by_what_it_computes_and_not_by_its_address(
     assert len(heard) == steps
     with pytest.raises(UsageError, match="holds a run with another operator;"):
         run(operators[2])
+
+
+def grey_images() -> Data:
+    """The first channel of `images`, with a normalization, so that they can be corrupted."""
+    data = images()
+    train, test = (TensorDataset(part.tensors[0][:, :1], part.tensors[1]) for part in (data.train, data.test))
+    return Data("grey", train, test, data.classes, (1, 6, 6), mean=(0.0,), std=(1.0,))
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize("made", [power, Power])
+def test_networks_with_operator_objects_are_tested_on_corrupted_images_and_verified(tmp_path, made):
+    data = grey_images()
+    own = Variant("own", {"operator": made(3), "overrides": {"3": {"operator": made(5)}}})
+    tests = {"corruptions": True, "held_out": data}
+    compared = compare(two_layers, data, [Variant("plain", None), own], usual(epochs=1), output=tmp_path, **tests)
+    assert compared.robustness[0].networks["own"].clean == compared.runs[1].accuracies[0]
+    assert set(compared.verification[0]) == {"plain", "own"}
+    network = trained(two_layers, own, tmp_path / "own-seed0")
+    powers = [layer.operator(torch.tensor(2.0)) for layer in network.modules() if hasattr(layer, "operator")]
+    assert powers == [2**3, 2**5]
 
 
 def test_the_identity_of_options_without_objects_is_their_repr(tmp_path):

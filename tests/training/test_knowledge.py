@@ -155,7 +155,7 @@ def test_a_comparison_calibrates_its_conversions_once_and_leaves_the_original(we
         assert isinstance(model[6], AngularHead)
         return keep_knowledge(model, plain, *others, **options)
 
-    monkeypatch.setattr("sphereify.training.comparison.keep_knowledge", counted)
+    monkeypatch.setattr("sphereify.training.variant_runs.keep_knowledge", counted)
     networks = [Variant("original", None), Variant("cosine", {})]
 
     def compared(**options):

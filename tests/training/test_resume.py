@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sphereify.convert.rewrite import CALIBRATED_ATTRIBUTE
+from sphereify.annotations import CALIBRATED
 from sphereify.datasets import Data
 from sphereify.errors import ArtifactError, Interrupted, UsageError
 from sphereify.training import Result, Terms, finetune
@@ -209,7 +209,7 @@ def test_what_settings_leave_open_follows_from_the_model_and_stays_in_a_run_that
 
     def calibrated():
         model = dropout_net()
-        setattr(model, CALIBRATED_ATTRIBUTE, True)
+        CALIBRATED.write(model, True)
         return model
 
     left_open = usual(epochs=1, opt=None, lr=None, weight_decay=None)

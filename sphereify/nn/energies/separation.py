@@ -42,8 +42,8 @@ def _closest(unit: Tensor, half_space: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(unit.shape[1], device=unit.device)
     parts = []
     for banks in whole_banks(unit):
-        found = [_closest_of_rows(banks, block, half_space) for block in row_blocks(banks, rows)]
-        nearness, first, second, sign = (torch.stack(values) for values in zip(*found, strict=True))
+        closest = [_closest_of_rows(banks, block, half_space) for block in row_blocks(banks, rows)]
+        nearness, first, second, sign = (torch.stack(values) for values in zip(*closest, strict=True))
         best = nearness.argmax(0, keepdim=True)
         parts.append([value.gather(0, best)[0] for value in (first, second, sign)])
     first, second, sign = (torch.cat(values) for values in zip(*parts, strict=True))

@@ -16,7 +16,7 @@ from torch import nn
 from sphereify.errors import ArtifactError, UsageError
 from sphereify.models import SourceOptions, open_model, untrained_part
 from sphereify.sources import Source, build_model
-from sphereify.weights import load_weights
+from sphereify.weights.loading import load_weights
 
 
 def net(seed: int = 0, classes: int = 2) -> nn.Module:
@@ -198,7 +198,9 @@ def test_no_code_of_the_file_runs_and_what_is_not_read_is_named_in_plain_text(tm
             load_weights(net(), saved(content, tmp_path / "c.pt"))
     with pytest.raises(ArtifactError, match=r"call reduce for unrecognized function builtins\.getattr\(\)"):
         load_weights(net(), saved({"trap": DeeperTrap(), "state_dict": net().state_dict()}, tmp_path / "c.pt"))
-    with pytest.raises(ArtifactError, match=r"missing.* Objects of tests\.test_weights\.spring in it are not read"):
+    with pytest.raises(
+        ArtifactError, match=r"missing.* Objects of tests\.weights\.test_loading\.spring in it are not read"
+    ):
         load_weights(net(), saved({"0.bias": torch.zeros(9), "trap": Trap()}, tmp_path / "c.pt"))
     (tmp_path / "script.pt").unlink(missing_ok=True)
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sphereify.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
+from sphereify.annotations import UNTRAINED
 from sphereify.errors import ArtifactError, first_line
 from sphereify.files import as_path
-
-UNTRAINED_ATTRIBUTE = "_untrained"
-"""The attribute of a model with a sentence on the part for which its checkpoint brought no weights."""
+from sphereify.weights.checkpoint_files import foreign_classes, read_checkpoint_file, unreadable
 
 
 def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = None) -> list[str]:
@@ -57,7 +55,7 @@ def load_weights(model: nn.Module, path: str | Path, *, classes: int | None = No
 
 
 def fill_from(model: nn.Module, path: str | Path, classes: int | None) -> list[str]:
-    """Fill a model as `load_weights` does, and note on it what stays new, in its attribute `UNTRAINED_ATTRIBUTE`."""
+    """Fill a model as `load_weights` does, and note on it what stays new, as `UNTRAINED`."""
     new = load_weights(model, path, classes=classes)
     if new:
         note_untrained(model, new, f"{path} is for other classes than {classes}")
@@ -66,9 +64,7 @@ def fill_from(model: nn.Module, path: str | Path, classes: int | None) -> list[s
 
 def note_untrained(model: nn.Module, tensors: list[str], why: str) -> None:
     """Note on a model that these tensors of it are new."""
-    setattr(
-        model, UNTRAINED_ATTRIBUTE, f"{why}, so {', '.join(tensors[:4])} {'is' if len(tensors) == 1 else 'are'} new"
-    )
+    UNTRAINED.write(model, f"{why}, so {', '.join(tensors[:4])} {'is' if len(tensors) == 1 else 'are'} new")
 
 
 def with_new_classifier(model: nn.Module, fresh: nn.Module, classes: int) -> list[str]:
@@ -231,10 +227,10 @@ class _Misfit:
 
     def __str__(self) -> str:
         wrong = [f"{name}: {shape} in the file, {own} in the model" for name, shape, own in self.shapes]
-        found = (("of another shape", wrong), ("missing", self.missing), ("not in the model", self.unknown))
+        misfits = (("of another shape", wrong), ("missing", self.missing), ("not in the model", self.unknown))
         problems = [
             f"{len(names)} {what}: {'; '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for what, names in found
+            for what, names in misfits
             if names
         ]
         return ". ".join([*problems, *filter(None, [self.other])])
@@ -257,11 +253,11 @@ def _fill(model: nn.Module, tensors: dict[str, Any]) -> _Misfit:
         watch.remove()
     if error is None:
         return _Misfit([], [], [])
-    missing = list(itertools.chain.from_iterable(found.missing_keys for found in keys))
+    missing = list(itertools.chain.from_iterable(report.missing_keys for report in keys))
     absent = [name for name in model.state_dict() if name not in tensors]
     if missing and set(missing) <= set(absent):  # torch itself does not count what it has a default for
         missing = absent
-    unknown = list(itertools.chain.from_iterable(found.unexpected_keys for found in keys))
+    unknown = list(itertools.chain.from_iterable(report.unexpected_keys for report in keys))
     matches = [match for line in str(error).splitlines() if (match := _OTHER_SHAPE.search(line))]
     shapes = [(match[1], _shape(match[2]), _shape(match[3])) for match in matches]
     return _Misfit(shapes, missing, unknown, "" if shapes or missing or unknown else first_line(error))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sphereify.datasets import load_images
 from sphereify.errors import DataError
-from sphereify.pictures import as_rgb, open_image
+from sphereify.images.pictures import as_rgb, open_image
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 EXPECTED = np.round(RAMP * 255)

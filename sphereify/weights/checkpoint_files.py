@@ -97,9 +97,9 @@ def _read_torch(path: Path) -> Any:
     for name in _foreign_names(path):
         stand_ins[name] = _stand_in(name, len(stand_ins))
     while True:
-        known = [(cls, name) for name, cls in {**_of_numpy(), **stand_ins}.items()]
+        classes = [(cls, name) for name, cls in {**_of_numpy(), **stand_ins}.items()]
         try:
-            with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
+            with torch.serialization.safe_globals(classes):  # type: ignore[arg-type]
                 return torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             if (match := _UNKNOWN.search(str(error))) and match[1] not in stand_ins:

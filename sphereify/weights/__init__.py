@@ -1,0 +1,1 @@
+"""Weights: the checkpoint files that they lie in, and how they fill a model."""
