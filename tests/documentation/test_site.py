@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from documentation import picture
 from documentation.griffe_options import fenced
 from documentation.hooks import first_page
 from documentation.reference import SECTIONS
@@ -72,8 +73,6 @@ def test_the_first_page_is_the_readme_with_a_picture_for_each_scheme(site):
 
 
 def test_the_picture_is_what_the_script_draws(tmp_path):
-    from documentation import picture  # matplotlib, which the unmarked tests do without
-
     picture.main(tmp_path)
     for name in picture.THEMES:
         drawn, kept = (

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import pytorch_metric_learning.losses as metric_learning
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -123,8 +124,6 @@ def test_arcface_falls_without_a_jump_and_is_the_paper_up_to_pi_less_the_margin(
 @pytest.mark.parametrize("margin", [0.1, 0.35])
 @pytest.mark.parametrize("kind", SOFTMAX)
 def test_value_and_gradient_are_those_of_pytorch_metric_learning(kind, margin):
-    from pytorch_metric_learning import losses as metric_learning
-
     head = build(kind, "cosine", margin=margin, scale=16, sizes=(8, 5))
     if kind == "arcface":
         theirs = metric_learning.ArcFaceLoss(5, 8, margin=math.degrees(margin), scale=16)
