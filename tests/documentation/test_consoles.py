@@ -51,6 +51,14 @@ def test_only_numbers_that_depend_on_the_machine_may_differ(printed, now, is_sam
     assert same(printed, now) is is_same
 
 
+def test_rows_of_a_table_may_come_in_another_order():
+    printed = ["┡━━━━╇━━━━━━┩", "│ b  │ 0.957 │", "│ a  │ 0.958 │", "└────┴──────┘", "x", "y"]
+    now = ["┡━━━━╇━━━━━━┩", "│ a  │ 0.959 │", "│ b  │ 0.959 │", "└────┴──────┘"]
+    assert not difference(printed, [*now, "x", "y"])
+    assert difference(printed, [*now, "y", "x"])
+    assert difference(printed, [now[0], now[1], now[1], *now[3:], "x", "y"])
+
+
 def test_an_output_is_refreshed_with_as_much_left_out(tmp_path):
     now = ["title", "a 1", "b 2", "c 3", "d 4", "end", "saved"]
     assert refreshed(("title", "  …", "c 9", "  …", "saved"), now) == ["title", "  …", "c 3", "  …", "saved"]
