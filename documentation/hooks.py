@@ -36,8 +36,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the table of the classes of errors where a page asks for it."""
-    return markdown.replace("<!-- classes of errors -->", message_list.classes())
+    """Put the table of the classes of errors where a page asks for it, and let links to examples/ lead into the site."""
+    return of_the_site(markdown).replace("<!-- classes of errors -->", message_list.classes())
+
+
+def of_the_site(page: str) -> str:
+    """A page of docs/ with its links to examples/ as they are seen from the site."""
+    return page.replace("](../examples/README.md", "](examples.md").replace("](../examples/results/", "](results/")
 
 
 def first_page(readme: str) -> str:

@@ -83,12 +83,19 @@ def test_the_relative_links_of_the_site_lead_to_its_files():
     settings = SimpleNamespace(site_dir="", use_directory_urls=False, plugins=SimpleNamespace(_current_plugin=None))
     added = hooks.on_files(Files([]), settings)
     texts = {file.src_uri: file.content_string for file in added if file.src_uri.endswith(".md")}
-    texts |= {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+    pages = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+    texts |= {name: hooks.of_the_site(text) for name, text in pages.items()}
     links = {name: relative_links(name, text) for name, text in texts.items()}
     assert {"images/idea-dark.svg", "results/contrast.png", "examples.md"} <= links["index.md"]
     assert {"tutorial.ipynb", "results/features.png"} <= links["examples.md"]
     files = {*added.src_uris, *(file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*") if file.is_file())}
     assert {name: broken for name, targets in links.items() if (broken := targets - files)} == {}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_the_relative_links_of_a_page_lead_to_files_of_the_repository(page):
+    links = {page.parent / link for link in relative_links("", PAGES[page.name])}
+    assert [str(link) for link in links if not link.exists() and link.name not in hooks.GENERATED] == []
 
 
 # ------------------------------------------------------------------------------------------------ reasons and messages
