@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the table of the classes of errors where a page asks for it, and let links to examples/ lead into the site."""
+    """Put the table of the classes of errors where a page asks for it, and lead links to examples/ into the site."""
     return of_the_site(markdown).replace("<!-- classes of errors -->", message_list.classes())
 
 
