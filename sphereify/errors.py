@@ -4,9 +4,9 @@ Every message names the place, what arrived, what was expected and what to try.
 """
 
 import difflib
-import pickle
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 _REFERENCE = re.compile("\ue000([^\ue001\ue002]*)(?:\ue001([^\ue002]*))?\ue002")
@@ -66,7 +66,7 @@ class UsageError(SphereifyError, ValueError):
     Attributes:
         option: name of the option, as Python spells it; None if the error is about something else.
         value: what arrived, if it is known.
-        expected: what the option takes, as a noun phrase: "a number above 0".
+        expected: what the option takes, as a noun phrase: "a number above 0"; other options as in Python.
         remedy: what to try, as a sentence without its full stop.
     """
 
@@ -82,15 +82,12 @@ class UsageError(SphereifyError, ValueError):
         remedy: str = "",
     ):
         super().__init__(message)
-        self.option, self.value, self.expected, self.remedy = option, value, expected, remedy
+        self.option, self.value, self.expected, self.remedy = option, value, spelled(expected), spelled(remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What pickling and copying keep. A value that cannot be pickled, such as a lambda, is kept as its repr."""
-        try:
-            pickle.dumps(self.value)
-        except Exception:  # an object may refuse in its own way
-            return type(self), self.args, {**vars(self), "value": repr(self.value)}
-        return type(self), self.args, vars(self)
+        """What pickling keeps: a value that is no number or text, such as a lambda or a model, as its repr."""
+        value = self.value if isinstance(self.value, (str, int, float, Path, type(None))) else repr(self.value)
+        return type(self), self.args, {**vars(self), "value": value}
 
 
 class NoEffectError(UsageError):
@@ -211,10 +208,19 @@ def choose(name: str | None, value: object, choices: Iterable[str], *, place: st
     head: got 's-softmx', expected one of keep, s-softmax. Did you mean 's-softmax'?
     """
     choices = list(choices)
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    expected, remedy = f"one of {', '.join(choices)}", f"Did you mean {near[0]!r}?" if near else ""
+    expected, remedy = f"one of {', '.join(choices)}", did_you_mean(str(value), choices)
     message = f"{place or option(name or '')}: got {value!r}, expected {expected}.{remedy and ' '}{remedy}"
     return UsageError(message, option=name, value=value, expected=expected, remedy=remedy)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The nearest of some words to one that is not among them, as a question; empty if none is near.
+
+    >>> did_you_mean("formt", ("format", "opset"))
+    "Did you mean 'format'?"
+    """
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
 
 
 def no_effect(name: str, where: str = "", *, since: str = "", value: object = None) -> NoEffectError:

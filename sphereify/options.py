@@ -17,6 +17,7 @@ sphereify.errors.UsageError: lr: got 0, expected a number above 0. Usual: 1e-4 t
 import dataclasses
 import inspect
 import math
+import numbers
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sphereify.choices import canonical
-from sphereify.errors import choose, invalid, no_effect, option, spelled
+from sphereify.errors import choose, did_you_mean, invalid, no_effect, option, spelled
 from sphereify.wording import enumerated
 
 _KEY = "option"
@@ -74,13 +75,14 @@ class Option:
 
     def allows(self, value: Any) -> bool:
         """True if a value is a finite number within the range."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             return False
+        number = float(value)
         return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
         )
 
     @property
@@ -164,9 +166,27 @@ def checked_option(cls: Any, name: str, value: Any, *, called: str = "") -> Any:
         return word
     if about.is_number and not about.allows(value):
         raise invalid(called, value, about.expected, f"Usual: {about.usual}" if about.usual else "")
-    if about.is_number and isinstance(value, float) and float not in alternatives(get_type_hints(cls)[name]):
+    is_whole = isinstance(value, numbers.Integral)
+    if about.is_number and not is_whole and float not in alternatives(get_type_hints(cls)[name]):
         raise invalid(called, value, about.expected.replace("a number", "a whole number", 1))
+    if about.is_number and not isinstance(value, (int, float)):  # a number of numpy's
+        return int(value) if is_whole else float(value)
     return value
+
+
+def from_keywords(cls: type[T], keywords: Mapping[str, Any], function: str) -> T:
+    """The options that a function was given as keywords.
+
+    Raises:
+        TypeError: a name that is no option.
+        UsageError: a value that is not valid.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in keywords:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint and '. '}{hint}")
+    return cls(**keywords)
 
 
 def _field(cls: Any, name: str) -> "dataclasses.Field[Any]":

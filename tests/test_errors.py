@@ -162,3 +162,9 @@ def test_the_errors_of_the_package_know_their_option(call, name, value):
 def test_an_option_without_effect_is_an_error_of_that_kind(call):
     with pytest.raises(NoEffectError, match="no effect"):
         call()
+
+
+def test_what_an_error_knows_is_spelled_as_in_python():
+    with pytest.raises(UsageError) as caught:
+        Settings(epochs=2, warmup_epochs=5)
+    assert caught.value.expected == "at most the 2 of epochs"

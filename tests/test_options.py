@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
-from sphereify import AngularLoss, HypersphericalEnergy, export
+from sphereify import AngularLoss, HypersphericalEnergy, export, predict
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.datasets import load_data
 from sphereify.deployment.options import ExportKeywords, ExportOptions
@@ -49,10 +51,18 @@ def test_an_option_may_be_that_of_another_dataclass_under_another_name():
 
 @pytest.mark.parametrize(
     ("name", "value", "valid"),
-    [("lr", 1, 1), ("share", None, None), ("share", 0.5, 0.5), ("schedule", "Poly_1", "poly-1")],
+    [
+        ("lr", 1, 1),
+        ("lr", np.float32(0.5), 0.5),
+        ("steps", np.int64(2), 2),
+        ("share", None, None),
+        ("share", 0.5, 0.5),
+        ("schedule", "Poly_1", "poly-1"),
+    ],
 )
 def test_a_value_alone_is_checked_as_in_its_dataclass(name, value, valid):
     assert checked_option(Rates, name, value) == valid
+    assert type(checked_option(Rates, name, value)) is type(valid)  # JSON takes no numbers of numpy's
     assert getattr(Rates(**{name: value}), name) == valid
 
 
@@ -145,3 +155,19 @@ def test_a_function_takes_the_fields_of_its_options_as_keywords(function, option
     for field in dataclasses.fields(options):
         assert default_of(function, field.name) == field.default
         assert f"    {field.name}: {options_of(options)[field.name].help_in_python[:30]}" in inspect.getdoc(function)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: export(None, "model.onnx", formt="onnx"),
+            "export() got an unexpected keyword argument 'formt'. Did you",
+        ),
+        (lambda: compare(Rates, None, [], output="x", sedes=2), "compare() got an unexpected keyword argument 'sedes'"),
+        (lambda: predict(None, None, widht=1), "predict() got an unexpected keyword argument 'widht'"),
+    ],
+)
+def test_a_keyword_that_is_no_option_is_told_as_of_the_function(call, text):
+    with pytest.raises(TypeError, match=re.escape(text)):
+        call()

@@ -88,6 +88,7 @@ class SuggestionOptions:
         above=0,
         below=1,
         noun="a share",
+        usual="0.01 to 0.05",
         command_line="--accuracy-loss",
     )
 

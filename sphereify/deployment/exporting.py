@@ -32,7 +32,7 @@ from sphereify.deployment.options import LOWEST_OPSET, ExportKeywords, ExportOpt
 from sphereify.errors import ExportError, SphereifyError, UsageError, first_line, invalid, no_effect, option, wrong_type
 from sphereify.files import as_path, replacing_with_companions
 from sphereify.model_images import chosen_size, preparation_of
-from sphereify.options import with_keywords_of
+from sphereify.options import from_keywords, with_keywords_of
 from sphereify.preparation import Preparation
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def export(
         ExportError: the model cannot be exported so, the file cannot be written, or it computes something else than the
             model, or the model's outputs are not finite. There is no file then that was not there before.
     """
-    options = ExportOptions(**keywords)
+    options = from_keywords(ExportOptions, keywords, "export")
     chosen = check_installed(options.format)
     if not is_folded(model):
         check_model(model)

@@ -14,7 +14,7 @@ from sphereify.errors import DataError, SphereifyError, UsageError, first_line, 
 from sphereify.images.folders import images_below
 from sphereify.images.pictures import open_image
 from sphereify.models import SourceOptions, is_saved, open_model, untrained_part
-from sphereify.options import with_keywords_of
+from sphereify.options import from_keywords, with_keywords_of
 from sphereify.prediction.networks import Network, is_exported, of_file, of_module
 from sphereify.prediction.options import PredictKeywords, PredictOptions
 from sphereify.preparation import Preparation, PreparationOptions
@@ -90,7 +90,7 @@ def predict(
         DataError: there are no images.
         ArtifactError: the network cannot be read.
     """
-    chosen = PredictOptions(**options)
+    chosen = from_keywords(PredictOptions, options, "predict")
     files = image_paths(images)
     network = open_network(model, chosen.device, source)
     prepared = _preparation(network, preparation)

@@ -16,7 +16,7 @@ from sphereify.artifact import DOCUMENT, TENSORS, located, read_document, save
 from sphereify.errors import UsageError, option, wrong_type
 from sphereify.fingerprint import is_as_loaded
 from sphereify.hub import Repository, check_token, has_file_to_keep, repository_of, upload
-from sphereify.options import with_keywords_of
+from sphereify.options import from_keywords, with_keywords_of
 from sphereify.sharing.card import model_card
 from sphereify.sharing.options import PushKeywords, PushOptions
 
@@ -66,7 +66,7 @@ def push_to_hub(
         HubError: no access token, no right to write, or no network.
         ArtifactError: the folder holds no sound artifact.
     """
-    chosen = PushOptions(**options)
+    chosen = from_keywords(PushOptions, options, "push_to_hub")
     place = _place(repository, chosen.revision)
     with _artifact(model) as (folder, document):
         card = model_card(document, place.name, chosen)
@@ -94,7 +94,7 @@ def card_of(model: "nn.Module | str | os.PathLike[str]", repository: str, **opti
     Raises:
         UsageError, ArtifactError: as `push_to_hub`.
     """
-    chosen = PushOptions(**options)
+    chosen = from_keywords(PushOptions, options, "card_of")
     place = _place(repository, chosen.revision)
     with _artifact(model) as (_, document):
         return model_card(document, place.name, chosen)

@@ -13,7 +13,7 @@ from sphereify import choices
 from sphereify.datasets import Data
 from sphereify.errors import UsageError, choose, refused, wrong_type
 from sphereify.files import write_text
-from sphereify.options import checked_option, to_json, with_keywords_of
+from sphereify.options import checked_option, from_keywords, to_json, with_keywords_of
 from sphereify.training.comparison_options import ComparisonKeywords, ComparisonOptions
 from sphereify.training.comparison_results import Comparison, SeedRuns
 from sphereify.training.knowledge import LEARNED, NOTHING
@@ -99,7 +99,7 @@ def compare(
     """
     if isinstance(build, nn.Module) or not callable(build):
         raise wrong_type("build", build, "a function that returns the plain network")
-    asked = ComparisonOptions(**options)
+    asked = from_keywords(ComparisonOptions, options, "compare")
     settings = with_recipe(settings or Settings(), trained=learned != NOTHING)
     folder = Path(output)
     names = [variant.name for variant in variants]

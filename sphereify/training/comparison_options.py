@@ -28,6 +28,7 @@ class ComparisonOptions:
         above=0,
         at_most=1,
         noun="an accuracy",
+        usual="0.7 to 0.95",
         python_help="Accuracy in (0, 1] to which steps are counted; default: 95 % of the first variant's mean.",
     )
     corruptions: bool = option_field(

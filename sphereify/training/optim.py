@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphereify.errors import first_line, invalid, option, refused
+from sphereify.errors import first_line, invalid, option, refused, wrong_type
 from sphereify.nn import AngularHead
 from sphereify.nn.decoupled import Decoupled
 from sphereify.nn.functional_calls import AngularCall, angular_weights
@@ -41,6 +41,8 @@ def param_groups(
             are, lr without layer_decay.
     """
     check_module(model)
+    if weight_decay is None:  # of settings it means: whatever the optimizer has
+        raise wrong_type("weight_decay", weight_decay, "a number of at least 0")
     checked_option(Settings, "weight_decay", weight_decay)
     checked_option(Settings, "layer_decay", layer_decay)
     if lr is not None and layer_decay is None:

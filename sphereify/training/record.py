@@ -67,9 +67,9 @@ class RunRecord:
 
 
 def read_result(folder: RunFolder) -> Result:
-    """The result of a run that is complete."""
+    """The result of a run that is complete, of this machine or another one."""
     epochs = [from_json(Epoch, json.loads(line)) for line in folder.metrics.read_text().splitlines()]
-    return Result(epochs, from_json(Summary, json.loads(folder.summary.read_text())).peak_memory)
+    return Result(epochs, json.loads(folder.summary.read_text())["peak_memory"])
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -1,9 +1,8 @@
 """The start of a training or a test: a network by name, converted if it is not yet, with its images."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def for_classes_of(images: DataOptions, spec: str, source: SourceOptions, *, tes
             f"the model has {source.num_classes} classes, {images.data} has {count}: leave out "
             f"{option('num_classes')}, and it is built for those of the data"
         )
-    return dataclasses.replace(source, num_classes=count) if accepts(spec, "num_classes") else source
+    return replace(source, num_classes=count) if accepts(spec, "num_classes") else source
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def open_to_verify(
     if not is_saved(spec) and source.weights is not None and source.num_classes is None:
         find_model(spec)
         # Embeddings need no classifier: weights of any number of classes fill all else of a network for two.
-        source = dataclasses.replace(source, num_classes=2) if accepts(spec, "num_classes") else source
+        source = replace(source, num_classes=2) if accepts(spec, "num_classes") else source
     model = open_model(spec, source)
     record = TRAINING_RECORD.of(model)
     listed = None
@@ -296,11 +295,15 @@ def open_to_compare(
     if verification and images.hold_out_classes is None:
         raise refused("verification", f"needs {option('hold_out_classes')}, the classes to verify on")
     source = for_classes_of(images, spec, source or SourceOptions())
-    unseeded = dataclasses.replace(source, seed=None)  # each run has its own seed
+    unseeded = replace(source, seed=None)  # each run has its own seed
     classes = images.class_count()
     plain, learned = open_plain(spec, source, classes)
     data = images.open(plain)
-    options = conversion or {}
-    networks = variants(operators, options if learned == NOTHING else with_radius(plain, options))
+    networks = variants(operators, conversion)
+    if learned != NOTHING:
+        networks = [
+            network if network.options is None else replace(network, options=with_radius(plain, network.options))
+            for network in networks
+        ]
     held_out = images.open(plain, held_out=True) if verification else None
     return ToCompare(lambda: open_plain(spec, unseeded, classes)[0], data, networks, learned, held_out)

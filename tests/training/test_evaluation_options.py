@@ -73,7 +73,7 @@ def test_a_network_is_opened_with_its_original(weights):
     ("options", "text"),
     [
         ({"seeds": 0}, "seeds: got 0, expected a number of at least 1"),
-        ({"reach": 95}, "reach: got 95, expected an accuracy above 0 and at most 1"),
+        ({"reach": 95}, "reach: got 95, expected an accuracy above 0 and at most 1. Usual: 0.7 to 0.95."),
     ],
 )
 def test_numbers_of_a_comparison_are_checked(options, text):
@@ -105,6 +105,12 @@ def test_a_comparison_of_a_trained_network_pools_and_builds_the_same_weights_aga
     assert [variant.name for variant in opened.variants] == ["original", "cosine", "linear"]
     assert opened.variants[1].options == {"operator": "cosine", "rescale": "always", "radius": GENTLE_RADIUS}
     assert torch.equal(opened.build()[0].weight, opened.build()[0].weight)
+
+
+def test_a_comparison_of_a_trained_network_takes_options_of_its_operator(weights):
+    source = SourceOptions(weights=weights, in_chans=1)
+    opened = open_to_compare(SMALL, digits(), "sigmoid", {"k": 0.4}, source=source)
+    assert opened.variants[1].options == {"operator": "sigmoid", "k": 0.4, "radius": GENTLE_RADIUS}
 
 
 def test_a_comparison_of_a_new_network_draws_its_weights_by_the_seed_of_the_run():

@@ -332,3 +332,8 @@ def test_lr_without_layer_decay_is_refused():
 def test_what_is_no_module_has_no_groups():
     with pytest.raises(TypeError, match=r"model: got list, expected a torch\.nn\.Module"):
         param_groups([torch.zeros(2)], 0.1)
+
+
+def test_a_weight_decay_must_be_a_number():
+    with pytest.raises(TypeError, match="weight_decay: got NoneType, expected a number of at least 0"):
+        param_groups(nn.Linear(2, 2), None)

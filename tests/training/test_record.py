@@ -19,3 +19,12 @@ def test_the_files_of_a_run_are_read_back_as_its_result(tmp_path):
     speeds = [epoch.images_per_second for epoch in result.epochs]
     assert min(speeds) <= summary.images_per_second <= max(speeds)
     assert (summary.settings.lr, summary.settings.milestones) == (0.01, (1,))
+
+
+def test_the_result_of_another_machine_is_read(tmp_path):
+    folder = RunFolder(tmp_path)
+    result = finetune(net(), images(), usual(epochs=1), output=tmp_path)
+    summary = json.loads(folder.summary.read_text())
+    summary["settings"] |= {"device": "cuda:7", "of_another_version": 1}
+    folder.summary.write_text(json.dumps(summary))
+    assert read_result(folder) == result
