@@ -102,7 +102,7 @@ def _message(call: ast.Call) -> tuple[str, str] | None:
     return type(error).__name__, str(error)
 
 
-class _FilledIn:
+class _FilledIn(str):
     """An argument that the source does not say: it is written as `…`."""
 
     def __repr__(self) -> str:
@@ -116,6 +116,9 @@ class _FilledIn:
 
     def __iter__(self) -> Iterator[str]:
         return iter([HOLE])
+
+    def __bool__(self) -> bool:
+        return True
 
 
 _FilledIn.__name__ = HOLE
