@@ -62,7 +62,7 @@ CALIBRATION_FIT: Annotation[dict[str, Any]] = Annotation("calibration_fit")
 """The results of that calibration as plain JSON values; `calibrate` and `choose_radius` write them."""
 
 FOLDING: Annotation["Folding"] = Annotation("folding")
-"""How a model was folded; `fold` writes it."""
+"""Record of the folding of a model; `fold` writes it."""
 
 # ----------------------------------------------------------------------------------------------------------- its origin
 
@@ -86,7 +86,7 @@ IMAGE_CONFIG: Annotation[dict[str, Any]] = Annotation("image_config")
 """The keys of timm's `pretrained_cfg` for a model of another library; `build_model` writes them."""
 
 PREPARATION: Annotation["Preparation | None"] = Annotation("image_preparation")
-"""How a model's images are prepared, as its training, its artifact or its user says; None: it is not known."""
+"""Preparation of a model's images, as its training, its artifact or its user says; None: it is not known."""
 
 # --------------------------------------------------------------------------------------------------------- its artifact
 

@@ -85,7 +85,7 @@ class UsageError(SphereifyError, ValueError):
         self.option, self.value, self.expected, self.remedy = option, value, spelled(expected), spelled(remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What pickling keeps: a value that is no number or text, such as a lambda or a model, as its repr."""
+        """Arguments for pickling; a value that is no number or text, such as a lambda, is kept as its repr."""
         value = self.value if isinstance(self.value, (str, int, float, Path, type(None))) else repr(self.value)
         return type(self), self.args, {**vars(self), "value": value}
 
@@ -189,9 +189,9 @@ def invalid(
     >>> error.option, error.value, error.expected
     ('lr', -1.0, 'a number above 0')
     """
-    known = "" if default is None else f"; the default is {default:g}"
+    told = "" if default is None else f"; the default is {default:g}"
     advice = f". {remedy}." if remedy else ""
-    message = f"{place or option(name)}: got {value!r}, expected {expected}{known}{advice}"
+    message = f"{place or option(name)}: got {value!r}, expected {expected}{told}{advice}"
     return UsageError(message, option=name, value=value, expected=expected, remedy=remedy)
 
 

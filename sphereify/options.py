@@ -50,7 +50,7 @@ class Option:
     at_most: float | None = None
     below: float | None = None
     noun: str = "a number"
-    """What a number within the range is, for errors: "a share", "an accuracy"."""
+    """Noun for a number within the range, for errors: "a share", "an accuracy"."""
     usual: str = ""
     """Usual values, for help and errors."""
     command_line: str = ""

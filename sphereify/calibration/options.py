@@ -76,7 +76,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class SuggestionOptions:
-    """What a suggested conversion may lose; see `sphereify.suggest`.
+    """Loss that a suggested conversion may have; see `sphereify.suggest`.
 
     Raises:
         UsageError: a value that is not valid.

@@ -52,7 +52,7 @@ def finetune(
     settings: Settings,
     source: SourceOptions,
     images: DataOptions,
-    kept: KnowledgeOptions,
+    knowledge: KnowledgeOptions,
     model: Annotated[
         str | None, typer.Argument(help="An artifact, or a model to convert first.", show_default=False)
     ] = None,
@@ -88,7 +88,7 @@ def finetune(
         teacher=teacher,
         teacher_weights=teacher_weights,
         # A checkpoint holds what came of the calibration.
-        calibration_images=0 if resume is not None else kept.images,
+        calibration_images=0 if resume is not None else knowledge.images,
         morph=settings.morph > 0,
         device=local_device(settings.chosen_device),
         keep_original=report is not None and not settings.fsdp,
@@ -198,13 +198,15 @@ def evaluate(
     if output is not None:
         write_evaluation(evaluation, data.classes, output)
         print(f"written to {output / 'evaluation.json'}, drawn to {output / 'confusion.png'}")
-    found = None
+    corrupted = None
     if asked.corruptions:
         with ImagesProgress("testing corrupted images") as progress:
-            found = robustness(network, data, settings, against=opened.original, name=model, on_images=progress.images)
-        print_robustness(console(), found)
-    if found is not None and output is not None:
-        write_robustness(found, output)
+            corrupted = robustness(
+                network, data, settings, against=opened.original, name=model, on_images=progress.images
+            )
+        print_robustness(console(), corrupted)
+    if corrupted is not None and output is not None:
+        write_robustness(corrupted, output)
         print(f"written to {output / 'robustness.json'}, drawn to {output / 'robustness.png'}")
     if report is not None:
         from sphereify.datasets import some_test_images
@@ -215,7 +217,7 @@ def evaluate(
             original=counterpart(opened.original, network),
             inputs=some_test_images(data, 8)[0],
             inputs_described=f"test images of {data.name}",
-            robustness=None if found is None else found.to_json(),
+            robustness=None if corrupted is None else corrupted.to_json(),
             facts={"test accuracy": f"{100 * evaluation.top1:.2f} %"},
             options=given(settings, source, images),
             name=name_of(model),
@@ -239,7 +241,7 @@ def _verify(
 
     opened = open_to_verify(model, images, source, verified.pairs)
     with ImagesProgress("embedding images") as progress:
-        found = verification(
+        report = verification(
             opened.model,
             opened.data,
             settings,
@@ -248,13 +250,13 @@ def _verify(
             on_images=progress.images,
         )
     out = console()
-    print_verification(out, found, model)
+    print_verification(out, report, model)
     if opened.pairs is None:
         say(out, f"identities: {shortened(listed(opened.data.classes), 120)}")
     if opened.note:
         say(out, f"note: {opened.note}", "yellow")
     if output is not None:
-        write_verification(found, output)
+        write_verification(report, output)
         print(f"written to {output / 'verification.json'}, drawn to {output / 'verification.png'}")
 
 
@@ -266,7 +268,7 @@ def compare(
     source: SourceOptions,
     images: DataOptions,
     asked: ComparisonOptions,
-    kept: KnowledgeOptions,
+    knowledge: KnowledgeOptions,
     operators: Annotated[
         str, typer.Option(help="Operators of the conversions to compare with the original, separated by commas.")
     ] = "cosine",
@@ -298,7 +300,7 @@ def compare(
             settings,
             output=folder,
             learned=opened.learned,
-            calibration_images=kept.images,
+            calibration_images=knowledge.images,
             held_out=opened.held_out,
             on_run=progress.run,
             on_calibration=progress.line,
@@ -306,7 +308,7 @@ def compare(
             on_epoch=progress.epoch,
             **vars(asked),
         )
-    for found in comparison.robustness:
-        print_robustness(console(), found)
+    for corrupted in comparison.robustness:
+        print_robustness(console(), corrupted)
     print_comparison(console(), comparison)
     print(f"written to {folder}/comparison.md, .json and .png")

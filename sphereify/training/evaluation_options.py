@@ -12,7 +12,7 @@ ROBUSTNESS = "Robustness"
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What a network is tested on, beside or instead of the test images of its classes.
+    """Tests of a network beside or instead of that on the images of its classes.
 
     Raises:
         UsageError: a value that is not valid, one without effect, or two of which one is expected.

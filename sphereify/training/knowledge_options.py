@@ -9,7 +9,7 @@ from sphereify.options import check_options, option_field, same_option
 
 @dataclass(frozen=True)
 class KnowledgeOptions:
-    """How a conversion that a training begins with keeps what the plain network has learned.
+    """Options of the conversion that a training begins with: it keeps what the plain network has learned.
 
     Raises:
         UsageError: a value that is not valid.

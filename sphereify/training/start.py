@@ -260,7 +260,7 @@ class ToCompare:
     data: Data
     variants: list[Variant]
     learned: str
-    """How much of the plain network has been trained: a value of `sphereify.training.knowledge.LEARNED`."""
+    """Part of the plain network that has been trained: a value of `sphereify.training.knowledge.LEARNED`."""
     held_out: Data | None = None
     """Images of the classes that are left out, if the networks are to be verified on them."""
 

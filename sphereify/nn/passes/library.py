@@ -60,8 +60,8 @@ def compiler() -> tuple[str, ...] | None:
     """
     named = os.environ.get("CXX", "").split()
     program, *arguments = named or ["g++"]
-    found = shutil.which(program) if sys.platform == "linux" else None
-    return None if found is None else (found, *arguments)
+    path = shutil.which(program) if sys.platform == "linux" else None
+    return None if path is None else (path, *arguments)
 
 
 @cache
@@ -139,14 +139,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(source: str, flags: tuple[str, ...], path: Path) -> None:
-    found = compiler()
-    if found is None:
+    program = compiler()
+    if program is None:
         raise FileNotFoundError("no C++ compiler")
-    command = [*found, *flags, "-I", str(FOLDER), "-x", "c++", "-", "-o", str(path)]
+    command = [*program, *flags, "-I", str(FOLDER), "-x", "c++", "-", "-o", str(path)]
     # In UTF-8 whatever the locale is, which may not have the letters of the comments.
     done = subprocess.run(command, input=source, encoding="utf-8", errors="replace", capture_output=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(found)} ended with {done.returncode}: {done.stderr.strip()}")
+        raise RuntimeError(f"{shlex.join(program)} ended with {done.returncode}: {done.stderr.strip()}")
 
 
 def _opened(path: Path) -> dict[str, Callable[..., None]]:

@@ -260,7 +260,7 @@ def deviations(passes: Passes, kind: Kind, use: Use | None = None) -> Iterator[D
                     Deviation(name, tuple(kernels), case, *_compare(a, b, case.longest_sum))
                     for a, b in zip(got, expected, strict=True)
                 ),
-                key=lambda found: found.deviation / found.allowed,
+                key=lambda one: one.deviation / one.allowed,
             )
 
 
@@ -335,6 +335,6 @@ def check(maker: Passes, kind: Kind, use: Use | None = None) -> None:
     Raises:
         KernelFailure: one disagrees, or could not be compiled or launched.
     """
-    for found in deviations(maker, kind, use):
-        if not found.agrees:
-            raise KernelFailure(", ".join(found.kernels) or found.name) from Disagreement(f"{found}, in {kind}")
+    for checked in deviations(maker, kind, use):
+        if not checked.agrees:
+            raise KernelFailure(", ".join(checked.kernels) or checked.name) from Disagreement(f"{checked}, in {kind}")
