@@ -6,8 +6,8 @@ CNN-9, plain and with cosine convolutions, each with a loss that keeps filters a
 "Learning towards Minimum Hyperspherical Energy" for s = 2, of filters (MHE) or, by angles, of directions (half-space
 A-MHE); the same of random projections (compressive MHE); the orthogonality penalty alone, with the weight 1e-4 of
 "Deep Hyperspherical Learning". The energy has the weight 1, ten times that for the output layer, as in the authors'
-code. On a CPU: half of the filters, all images, 2,000 iterations with batches of 64, two seeds; about an hour on two
-cores (estimated).
+code. On a CPU: half of the filters, all images, 2,000 iterations with batches of 64, two seeds; an hour and a quarter
+on two cores.
 """
 
 from dataclasses import replace
