@@ -133,7 +133,7 @@ def check_options(values: Any) -> None:
             object.__setattr__(values, name, value)
 
 
-def checked_option(cls: Any, name: str, value: Any, *, called: str = "") -> Any:
+def checked_option(cls: Any, name: str, value: Any, *, called: str = "", required: bool = False) -> Any:
     """A value of an option that a dataclass declares, valid; a word in its canonical spelling.
 
     None passes where it is the default.
@@ -143,6 +143,7 @@ def checked_option(cls: Any, name: str, value: Any, *, called: str = "") -> Any:
         name: the option.
         value: what arrived.
         called: the name of the option in the error, if it has another one where it was given.
+        required: True to refuse None, too.
 
     Raises:
         UsageError: the value is not valid.
@@ -157,7 +158,7 @@ def checked_option(cls: Any, name: str, value: Any, *, called: str = "") -> Any:
     """
     field, called = _field(cls, name), called or name
     about: Option = field.metadata[_KEY]
-    if value is None and field.default is None:
+    if value is None and field.default is None and not required:
         return value
     if about.choices:
         word = canonical(str(value))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sphereify import AngularLoss, HypersphericalEnergy, export, predict
+from sphereify.calibration.agreement import check_agreement
 from sphereify.calibration.options import CalibrationOptions
 from sphereify.datasets import load_data
 from sphereify.deployment.options import ExportKeywords, ExportOptions
@@ -171,3 +172,9 @@ def test_a_function_takes_the_fields_of_its_options_as_keywords(function, option
 def test_a_keyword_that_is_no_option_is_told_as_of_the_function(call, text):
     with pytest.raises(TypeError, match=re.escape(text)):
         call()
+
+
+def test_none_is_refused_where_a_value_is_required():
+    assert checked_option(CalibrationOptions, "agreement", None) is None
+    with pytest.raises(UsageError, match="agreement: got None, expected a number above 0 and below 1"):
+        check_agreement(None, {})

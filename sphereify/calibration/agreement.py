@@ -250,7 +250,7 @@ def check_agreement(agreement: object, options: ConversionKeywords) -> None:
     Raises:
         UsageError: a share outside (0, 1), or a radius.
     """
-    checked_option(CalibrationOptions, "agreement", agreement)
+    checked_option(CalibrationOptions, "agreement", agreement, required=True)
     if options.get("radius"):
         raise refused(
             "radius", f"{option('agreement')} chooses the radius; give one of the two", value=options["radius"]
