@@ -19,7 +19,7 @@ from sphereify.annotations import TRAINING_RECORD
 from sphereify.artifact import TENSORS
 from sphereify.convert.finite import answers_of
 from sphereify.datasets import Data, training_images
-from sphereify.errors import DataError, UsageError, choose, option, refused
+from sphereify.errors import DataError, choose, option, refused
 from sphereify.files import write_text
 from sphereify.models import SourceOptions, is_saved, open_model
 from sphereify.nn.modules import check_module
@@ -203,9 +203,7 @@ class _CorruptedImages(Dataset):
         if unknown is not None:
             raise choose("corruptions", unknown, CORRUPTIONS)
         if not kinds:
-            raise UsageError(
-                f"{option('corruptions')}: got none, expected some of {', '.join(CORRUPTIONS)}", option="corruptions"
-            )
+            raise refused("corruptions", f"got none, expected some of {', '.join(CORRUPTIONS)}")
         self.images, self.kinds, self.seed = data.test, kinds, seed
         self.mean, self.std = (torch.tensor(values or ()).view(-1, 1, 1) for values in (data.mean, data.std))
 
