@@ -244,6 +244,17 @@ def test_a_1x1_convolution_beside_a_sum_that_is_not_residual_is_no_shortcut(kind
     assert {d.name for d in plan.decisions if d.role == "shortcut"} == set()
 
 
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (2, 1), (3, 2)])
+def test_a_shortcut_may_be_pooled_as_long_as_its_values_stay_near_their_places(window, stride):
+    def residual(n, x):
+        side = n.side(F.avg_pool2d(x, window, stride, window // 2))
+        return (n.first(x)[..., : side.shape[-2], : side.shape[-1]] + side).tanh()
+
+    model = Net(residual, first=nn.Conv2d(3, 8, 3, stride, 2), side=conv(3, 8))
+    plan = plan_conversion(model, skip_shortcuts=True, example_inputs=torch.randn(2, 3, 8, 8))
+    assert {d.name for d in plan.kept} == {"side"}
+
+
 def test_a_summary_counts_those_shortcuts_as_kept_that_the_option_keeps():
     model = PreActResNet()
     assert "2 shortcuts kept" in plan_conversion(model, skip_shortcuts=True).summary()
