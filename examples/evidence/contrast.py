@@ -2,19 +2,21 @@
 
     python -m examples.evidence.contrast --data CIFAR10 -o out/contrast --jobs 2
 
-CNN-9 from scratch: plain; plain with its training images changed in contrast, brightness and saturation ("jitter");
-plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm in place of
-BatchNorm; with cosine convolutions, without and with the pooled radius. And a ResNet-20 that came trained
+CNN-9 and ResNet-20 from scratch: plain; plain with its training images changed in contrast, brightness and saturation
+("jitter"); plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm
+in place of BatchNorm; with cosine layers, without and with the pooled radius. And a ResNet-20 that came trained
 (benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original,
 standardised and converted with the same changes of their images. Each is trained further for a pass over the images,
 with the same batches and rate; they are left out where --plain has no weights.
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
-figure.png shows the networks from scratch at each strength, second.png the ResNet-20. On a CPU: a quarter of the
-filters, 20,000 images, 2,000 iterations with batches of 64, three seeds; about an hour on two cores.
+figure.png shows CNN-9 at each strength, second.png the ResNet-20 that came trained, third.png that from scratch. On a
+CPU: a quarter of the filters of CNN-9, 20,000 images, 2,000 iterations with batches of 64, three seeds; about two hours
+on two cores.
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.plain_networks import ResNet20
 from examples.evidence.networks import ANGULAR, normalized, plain_cnn, standardized
 from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
 from examples.papers.operators_and_losses import terms_of
@@ -33,7 +36,7 @@ from sphereify.training import Settings, Terms
 from sphereify.training.corruptions import CORRUPTIONS
 from sphereify.training.robustness import corrupted_accuracies
 
-SCRATCH, TRAINED = "CNN-9", "ResNet-20, trained further"
+CNN, RESNET, TRAINED = "CNN-9", "ResNet-20", "ResNet-20, trained further"
 JITTER = 0.8
 """Strength of the changes of brightness, contrast and saturation: each by a factor from 0.2 to 1.8."""
 RADIUS = 2.0
@@ -48,21 +51,22 @@ GENTLE: dict[str, Any] = {"opt": "sgd", "lr": 0.01, "sched": "cosine"}
 
 def cells(scale: Scale, *, plain: Path) -> list[Cell]:
     measure = partial(corrupted, images=CORRUPTED_IMAGES[scale.name])
-    return [replace(cell, measure=measure) for cell in [*from_scratch(scale), *trained_further(scale, plain)]]
+    scratch = [*from_scratch(CNN, plain_cnn(scale.width)), *from_scratch(RESNET, ResNet20)]
+    return [replace(cell, measure=measure) for cell in [*scratch, *trained_further(scale, plain)]]
 
 
-def from_scratch(scale: Scale) -> list[Cell]:
-    build, angular = plain_cnn(scale.width), terms_of("cosine")
-    pooled = {**ANGULAR, "radius": RADIUS}
+def from_scratch(panel: str, build: Callable[[int], nn.Module]) -> list[Cell]:
+    """The cells of a network that is trained from scratch."""
+    pooled, angular = {**ANGULAR, "radius": RADIUS}, terms_of("cosine")
     return [
-        Cell(SCRATCH, "plain", build, None),
-        Cell(SCRATCH, "plain, jitter", build, None, jitter=JITTER),
-        Cell(SCRATCH, "plain, standardised", standardized(build), None),
-        Cell(SCRATCH, "GroupNorm", normalized(build, "GroupNorm"), None),
-        Cell(SCRATCH, "InstanceNorm", normalized(build, "InstanceNorm"), None),
-        Cell(SCRATCH, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, angular),
-        Cell(SCRATCH, f"ρ = {RADIUS:g}", build, pooled, angular),
-        Cell(SCRATCH, f"ρ = {RADIUS:g}, jitter", build, pooled, angular, jitter=JITTER),
+        Cell(panel, "plain", build, None),
+        Cell(panel, "plain, jitter", build, None, jitter=JITTER),
+        Cell(panel, "plain, standardised", standardized(build), None),
+        Cell(panel, "GroupNorm", normalized(build, "GroupNorm"), None),
+        Cell(panel, "InstanceNorm", normalized(build, "InstanceNorm"), None),
+        Cell(panel, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, angular),
+        Cell(panel, f"ρ = {RADIUS:g}", build, pooled, angular),
+        Cell(panel, f"ρ = {RADIUS:g}, jitter", build, pooled, angular, jitter=JITTER),
     ]
 
 
@@ -92,8 +96,6 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
 
 def resnet20(classes: int, *, file: Path) -> nn.Module:
     """The ResNet-20 of the benchmarks with the weights of a file; a classifier for other classes starts anew."""
-    from benchmarks.plain_networks import ResNet20
-
     network, weights = ResNet20(classes), torch.load(file)
     if len(weights["fc.weight"]) != classes:
         weights |= {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
@@ -104,12 +106,12 @@ def resnet20(classes: int, *, file: Path) -> nn.Module:
 def rivals(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
     """The conversion with a radius against all else of its panel, and with changed colours against its rivals."""
     pairs = []
-    for panel, ours, plain in ((SCRATCH, f"ρ = {RADIUS:g}", "plain"), (TRAINED, f"ρ = {TRAINED_RADIUS:g}", "original")):
+    scratch, trained = (f"ρ = {RADIUS:g}", "plain"), (f"ρ = {TRAINED_RADIUS:g}", "original")
+    for panel, (ours, plain) in {CNN: scratch, RESNET: scratch, TRAINED: trained}.items():
         found = {cell.label: cell for cell in cells if cell.panel == panel}
-        if found:
-            pairs += [(found[ours], other) for label, other in found.items() if label != ours]
-            jittered = [other for label, other in found.items() if label.startswith(plain) and label.endswith("jitter")]
-            pairs += [(found[f"{ours}, jitter"], other) for other in jittered]
+        jittered = [label for label in found if label.startswith(plain) and label.endswith("jitter")]
+        wanted = [*((ours, label) for label in found if label != ours), *((f"{ours}, jitter", one) for one in jittered)]
+        pairs += [(found[one], found[other]) for one, other in wanted if one in found]
     return pairs
 
 
@@ -131,13 +133,14 @@ def under_all(outcome: Outcome) -> float:
 
 
 def draw(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> None:
-    """The accuracies over the strengths: figure.png of the networks from scratch, second.png of the others."""
-    for panel, file in ((SCRATCH, path), (TRAINED, path.with_name("second.png"))):
+    """The accuracies over the strengths, a picture for each panel of which networks have finished."""
+    for panel, file in {CNN: path.name, TRAINED: "second.png", RESNET: "third.png"}.items():
         measured = {cell.label: found for cell in cells
                     if cell.panel == panel and (found := [o for o in outcomes[cell.name] if o.measured])}  # fmt: skip
         if measured:
             classes = len(next(iter(measured.values()))[0].per_class)
-            plot_robustness({label: mean(found) for label, found in measured.items()}, 1 / classes, file)
+            means = {label: mean(found) for label, found in measured.items()}
+            plot_robustness(means, 1 / classes, path.with_name(file))
 
 
 def mean(found: list[Outcome]) -> dict[str, Any]:

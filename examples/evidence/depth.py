@@ -24,7 +24,7 @@ from examples.papers.results import Outcome
 from sphereify.plots import new_figure, save_figure
 
 DEPTHS = {"quick": (18,), "cpu": (18, 45, 69), "full": (18, 45, 69)}
-RATES = {"quick": (1e-3,), "cpu": (3e-4, 1e-3, 3e-3), "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {"quick": (1e-3,), "cpu": (3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 CONVERGED = 2.0
 """Least accuracy of a run that has converged, as a multiple of that of guessing. On 2,000 images of ten classes the
 latter has a standard deviation of 0.07 times its mean."""

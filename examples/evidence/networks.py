@@ -32,9 +32,9 @@ def normalized(build: Callable[[int], nn.Module], norm: str) -> Callable[[int], 
 
 def _normalized(classes: int, *, build: Callable[[int], nn.Module], norm: str) -> nn.Module:
     network = build(classes)
-    for name, module in list(network.named_children()):
+    for name, module in list(network.named_modules()):
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            setattr(network, name, NORMS[norm](module))
+            network.set_submodule(name, NORMS[norm](module))
     return network
 
 

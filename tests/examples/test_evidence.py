@@ -1,5 +1,6 @@
 """The programs on evidence run, finish what was begun, report what there is, and say what they found."""
 
+import itertools
 import json
 import pickle
 from dataclasses import asdict, replace
@@ -223,8 +224,8 @@ def test_depths_are_in_order_and_rates_without_an_outcome_are_blank():
     outcomes["CNN-18: plain, rate 0.003"] = [outcome(seed, 0.4) for seed in range(3)]
     text = depth.table(depth.EXPERIMENT, found, outcomes, depth.EXPERIMENT.cpu)
     assert text.splitlines()[2:] == [
-        "| CNN-18: plain |  |  | 3 of 3, 40.0 ± 0.0 % | 0.003 |",
-        "| CNN-69: plain |  | 0 of 1 |  | none |",
+        "| CNN-18: plain |  |  | 3 of 3, 40.0 ± 0.0 % |  | 0.003 |",
+        "| CNN-69: plain |  | 0 of 1 |  |  | none |",
     ]
 
 
@@ -241,9 +242,8 @@ def test_accuracies_under_corruptions_are_means_over_strengths_and_seeds():
 
 
 def test_what_takes_the_place_of_batch_norm_looks_at_one_image_alone():
-    build = partial(plain_cnn.cnn, filters=(4, 6, 8), features=16)
-    images = torch.randn(3, 3, 32, 32)
-    for norm in networks.NORMS:
+    cnn, images = partial(plain_cnn.cnn, filters=(4, 6, 8), features=16), torch.randn(3, 3, 32, 32)
+    for build, norm in itertools.product((cnn, ResNet20), networks.NORMS):
         network = networks.normalized(build, norm)(10).train()
         assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
         torch.testing.assert_close(network(images)[:1], network(images[:1]))
@@ -267,8 +267,22 @@ def test_the_trained_network_keeps_its_weights_and_gets_a_classifier_for_other_c
         assert torch.equal(network.conv.weight, saved["conv.weight"])
         assert torch.equal(network.fc.weight, saved["fc.weight"]) == (classes == 10)
         assert network(torch.randn(1, 3, 32, 32)).shape == (1, classes)
-    assert {cell.panel for cell in cells_of(contrast, cells.CPU, tmp_path)} == {contrast.SCRATCH, contrast.TRAINED}
-    assert {cell.panel for cell in cells_of(contrast, cells.CPU)} == {contrast.SCRATCH}
+    scratch = {contrast.CNN, contrast.RESNET}
+    assert {cell.panel for cell in cells_of(contrast, cells.CPU, tmp_path)} == {*scratch, contrast.TRAINED}
+    assert {cell.panel for cell in cells_of(contrast, cells.CPU)} == scratch
+
+
+def test_a_rival_is_compared_where_both_networks_were_asked_for(tmp_path):
+    torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
+    whole = cells_of(contrast, cells.CPU, tmp_path)
+    pairs = [(one.name, other.name) for one, other in contrast.rivals(whole)]
+    assert len(pairs) == len(set(pairs)) == 2 * (7 + 1) + 6 + 2
+    assert ("ResNet-20: ρ = 2, jitter", "ResNet-20: plain, jitter") in pairs
+    assert ("ResNet-20, trained further: ρ = 4, jitter", "ResNet-20, trained further: original, jitter") in pairs
+    some = [cell for cell in whole if cell.name in ("CNN-9: plain", "ResNet-20: plain", "ResNet-20: ρ = 2")]
+    assert [(one.name, other.name) for one, other in contrast.rivals(some)] == [
+        ("ResNet-20: ρ = 2", "ResNet-20: plain")
+    ]
 
 
 def test_all_runs_every_program_that_there_is(tmp_path, monkeypatch):
