@@ -52,7 +52,7 @@ def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, nam
         assert [point["step"] for point in outcomes[0]["curve"]] == [1, 2]
     rows = table(tmp_path / "table.md")
     assert len(rows) == (len(depth.NETWORKS) if program is depth else len(found))
-    pictures = ["figure.png", "second.png"] if program is contrast else ["figure.png"]
+    pictures = ["figure.png", *(["second.png", "third.png"] if program is contrast else [])]
     for picture in pictures:
         with Image.open(tmp_path / picture) as image:
             assert image.width > 500
