@@ -29,6 +29,7 @@ from benchmarks.plain_networks import ResNet20
 from examples.evidence.networks import ANGULAR, normalized, plain_cnn, standardized
 from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
 from examples.papers.operators_and_losses import terms_of
+from examples.papers.report import PICTURES
 from examples.papers.results import Outcome
 from sphereify.datasets import Data, choose_images
 from sphereify.plots import plot_robustness
@@ -134,7 +135,7 @@ def under_all(outcome: Outcome) -> float:
 
 def draw(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> None:
     """The accuracies over the strengths, a picture for each panel of which networks have finished."""
-    for panel, file in {CNN: path.name, TRAINED: "second.png", RESNET: "third.png"}.items():
+    for panel, file in zip((CNN, TRAINED, RESNET), PICTURES, strict=True):
         measured = {cell.label: found for cell in cells
                     if cell.panel == panel and (found := [o for o in outcomes[cell.name] if o.measured])}  # fmt: skip
         if measured:

@@ -44,7 +44,7 @@ def _quantization(found: list[dict[str, Any]], networks: Sequence[str], settings
                                   "" if is_fp32 else mean_percent(losses[variant].values()))]  # fmt: skip
             rows += [[network, setting, *cells, "" if is_fp32 else mean_percent(saved, signed=True)]]
     columns = ["network", "quantization", ORIGINAL, "lost", CONVERTED, "lost", "saved"]
-    return markdown(columns, rows) if rows else "No result yet.\n"
+    return markdown(columns, rows)
 
 
 def _exposure(found: list[dict[str, Any]]) -> str:
@@ -56,7 +56,7 @@ def _exposure(found: list[dict[str, Any]]) -> str:
                 columns = zip(*(run[title][noise] for run in runs), strict=True)
                 rows += [[network, noise, title, *(mean_percent(shares) for shares in columns)]]
     factors = [f"×{factor:g}" for factor in found[0]["factors"]] if found else []
-    return markdown(["network", "noise", "", *factors], rows) if rows else "No result yet.\n"
+    return markdown(["network", "noise", "", *factors], rows)
 
 
 def draw(results: dict[str, Any], networks: Sequence[str]) -> Any:

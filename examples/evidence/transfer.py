@@ -180,7 +180,7 @@ def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
         f"Test accuracy in %, mean ± standard deviation over {scale.seeds} seeds; gain = mean difference from the "
         f"original with the same seed; {minutes:.0f} minutes of a core.\n\n"
     )
-    return about + (markdown(columns, lines) if lines else "No result yet.\n")
+    return about + markdown(columns, lines)
 
 
 def _epochs(count: int) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.papers.report import finish, parse
+from examples.papers.report import PICTURES, finish, parse
 from examples.papers.results import Outcome, curves, percent, table
 from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
@@ -181,15 +181,17 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     args.output.mkdir(parents=True, exist_ok=True)
-    if experiment.figure is None:
-        plot_panels(curves(cells, outcomes), args.output / "figure.png")
-    else:
-        experiment.figure(cells, outcomes, args.output / "figure.png")
+    if any(outcomes.values()):
+        (experiment.figure or _draw_accuracy)(cells, outcomes, args.output / PICTURES[0])
     if experiment.draw is not None and not args.report:
-        experiment.draw(partial(_labelled, cells, args), args.output / "second.png")
+        experiment.draw(partial(_labelled, cells, args), args.output / PICTURES[1])
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
     finish(args, experiment.name, (experiment.table or table)(experiment, cells, outcomes, scale), None, document)
+
+
+def _draw_accuracy(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: Path) -> None:
+    plot_panels(curves(cells, outcomes), path)
 
 
 ONLY = {

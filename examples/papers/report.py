@@ -14,6 +14,8 @@ import torch
 from sphereify.plots import new_figure, save_figure
 from sphereify.sources import versions
 
+PICTURES = ("figure.png", "second.png", "third.png")
+"""Names of the pictures of a program."""
 picture = new_figure
 
 
@@ -53,21 +55,27 @@ def parse(
 
 
 def finish(args: Any, name: str, table: str, figure: Any, document: dict[str, Any]) -> None:
-    """Write table.md, figure.png (unless `figure` is None: it is drawn) and results.json, and print the table."""
+    """Write table.md, figure.png (unless `figure` is None: it is drawn) and results.json, and print the table.
+
+    The last line names these files, and further pictures that the program has drawn in its folder.
+    """
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(table, encoding="utf-8")
     if figure is not None:
-        save_figure(figure, args.output / "figure.png")
+        save_figure(figure, args.output / PICTURES[0])
     about = {"experiment": name, "scale": args.scale, "arguments": {k: str(v) for k, v in vars(args).items()}}
     document = {**about, "hardware": hardware(), "versions": {**versions(), "python": platform.python_version()},
                 **document}  # fmt: skip
     (args.output / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table, end="")
-    print(f"written: {args.output}/table.md, figure.png, results.json", file=sys.stderr)
+    pictures = [name for name in PICTURES if (args.output / name).is_file()]
+    print(f"written: {args.output}/{', '.join(['table.md', *pictures, 'results.json'])}", file=sys.stderr)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; without rows it says that there is no result yet."""
+    if not rows:
+        return "No result yet.\n"
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
 
 

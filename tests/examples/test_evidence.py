@@ -36,7 +36,7 @@ def cells_of(program, scale, tmp_path=Path("nowhere")):
 
 @pytest.mark.papers
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, name, monkeypatch):  # noqa: F811
+def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, name, monkeypatch, capsys):  # noqa: F811
     program = import_module(f"examples.evidence.{name}")
     given = ["--quick", "--data", str(photos), "-o", str(tmp_path)]
     if program is contrast:
@@ -56,12 +56,23 @@ def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, nam
     for picture in pictures:
         with Image.open(tmp_path / picture) as image:
             assert image.width > 500
+    assert f"table.md, {', '.join(pictures)}, results.json" in capsys.readouterr().err
     monkeypatch.setattr(cells, "train_once", None)  # what has finished is neither trained nor tested again
     monkeypatch.setattr(cells, "evaluate", None)
     for more in ([], ["--report"]):
         program.main([*given, *more])
         assert json.loads((tmp_path / "results.json").read_text())["cells"] == results
         assert table(tmp_path / "table.md") == rows
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_report_of_nothing_says_so_and_draws_nothing(tmp_path, name, capsys):
+    program = import_module(f"examples.evidence.{name}")
+    program.main(["--quick", "--report", "--data", "photos", "-o", str(tmp_path)])
+    told = capsys.readouterr()
+    assert told.out == (tmp_path / "table.md").read_text() == "No result yet.\n"
+    assert told.err == f"written: {tmp_path}/table.md, results.json\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"table.md", "results.json"}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
