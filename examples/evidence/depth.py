@@ -7,7 +7,7 @@ plain with He's initialisation, cosine with SphereNorm, rescaled, and the same w
 plain and cosine. A run has converged if its loss stayed finite and the network recognises at least twice as many test
 images as guessing would (`CONVERGED`). The table tells how many seeds converged with each rate, their mean accuracy,
 and the largest rate with which all did. At the scale for a CPU: an eighth of the filters, 1,000 iterations with batches
-of 64, three seeds; five hours on two cores (estimated), half an hour on an H200 (`--jobs 8`, under MPS).
+of 64, three seeds; six hours on two cores (estimated), half an hour on an H200 for one seed (`--jobs 8`, under MPS).
 """
 
 import statistics
