@@ -11,8 +11,8 @@ with the same batches and rate; they are left out where --plain has no weights.
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
 figure.png shows CNN-9 at each strength, second.png the ResNet-20 that came trained, third.png that from scratch. On a
-CPU: a quarter of the filters of CNN-9, 20,000 images, 2,000 iterations with batches of 64, three seeds; about two hours
-on two cores.
+CPU: a quarter of the filters of CNN-9, 20,000 images, 2,000 iterations with batches of 64, three seeds; three hours on
+two cores (estimated).
 """
 
 import statistics
