@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from examples.papers.report import markdown, picture
+from examples.papers.report import NO_RESULT, markdown, picture
 from examples.papers.results import mean_percent
 
 MAIN = {"verification": ("EER", -1), "few images": ("rare by means", 1), "label noise": ("accuracy", 1)}
@@ -21,7 +21,7 @@ def tables(panels: dict[str, Any], seeds: int, minutes: float) -> str:
     for panel, results in panels.items():
         found += [
             f"\n### {panel}\n\n",
-            _table(panel, results["rows"], seeds) if results["rows"] else "No result yet.\n",
+            _table(panel, results["rows"], seeds) if results["rows"] else NO_RESULT,
         ]
     return "".join(found)
 

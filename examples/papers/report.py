@@ -16,6 +16,8 @@ from sphereify.sources import versions
 
 PICTURES = ("figure.png", "second.png", "third.png")
 """Names of the pictures of a program."""
+NO_RESULT = "No result yet.\n"
+"""What stands in the place of a table without rows."""
 picture = new_figure
 
 
@@ -75,7 +77,7 @@ def finish(args: Any, name: str, table: str, figure: Any, document: dict[str, An
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; without rows it says that there is no result yet."""
     if not rows:
-        return "No result yet.\n"
+        return NO_RESULT
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
 
 
