@@ -3,8 +3,8 @@
     python -m examples.evidence.contrast --data CIFAR10 -o out/contrast --jobs 2
 
 CNN-9 and ResNet-20 from scratch: plain; plain with its training images changed in contrast, brightness and saturation
-("jitter"); plain behind per-image contrast standardisation, in training as well; plain with GroupNorm or InstanceNorm
-in place of BatchNorm; with cosine layers, without and with the pooled radius. And a ResNet-20 that came trained
+("jitter"); plain behind per-image contrast standardisation, in training as well, alone and with jitter; plain with
+GroupNorm or InstanceNorm in place of BatchNorm; with cosine layers, without and with the pooled radius. And a ResNet-20 that came trained
 (benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original,
 standardised and converted with the same changes of their images. Each is trained further for a pass over the images,
 with the same batches and rate; they are left out where --plain has no weights.
@@ -63,6 +63,7 @@ def from_scratch(panel: str, build: Callable[[int], nn.Module]) -> list[Cell]:
         Cell(panel, "plain", build, None),
         Cell(panel, "plain, jitter", build, None, jitter=JITTER),
         Cell(panel, "plain, standardised", standardized(build), None),
+        Cell(panel, "plain, standardised, jitter", standardized(build), None, jitter=JITTER),
         Cell(panel, "GroupNorm", normalized(build, "GroupNorm"), None),
         Cell(panel, "InstanceNorm", normalized(build, "InstanceNorm"), None),
         Cell(panel, "ρ = 0", build, {**ANGULAR, "radius": 0.0}, angular),
