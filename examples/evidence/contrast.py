@@ -4,10 +4,10 @@
 
 CNN-9 and ResNet-20 from scratch: plain; plain with its training images changed in contrast, brightness and saturation
 ("jitter"); plain behind per-image contrast standardisation, in training as well, alone and with jitter; plain with
-GroupNorm or InstanceNorm in place of BatchNorm; with cosine layers, without and with the pooled radius. And a ResNet-20 that came trained
-(benchmarks/plain_networks.py): original and standardised; converted, without and with the pooled radius; original,
-standardised and converted with the same changes of their images. Each is trained further for a pass over the images,
-with the same batches and rate; they are left out where --plain has no weights.
+GroupNorm or InstanceNorm in place of BatchNorm; with cosine layers, without and with the pooled radius, and that with
+jitter. And a ResNet-20 that came trained (benchmarks/plain_networks.py): original and standardised; converted, without
+and with the pooled radius; original, standardised and converted with jitter. Each is trained further for a pass over
+the images, with the same batches and rate; they are left out where --plain has no weights.
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
 figure.png shows CNN-9 at each strength, second.png the ResNet-20 that came trained, third.png that from scratch. On a
@@ -16,6 +16,7 @@ two cores (estimated).
 """
 
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -76,6 +77,8 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
     """The cells of the network that came trained; none where there are no weights."""
     file = plain / "resnet20.pt"
     if not file.is_file():
+        print(f"left out: {TRAINED}, for there is no {file}; python -m benchmarks.plain_networks trains it",
+              file=sys.stderr)  # fmt: skip
         return []
     build, pooled = partial(resnet20, file=file), {**ANGULAR, "radius": TRAINED_RADIUS}
     common: dict[str, Any] = {
@@ -84,6 +87,7 @@ def trained_further(scale: Scale, plain: Path) -> list[Cell]:
         "shift": True,
         "learned": "all",
         "settings": GENTLE,
+        "weights": file,
     }
     return [
         Cell(TRAINED, "original", build, None, **common),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.evidence.networks import ANGULAR, plain_cnn
-from examples.papers.cells import CPU, FULL, QUICK, Cell, Experiment, Scale, run
+from examples.papers.cells import CPU, FULL, QUICK, RATE, Cell, Experiment, Scale, run
 from examples.papers.operators_and_losses import terms_of
 from examples.papers.report import markdown
 from examples.papers.results import Outcome
@@ -52,7 +52,7 @@ COLOURS = dict(zip(NETWORKS, ("tab:blue", "tab:orange", "tab:green", "tab:grey",
 
 def cells(scale: Scale) -> list[Cell]:
     return [
-        Cell(f"CNN-{depth}", f"{name}, rate {rate:g}", plain_cnn(scale.width, depth=depth, norm=kind.norm),
+        Cell(f"CNN-{depth}", f"{name}{RATE}{rate:g}", plain_cnn(scale.width, depth=depth, norm=kind.norm),
              kind.options, terms_of("plain" if kind.options is None else "cosine"), settings={"lr": rate})
         for rate in RATES[scale.name] for depth in DEPTHS[scale.name] for name, kind in NETWORKS.items()
     ]  # fmt: skip
@@ -70,15 +70,30 @@ def sweeps(
     found: dict[tuple[str, str], dict[float, list[Outcome]]] = {}
     for cell in cells:
         if outcomes[cell.name]:
-            name = cell.label.rpartition(", rate ")[0]
+            name = cell.label.partition(RATE)[0]
             found.setdefault((cell.panel, name), {})[cell.settings["lr"]] = outcomes[cell.name]
     return dict(sorted(found.items(), key=lambda item: int(item[0][0].partition("-")[2])))
 
 
-def largest_rate(sweep: dict[float, list[Outcome]], seeds: int) -> float | None:
-    """The largest learning rate with which all seeds converged; None if there is none."""
-    sound = [rate for rate, runs in sweep.items() if len(runs) == seeds and all(map(has_converged, runs))]
-    return max(sound, default=None)
+def largest_rate(sweep: dict[float, list[Outcome]], rates: Sequence[float], seeds: int) -> str:
+    """The largest learning rate with which all seeds converged, as the table tells it.
+
+    Args:
+        sweep: the outcomes by rate; those that are missing have not been run.
+        rates: all learning rates of the sweep, in ascending order.
+
+    A rate is out as soon as a seed has failed. While a larger one may still turn out sound, it is "or more" that is
+    known, or nothing at all.
+    """
+    open_to = False
+    for rate in reversed(rates):
+        runs = sweep.get(rate, [])
+        if not all(map(has_converged, runs)):
+            continue
+        if len(runs) == seeds:
+            return f"{rate:g} or more" if open_to else f"{rate:g}"
+        open_to = True
+    return "not decided" if open_to else "none"
 
 
 def table(experiment: Experiment, cells: Sequence[Cell], outcomes: dict[str, list[Outcome]], scale: Scale) -> str:
@@ -86,9 +101,8 @@ def table(experiment: Experiment, cells: Sequence[Cell], outcomes: dict[str, lis
     rates = RATES[scale.name]
     rows = []
     for (depth, name), sweep in sweeps(cells, outcomes).items():
-        largest = largest_rate(sweep, scale.seeds)
         told = [_told(sweep.get(rate, [])) for rate in rates]
-        rows += [[f"{depth}: {name}", *told, "none" if largest is None else f"{largest:g}"]]
+        rows += [[f"{depth}: {name}", *told, largest_rate(sweep, rates, scale.seeds)]]
     return markdown(["converged, test accuracy", *(f"rate {rate:g}" for rate in rates), "largest rate for all"], rows)
 
 

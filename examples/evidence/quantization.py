@@ -77,10 +77,11 @@ def main(argv: list[str] | None = None) -> None:
                 quantizations[name, variant, seed] = Piece(
                     f"{name}, {variant}, quantized, draw {seed}", partial(quantized, plain=trained),
                     {**given, "variant": variant, "range_images": scale.range_images, "settings": scale.settings},
+                    trained,
                 )  # fmt: skip
             exposures[name, seed] = Piece(
                 f"{name}, exposed, draw {seed}", partial(exposed, plain=trained),
-                {**given, "factors": scale.factors, "noises": scale.noises},
+                {**given, "factors": scale.factors, "noises": scale.noises}, trained,
             )  # fmt: skip
     found = complete([*quantizations.values(), *exposures.values()], args)
     results = {

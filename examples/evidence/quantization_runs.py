@@ -16,6 +16,7 @@ from examples.evidence.work import Found
 from sphereify import calibrate, export, sphereify
 from sphereify.datasets import load_data, with_transform_of
 from sphereify.files import replacing
+from sphereify.fingerprint import fingerprint
 from sphereify.training.recipe import GENTLE_RADIUS
 from sphereify.training.robustness import ContrastStandardized, deviations_of
 
@@ -51,9 +52,10 @@ def _network(name: str, plain: Path | None) -> nn.Module:
 
 
 def _converted(network: nn.Module, name: str, images: Tensor, seed: int, output: Path) -> nn.Module:
-    """The calibrated conversion of a network; its weights are kept in the output folder."""
+    """The calibrated conversion of a network; its weights are kept in the output folder, apart for each network."""
+    known = fingerprint(network.state_dict())
     model = sphereify(network, operator="cosine", radius=GENTLE_RADIUS)
-    file = output / "networks" / f"{name}-draw{seed}-{len(images)}images.pt"
+    file = output / "networks" / f"{name}-{known}-draw{seed}-{len(images)}images.pt"
     if file.is_file():
         model.load_state_dict(torch.load(file))
         return model.eval()

@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
     "small_batches",
     __doc__,
     cells,
-    pairs=against("BatchNorm"),
+    pairs=against("BatchNorm", "GroupNorm"),
     cpu=replace(
         CPU,
         width=1 / 4,

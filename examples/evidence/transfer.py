@@ -23,7 +23,7 @@ from typing import Any
 from examples.evidence.transfer_runs import OTHER, SAME, learn, source
 from examples.evidence.work import Found, Piece, complete, cpu_minutes
 from examples.papers.report import finish, markdown, parse
-from examples.papers.results import mean_percent
+from examples.papers.results import mean_percent, of_seeds
 from sphereify.plots import plot_panels
 from sphereify.training.recipe import GENTLE_RADIUS
 
@@ -92,7 +92,7 @@ class Pieces:
             "batch_size": self.scale.batch_size, "tried_images": self.scale.tried_images,
             "test_images": self.scale.test_images, "teacher_piece": teacher.name if teacher else "",
         }  # fmt: skip
-        return Piece(name, do, given)
+        return Piece(name, do, given, start)
 
     def teacher(self, task: str, rate: float, seed: int) -> Piece | None:
         """The original that teaches: fine-tuned where the classes are new; None: as it came."""
@@ -168,7 +168,8 @@ def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
             continue
         found = _converged(row)
         originals = _converged(next(one for one in rows if (one["task"], one["variant"]) == (row["task"], ORIGINAL)))
-        remark = f" ({len(found)} of {scale.seeds} seeds)" if len(found) < scale.seeds else ""
+        remark = of_seeds(row["seeds"], scale.seeds)
+        remark += f" ({failed} not converged)" if (failed := len(row["seeds"]) - len(found)) else ""
         cells = [mean_percent(accuracies[point - 1] for accuracies in found.values()) for point in scale.points]
         both = [] if row["variant"] == ORIGINAL else sorted(found.keys() & originals.keys())
         gains = [[found[seed][end - 1] - originals[seed][end - 1] for seed in both] for end in ends]

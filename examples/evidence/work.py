@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.papers.cells import in_processes, place_of
-from sphereify.errors import SphereifyError, TrainingError
+from examples.papers.cells import content_of, in_processes, place_of
+from examples.papers.report import told_errors
+from sphereify.errors import TrainingError
 from sphereify.files import write_text
 
 Found = dict[str, Any]
@@ -25,7 +26,10 @@ class Piece:
     do: Callable[..., Found]
     """A function of a module; it takes the data set's name, the folder of the piece and the values in `given`."""
     given: dict[str, Any] = field(default_factory=dict)
-    """What the result depends on besides the data."""
+    """What the result depends on besides the data and the weights."""
+    weights: Path | None = None
+    """File of the weights with which it begins; None: there is none. Where the file is gone, what was found with it
+    stands."""
 
     def folder(self, output: Path) -> Path:
         return output / "runs" / re.sub(r"[^0-9A-Za-z.,=]+", "-", self.name).strip("-")
@@ -33,6 +37,12 @@ class Piece:
     @property
     def asked(self) -> str:
         return repr(sorted(self.given.items()))
+
+    def began_with(self, weights: str | None) -> bool:
+        """Whether the weights whose content is known are those of the piece."""
+        if self.weights is None or weights is None:
+            return self.weights is None and weights is None
+        return not self.weights.is_file() or content_of(self.weights) == weights
 
 
 def complete(pieces: Sequence[Piece], args: Any) -> dict[str, Found]:
@@ -45,15 +55,12 @@ def complete(pieces: Sequence[Piece], args: Any) -> dict[str, Found]:
     waiting = [piece for piece in pieces if _read(piece, args.output, data) is None]
     if waiting and not args.report:
         work = [(piece, args.data, args.output) for piece in waiting]
-        try:
+        with told_errors():
             if args.jobs > 1:
                 in_processes(work, args.jobs, _do)
             else:
                 for one in work:
                     _do(*one)
-        except SphereifyError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
     results = {piece.name: _read(piece, args.output, data) for piece in pieces}
     return {name: result for name, result in results.items() if result is not None}
 
@@ -66,17 +73,19 @@ def _do(piece: Piece, data: str, output: Path) -> None:
     except TrainingError as error:
         found = {"failure": str(error)}
     seconds = time.process_time() - began
-    outcome = {"asked": piece.asked, "data": place_of(data), "cpu_seconds": seconds, "found": found}
+    weights = None if piece.weights is None else content_of(piece.weights)
+    outcome = {"asked": piece.asked, "data": place_of(data), "weights": weights, "cpu_seconds": seconds, "found": found}
     write_text(folder / "outcome.json", json.dumps(outcome, indent=1) + "\n")
     told = ", ".join(f"{name} {_short(value)}" for name, value in found.items() if not isinstance(value, (list, dict)))
     print(f"{piece.name}: {told} ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _read(piece: Piece, output: Path, data: str) -> Found | None:
-    """The result of a piece that was asked for in the same way before, with the same data."""
+    """The result of a piece that was asked for in the same way before, with the same data and weights."""
     file = piece.folder(output) / "outcome.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    return before["found"] if (before.get("asked"), before.get("data")) == (piece.asked, data) else None
+    same = (before.get("asked"), before.get("data")) == (piece.asked, data) and piece.began_with(before.get("weights"))
+    return before["found"] if same else None
 
 
 def cpu_minutes(output: Path) -> float:

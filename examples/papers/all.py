@@ -6,6 +6,7 @@ Takes the options of the experiments; what has finished is not repeated. One tha
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -47,8 +48,13 @@ def run_programs(
         try:
             import_module(f"{package}.{name}").main(given + ([] if name in untrained else training))
         except SystemExit as error:
-            if error.code and isinstance(error.code, int) and error.code > 128:
+            if isinstance(error.code, int) and error.code > 128:
                 raise  # a signal
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            failed += [name] if error.code else []
+        except Exception:  # a fault of one program
+            traceback.print_exc()
             failed += [name]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

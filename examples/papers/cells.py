@@ -6,6 +6,7 @@ ones continue where they stopped.
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -22,17 +23,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.papers.report import PICTURES, finish, parse
+from examples.papers.report import PICTURES, finish, parse, told_errors
 from examples.papers.results import Outcome, curves, percent, table
 from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
-from sphereify.errors import SphereifyError, TrainingError, UsageError
+from sphereify.errors import TrainingError, UsageError
 from sphereify.files import write_text
 from sphereify.images.transforms import make_transform
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
 from sphereify.training.settings import WITHOUT_EFFECT
 
+RATE = ", rate "
+"""What stands between the name of a network and its learning rate, where there are cells with several."""
 SIZE = 32
 """Height and width of an image in pixels."""
 SMOOTHED = Terms(label_smoothing=0.01)
@@ -120,6 +123,8 @@ class Cell:
     last test during training."""
     seeds: int | None = None
     """Number of seeds, if it is less than that of the scale."""
+    weights: Path | None = None
+    """File of the weights with which `build` begins; None: they are drawn."""
     measure: Callable[[nn.Module, Data, int], dict[str, Any]] | None = None
     """Function that measures the trained network on the test images; it takes the seed, too, and can be pickled."""
 
@@ -160,7 +165,8 @@ class Experiment:
     figure: Callable[[list[Cell], dict[str, list[Outcome]], Path], Any] | None = None
     """Function that draws figure.png; default: accuracy over iterations."""
     draw: Callable[[Callable[[str], nn.Module], Path], None] | None = None
-    """Function that draws a second picture; it takes a getter of trained networks by label, and the file."""
+    """Function that draws a second picture, of networks that have all been trained; it takes a getter of them by label,
+    and the file."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further arguments of the command line, by name, each with what argparse takes."""
 
@@ -174,16 +180,13 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
     further = {
         name: getattr(args, name) for name in (word.strip("-").replace("-", "_") for word in experiment.arguments)
     }
-    try:
+    with told_errors():
         cells = _chosen(experiment.cells(scale, **further), args.only)
         outcomes = _outcomes(cells, scale, args)
-    except SphereifyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
     args.output.mkdir(parents=True, exist_ok=True)
     if any(outcomes.values()):
         (experiment.figure or _draw_accuracy)(cells, outcomes, args.output / PICTURES[0])
-    if experiment.draw is not None and not args.report:
+    if experiment.draw is not None and not args.report and not args.only:
         experiment.draw(partial(_labelled, cells, args), args.output / PICTURES[1])
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
@@ -195,20 +198,21 @@ def _draw_accuracy(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: 
 
 
 ONLY = {
-    "--only": {"nargs": "+", "metavar": "NAME", "help": "networks to train, by their names in the table; default: all"}
-}
+    "--only": {"nargs": "+", "metavar": "NAME", "help": "networks to train, by their names in the table; "
+               "default: all"}
+}  # fmt: skip
 
 
 def _chosen(cells: list[Cell], names: Sequence[str] | None) -> list[Cell]:
-    """The cells with these names, all without names.
+    """The cells with these names, all without names. A name without a rate is that of the cells with any rate.
 
     Raises:
         UsageError: there is no cell with one of the names.
     """
-    known = [cell.name for cell in cells]
-    if unknown := [name for name in names or () if name not in known]:
+    known = {cell.name: {cell.name, cell.name.partition(RATE)[0]} for cell in cells}
+    if unknown := [name for name in names or () if not any(name in some for some in known.values())]:
         raise UsageError(f"only: there is no {unknown[0]!r}; there are {'; '.join(known)}")
-    return [cell for cell in cells if names is None or cell.name in names]
+    return [cell for cell in cells if names is None or known[cell.name] & set(names)]
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -231,7 +235,7 @@ def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outc
 def _trials(cell: Cell) -> list[Cell]:
     """The cell with each of its learning rates."""
     return [
-        replace(cell, label=f"{cell.label}, rate {rate:g}", rates=(), settings={**cell.settings, "lr": rate})
+        replace(cell, label=f"{cell.label}{RATE}{rate:g}", rates=(), settings={**cell.settings, "lr": rate})
         for rate in cell.rates
     ]
 
@@ -282,22 +286,24 @@ def in_processes(work: list[Any], jobs: int, do: Callable[..., Any]) -> None:
                 process.terminate()
                 process.join()
         signal.signal(signal.SIGTERM, before)
-    if codes := [process.exitcode for process in processes if process.exitcode]:
+    codes = [process.exitcode for process in processes if process.exitcode]
+    if killed := [-code for code in codes if code < 0]:
+        raise SystemExit(f"error: signal {killed[0]} ended a process; out of memory? What has finished is kept: try "
+                         "fewer --jobs")  # fmt: skip
+    if codes:
         raise SystemExit(max(codes))
 
 
 def _take_work(work: list[Any], taken: Any, threads: int, do: Callable[..., Any]) -> None:
     torch.set_num_threads(threads)
     try:
-        while True:
-            with taken.get_lock():
-                place, taken.value = taken.value, taken.value + 1
-            if place >= len(work):
-                return
-            do(*work[place])
-    except SphereifyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        with told_errors():
+            while True:
+                with taken.get_lock():
+                    place, taken.value = taken.value, taken.value + 1
+                if place >= len(work):
+                    return
+                do(*work[place])
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
 
@@ -356,6 +362,7 @@ def _asked(cell: Cell, settings: Settings, scale: Scale, data: str) -> dict[str,
         "conversion": repr(cell.options),
         "learned": cell.learned,
         "measure": None if cell.measure is None else repr(getattr(cell.measure, "keywords", {})),
+        **({} if cell.weights is None else {"weights": content_of(cell.weights)}),
     }
     return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
 
@@ -363,6 +370,11 @@ def _asked(cell: Cell, settings: Settings, scale: Scale, data: str) -> dict[str,
 def place_of(data: str) -> str:
     """The name of the data, of a folder its absolute path, wherever the program was started."""
     return os.path.realpath(data) if Path(data).is_dir() else data
+
+
+def content_of(file: Path) -> str:
+    """A short text that changes with the content of a file."""
+    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
 
 
 def folder_of(folder: Path, cell: Cell, seed: int = 0) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from examples.papers.cells import CPU, FULL, QUICK, Cell, network_trained
 from examples.papers.operators_and_losses import options_of, terms_of
 from examples.papers.plain_cnn import cnn, wide
-from examples.papers.report import finish, markdown, parse, picture
+from examples.papers.report import finish, markdown, parse, picture, told_errors
 from sphereify.datasets import load_data
 
 SCALES = {"quick": QUICK, "cpu": CPU, "full": FULL}
@@ -46,6 +46,7 @@ def answers(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(part.to(device)).argmax(1).cpu() for part in images.split(500)])
 
 
+@told_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, argv)
     scale = SCALES[args.scale]

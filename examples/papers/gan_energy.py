@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from examples.papers.cells import CPU, FULL, QUICK, Cell, Scale, network_trained
 from examples.papers.plain_cnn import cnn, wide
-from examples.papers.report import finish, markdown, parse, picture
+from examples.papers.report import finish, markdown, parse, picture, told_errors
 from sphereify import HypersphericalEnergy
 from sphereify.datasets import load_data, load_images
 from sphereify.files import write_text
@@ -152,6 +152,7 @@ def samples(makes: nn.Module, count: int, device: torch.device) -> Tensor:
     return torch.cat([makes(part.to(device)) for part in noise.split(500)])
 
 
+@told_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, argv)
     size = SIZES[args.scale]

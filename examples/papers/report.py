@@ -5,12 +5,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sphereify.errors import SphereifyError
 from sphereify.plots import new_figure, save_figure
 from sphereify.sources import versions
 
@@ -54,6 +56,16 @@ def parse(
     for name, how in (further or {}).items():
         parser.add_argument(name, **how)
     return parser.parse_args(argv)
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """An error of the package, such as bad data, ends the program with a line instead of a traceback."""
+    try:
+        yield
+    except SphereifyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def finish(args: Any, name: str, table: str, figure: Any, document: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The outcomes of cells, their table and their curves."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,16 +89,19 @@ def mean_percent(shares: Iterable[float | None], *, signed: bool = False, digits
 
 
 def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:
-    """Pairs of each cell with those of its panel that have one of the labels, in the order of the cells."""
+    """Pairs of each cell with those of its panel that have one of the labels, in the order of the cells.
+
+    Cells with two of the labels are paired once: the one with the later label is compared with the other.
+    """
 
     def pairs(cells: Sequence[Any]) -> list[tuple[Any, Any]]:
-        return [(cell, other) for other in cells if other.label in labels
-                for cell in cells if cell.panel == other.panel and cell.label not in labels]  # fmt: skip
+        return [(cell, other) for other in cells if other.label in labels for cell in cells
+                if cell.panel == other.panel and cell.label not in labels[: labels.index(other.label) + 1]]  # fmt: skip
 
     return pairs
 
 
-def of_seeds(found: Sequence[Outcome], seeds: int) -> str:
+def of_seeds(found: Sized, seeds: int) -> str:
     """A remark on how many seeds have finished, unless all have."""
     return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
 

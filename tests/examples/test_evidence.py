@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import pickle
+import signal
+from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -15,7 +18,7 @@ from torch import nn
 
 from benchmarks.plain_networks import ResNet20
 from examples.evidence import all as every
-from examples.evidence import contrast, depth, networks
+from examples.evidence import contrast, depth, networks, work
 from examples.papers import all as programs
 from examples.papers import cells, plain_cnn, results
 from examples.papers.results import Outcome
@@ -71,7 +74,7 @@ def test_a_report_of_nothing_says_so_and_draws_nothing(tmp_path, name, capsys):
     program.main(["--quick", "--report", "--data", "photos", "-o", str(tmp_path)])
     told = capsys.readouterr()
     assert told.out == (tmp_path / "table.md").read_text() == "No result yet.\n"
-    assert told.err == f"written: {tmp_path}/table.md, results.json\n"
+    assert told.err.endswith(f"written: {tmp_path}/table.md, results.json\n")
     assert {file.name for file in tmp_path.iterdir()} == {"table.md", "results.json"}
 
 
@@ -168,6 +171,70 @@ def test_only_the_networks_that_are_named_are_trained(tmp_path, monkeypatch, cap
     assert "only: there is no 'one: nets'; there are one: net; one: net, wider; one: other" in capsys.readouterr().err
 
 
+def test_a_name_without_a_rate_is_that_of_the_networks_with_any_rate(tmp_path, monkeypatch):
+    rates = [cells.Cell("one", f"{name}{cells.RATE}{rate}", Stub, None) for rate in (1, 2) for name in ("net", "other")]
+    experiment = cells.Experiment("test", "", lambda scale: rates, quick=replace(cells.QUICK, goals=()))
+    for asked_for, names in {
+        "one: net": ["one: net, rate 1", "one: net, rate 2"],
+        "one: other, rate 2": ["one: other, rate 2"],
+    }.items():
+        asked = run_with(monkeypatch, experiment, tmp_path, lambda one, seed: outcome(seed, 0.5), "--only", asked_for)
+        assert [name for name, *_ in asked] == names
+
+
+def test_the_picture_of_all_networks_is_not_drawn_of_some(tmp_path, monkeypatch):
+    drawn = []
+    two = [cells.Cell("one", name, Stub, None) for name in ("net", "other")]
+    draw = lambda network_of, path: drawn.append(path.name)  # noqa: E731
+    experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, goals=()), draw=draw)
+    for more, pictures in ((["--only", "one: net"], []), ([], ["second.png"])):
+        run_with(monkeypatch, experiment, tmp_path, lambda one, seed: outcome(seed, 0.5), *more)
+        assert drawn == pictures
+
+
+def test_an_outcome_is_that_of_the_weights_with_which_it_began(tmp_path):
+    file = tmp_path / "known.pt"
+    asked = []
+    for content in (b"one", b"another", b"one"):
+        file.write_bytes(content)
+        cell = cells.Cell("one", "net", Stub, None, weights=file)
+        asked += [cells._asked(cell, cells.QUICK.settings(cell, 0, 0), cells.QUICK, "photos")]
+    assert asked[0] == asked[2] != asked[1]
+    torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
+    for cell in contrast.cells(cells.CPU, plain=tmp_path):
+        assert (cell.weights is not None) == (cell.panel == contrast.TRAINED)
+
+
+@pytest.mark.parametrize(("before", "after", "again"), [(b"1", b"1", False), (b"1", b"2", True), (b"1", None, False),
+                                                        (None, b"1", True)])  # fmt: skip
+def test_work_with_other_weights_is_done_again(tmp_path, before, after, again):
+    done = []
+
+    def do(data, folder):
+        done.append(data)
+        return {"accuracy": 0.5}
+
+    file, args = tmp_path / "known.pt", Namespace(data="photos", output=tmp_path, jobs=1, report=False)
+    for content in (before, after):
+        if content is not None:
+            file.write_bytes(content)
+        piece = work.Piece("one", do, {}, None if content is None and not file.is_file() else file)
+        if content is None and piece.weights:
+            file.unlink()
+        assert work.complete([piece], args) == {"one": {"accuracy": 0.5}}
+    assert len(done) == 1 + again
+
+
+def _end(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.processes
+def test_a_process_that_is_killed_is_told():
+    with pytest.raises(SystemExit, match="error: signal 9 ended a process; out of memory"):
+        cells.in_processes([(signal.SIGKILL,)], 2, _end)
+
+
 def test_a_report_tells_what_has_finished_and_how_many_seeds(tmp_path, monkeypatch):
     two = [cells.Cell("one", name, Stub, None) for name in ("first", "second")]
     experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, seeds=2, goals=()))
@@ -222,8 +289,12 @@ def test_a_run_has_converged_if_it_is_twice_as_good_as_guessing_with_every_seed(
         1e-1: [outcome(0, None), outcome(1, 0.9)],
         1.0: [outcome(0, 0.9)],
     }
-    assert depth.largest_rate(sweep, 2) == 1e-3
-    assert depth.largest_rate({1e-2: sweep[1e-2]}, 2) is None
+    rates = list(sweep)
+    assert depth.largest_rate(sweep, rates, 2) == "0.001 or more"  # of the largest one a seed is missing
+    assert depth.largest_rate(sweep, rates[:-1], 2) == "0.001"
+    assert depth.largest_rate({1e-2: sweep[1e-2]}, [1e-2], 2) == "none"
+    assert depth.largest_rate({1e-2: sweep[1e-2]}, [1e-3, 1e-2], 2) == "not decided"
+    assert depth.largest_rate({1e-2: [outcome(0, 0.1)]}, [1e-2], 2) == "none"  # one that failed is enough
     told = ["2 of 2, 25.0 ± 7.1 %", "2 of 2, 55.0 ± 7.1 %", "1 of 2, 70.0 %", "1 of 2, 90.0 %", "1 of 1, 90.0 %"]
     assert [depth._told(runs) for runs in sweep.values()] == told
 
@@ -235,8 +306,8 @@ def test_depths_are_in_order_and_rates_without_an_outcome_are_blank():
     outcomes["CNN-18: plain, rate 0.003"] = [outcome(seed, 0.4) for seed in range(3)]
     text = depth.table(depth.EXPERIMENT, found, outcomes, depth.EXPERIMENT.cpu)
     assert text.splitlines()[2:] == [
-        "| CNN-18: plain |  |  | 3 of 3, 40.0 ± 0.0 % |  | 0.003 |",
-        "| CNN-69: plain |  | 0 of 1 |  |  | none |",
+        "| CNN-18: plain |  |  | 3 of 3, 40.0 ± 0.0 % |  | 0.003 or more |",
+        "| CNN-69: plain |  | 0 of 1 |  |  | not decided |",
     ]
 
 
@@ -287,7 +358,7 @@ def test_a_rival_is_compared_where_both_networks_were_asked_for(tmp_path):
     torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
     whole = cells_of(contrast, cells.CPU, tmp_path)
     pairs = [(one.name, other.name) for one, other in contrast.rivals(whole)]
-    assert len(pairs) == len(set(pairs)) == 2 * (7 + 1) + 6 + 2
+    assert len(pairs) == len(set(pairs)) == 2 * (8 + 2) + 6 + 2
     assert ("ResNet-20: ρ = 2, jitter", "ResNet-20: plain, jitter") in pairs
     assert ("ResNet-20, trained further: ρ = 4, jitter", "ResNet-20, trained further: original, jitter") in pairs
     some = [cell for cell in whole if cell.name in ("CNN-9: plain", "ResNet-20: plain", "ResNet-20: ρ = 2")]
@@ -316,6 +387,17 @@ def test_all_runs_every_program_that_there_is(tmp_path, monkeypatch):
     assert ran["examples.evidence.depth"] == where
 
 
+def test_each_network_is_compared_with_the_labels_before_its_own():
+    norms = [cells.Cell("batch 2", label, Stub, None) for label in ("Batch", "Group", "ours")]
+    pairs = [(one.label, other.label) for one, other in results.against("Batch", "Group")(norms)]
+    assert pairs == [("Group", "Batch"), ("ours", "Batch"), ("ours", "Group")]
+
+
+def test_a_panel_that_lacks_its_weights_is_left_out_aloud(tmp_path, capsys):
+    cells_of(contrast, cells.CPU, tmp_path)
+    assert f"left out: {contrast.TRAINED}, for there is no {tmp_path}/resnet20.pt" in capsys.readouterr().err
+
+
 def test_differences_are_taken_seed_by_seed():
     def runs(*accuracies):
         return [Outcome(seed, accuracy) for seed, accuracy in enumerate(accuracies)]
@@ -334,7 +416,7 @@ def test_the_conversion_with_a_radius_is_compared_with_all_of_its_panel(tmp_path
     (tmp_path / "resnet20.pt").touch()
     found = contrast.cells(contrast.EXPERIMENT.cpu, plain=tmp_path)
     pairs = contrast.rivals(found)
-    assert len(pairs) == len(found) + 1  # each against the rest of its panel; with changed colours against three
+    assert len(pairs) == len(found) + 3  # each against the rest of its panel; with changed colours against two
     assert all(one.panel == other.panel and one.label.startswith("ρ = ") for one, other in pairs)
 
 

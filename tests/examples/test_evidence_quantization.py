@@ -119,6 +119,17 @@ def test_losses_are_those_of_the_same_draw():
     assert "| vgg | 8 bits | 81.0 ± 1.4 | 9.0 ± 1.4 | 87.0 | 1.0 | +9.0 |" in table
 
 
+def test_another_network_is_not_taken_for_one_that_was_converted_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization_runs, "calibrate", lambda model, network, images: None)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for shift, networks in ((0, 1), (1, 2), (0, 2)):
+        network = _network(convert=False)
+        network[0].weight.data.add_(shift)
+        model = quantization_runs._converted(network, "net", images, 0, tmp_path)
+        assert torch.equal(model[0].weight, sphereify(network, radius=4.0)[0].weight)
+        assert len(list((tmp_path / "networks").iterdir())) == networks
+
+
 @pytest.mark.papers
 def test_networks_are_quantized_and_exposed_once(tmp_path, monkeypatch):
     photos, output = write_pictures(tmp_path / "photos"), tmp_path / "out"

@@ -59,6 +59,14 @@ def test_the_best_rate_is_chosen_when_all_have_been_tried():
     assert transfer.best([({"failure": "nan"}, 0.1)]) is None
 
 
+def test_runs_that_are_missing_are_told_apart_from_those_that_failed():
+    scale = transfer.replace(transfer.CPU, points=(1, 2))
+    runs = {0: {"accuracies": [0.5, 0.6]}, 1: {"failure": "nan"}}
+    row = {"task": transfer.SAME, "variant": transfer.ORIGINAL, "rate": 0.01, "seeds": runs}
+    told = transfer._table([row], scale, 1.0)
+    assert f"| {transfer.SAME} | original (2 of 3 seeds) (1 not converged) | 0.01 | 50.0 | 60.0 |" in told
+
+
 @pytest.mark.papers
 def test_networks_are_transferred_once_and_reported_without_training(tmp_path, monkeypatch):
     photos, output = write_pictures(tmp_path / "photos"), tmp_path / "out"

@@ -274,6 +274,15 @@ def test_partners_are_of_other_classes():
     assert (others != targets).all()
 
 
+@pytest.mark.parametrize("program", [fourier, gan_energy])
+def test_data_that_are_not_there_end_a_program_with_a_line(tmp_path, program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--quick", "--data", str(tmp_path / "nothing"), "-o", str(tmp_path / "out")])
+    assert ended.value.code > 0
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.papers
 def test_phases_and_magnitudes_are_asked_for(tmp_path, photos):
     fourier.main(["--quick", "--data", str(photos), "-o", str(tmp_path)])
@@ -283,7 +292,7 @@ def test_phases_and_magnitudes_are_asked_for(tmp_path, photos):
 # --------------------------------------------------------------------------------------------------------- all of them
 
 
-def test_all_runs_every_experiment_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
+def test_all_runs_every_experiment_and_goes_on_after_one_that_fails(tmp_path, monkeypatch, capsys):
     ran = {}
 
     class Program:
@@ -292,12 +301,23 @@ def test_all_runs_every_experiment_and_goes_on_after_one_that_fails(tmp_path, mo
 
         def main(self, argv: list[str]) -> None:
             ran[self.name] = argv
-            if self.name == "depth":
-                raise SystemExit(1)
+            if self.name in fails:
+                raise fails[self.name]
 
+    fails = {
+        "depth": SystemExit(1),
+        "width": SystemExit("no weights: train them"),
+        "fourier": ValueError("a fault"),
+        "conditioning": SystemExit(0),
+    }
     monkeypatch.setattr(every, "import_module", Program)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         every.main(["--full", "--jobs", "3", "--data", "photos", "-o", str(tmp_path)])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.endswith("\nfailed: depth, width, fourier\n")
+    assert "no weights: train them\n" in told
+    assert "ValueError: a fault\n" in told
     folder = Path(every.__file__).parent
     shared = {"__init__", "all", "cells", "report", "results", "training_images"}
     assert set(ran) == {file.stem for file in folder.glob("*.py")} - shared
