@@ -3,7 +3,7 @@
 from typing import Any
 
 from examples.papers.report import NO_RESULT, markdown, picture
-from examples.papers.results import mean_percent
+from examples.papers.results import difference, mean_percent, remark
 
 MAIN = {"verification": ("EER", -1), "few images": ("rare by means", 1), "label noise": ("accuracy", 1)}
 """For each kind of panel the number that decides, and 1 if more of it is better, −1 if less."""
@@ -13,7 +13,8 @@ HIDDEN = ("goal", "failure")
 def tables(panels: dict[str, Any], seeds: int, minutes: float) -> str:
     """A table for each panel: mean and standard deviation over the seeds in %, and the gain over the plain softmax.
 
-    The gain is the mean of the differences of equal seeds, positive where the head is better.
+    The gain is the mean of the differences of equal seeds, positive where the head is better; bold if chance does not
+    explain it.
     """
     found = [
         f"Numbers are percentages, mean ± standard deviation over {seeds} seeds; {minutes:.0f} minutes of a core.\n"
@@ -38,14 +39,12 @@ def _table(panel: str, rows: list[dict[str, Any]], seeds: int) -> str:
     lines = []
     for row in rows:
         converged = {seed: found for seed, found in row["seeds"].items() if "failure" not in found}
-        remark = f" ({len(row['seeds'])} of {seeds} seeds)" if len(row["seeds"]) < seeds else ""
-        failed = len(row["seeds"]) - len(converged)
-        remark += f" ({failed} not converged)" if failed else ""
         gains = [sign * (found[main] - base[seed][main]) for seed, found in converged.items()
                  if main in base.get(seed, {})] if row["seeds"] is not base else []  # fmt: skip
         told = ", ".join(f"{name} {value:g}" for name, value in row["numbers"].items())
         cells = [mean_percent(found[name] for found in converged.values()) for name in columns]
-        lines += [[_angular(row) + remark, row["head"], told, *cells, mean_percent(gains, signed=True)]]
+        network = _angular(row) + remark(row["seeds"], seeds, len(converged))
+        lines += [[network, row["head"], told, *cells, difference(gains)]]
     return markdown(["angular", "head", "chosen", *columns, f"gain in {main}"], lines)
 
 

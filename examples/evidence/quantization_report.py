@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.papers.report import markdown, picture
-from examples.papers.results import mean_percent
+from examples.papers.results import difference, mean_percent
 
 ORIGINAL, CONVERTED = "original", "converted"
 COLOURS = {ORIGINAL: "tab:blue", "original, contrast standardised": "tab:gray", CONVERTED: "tab:orange"}
@@ -18,7 +18,8 @@ def tables(
     lost = "lost = points of accuracy lost to the quantization"
     return (
         f"Accuracy in %, mean ± standard deviation over {seeds} draws of calibration images; {minutes:.0f} minutes of "
-        f"a core.\n\n### Quantization\n\n{lost}; saved = the original's loss less the conversion's.\n\n"
+        f"a core.\n\n### Quantization\n\n{lost}; saved = the original's loss less the conversion's, "
+        "bold if chance does not explain it.\n\n"
         f"{_quantization(results['quantization'], networks, settings)}\n### Exposure\n\n"
         f"{_exposure(results['exposure'])}"
     )
@@ -42,7 +43,7 @@ def _quantization(found: list[dict[str, Any]], networks: Sequence[str], settings
             cells = [cell for variant in (ORIGINAL, CONVERTED)
                      for cell in (mean_percent(shares[variant].values()),
                                   "" if is_fp32 else mean_percent(losses[variant].values()))]  # fmt: skip
-            rows += [[network, setting, *cells, "" if is_fp32 else mean_percent(saved, signed=True)]]
+            rows += [[network, setting, *cells, "" if is_fp32 else difference(saved)]]
     columns = ["network", "quantization", ORIGINAL, "lost", CONVERTED, "lost", "saved"]
     return markdown(columns, rows)
 

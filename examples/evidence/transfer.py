@@ -23,7 +23,7 @@ from typing import Any
 from examples.evidence.transfer_runs import OTHER, SAME, learn, source
 from examples.evidence.work import Found, Piece, complete, cpu_minutes
 from examples.papers.report import finish, markdown, parse
-from examples.papers.results import mean_percent, of_seeds
+from examples.papers.results import difference, mean_percent, remark
 from sphereify.plots import plot_panels
 from sphereify.training.recipe import GENTLE_RADIUS
 
@@ -168,18 +168,17 @@ def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
             continue
         found = _converged(row)
         originals = _converged(next(one for one in rows if (one["task"], one["variant"]) == (row["task"], ORIGINAL)))
-        remark = of_seeds(row["seeds"], scale.seeds)
-        remark += f" ({failed} not converged)" if (failed := len(row["seeds"]) - len(found)) else ""
         cells = [mean_percent(accuracies[point - 1] for accuracies in found.values()) for point in scale.points]
         both = [] if row["variant"] == ORIGINAL else sorted(found.keys() & originals.keys())
         gains = [[found[seed][end - 1] - originals[seed][end - 1] for seed in both] for end in ends]
-        told = [mean_percent(some, signed=True) for some in gains]
-        lines += [[row["task"], row["variant"] + remark, f"{row['rate']:g}", *cells, *told]]
+        told = [difference(some) for some in gains]
+        network = row["variant"] + remark(row["seeds"], scale.seeds, len(found))
+        lines += [[row["task"], network, f"{row['rate']:g}", *cells, *told]]
     points = [f"after {_epochs(point)}" for point in scale.points]
     columns = ["task", "network", "learning rate", *points, *(f"gain after {_epochs(end)}" for end in ends)]
     about = (
         f"Test accuracy in %, mean ± standard deviation over {scale.seeds} seeds; gain = mean difference from the "
-        f"original with the same seed; {minutes:.0f} minutes of a core.\n\n"
+        f"original with the same seed, bold if chance does not explain it; {minutes:.0f} minutes of a core.\n\n"
     )
     return about + markdown(columns, lines)
 

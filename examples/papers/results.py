@@ -47,7 +47,7 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
         if not found:
             continue
         row = [cell.name, *([f"{found[0].lr:g}"] if rates else [])]
-        row += [percent([o.accuracy for o in found]) + of_seeds(found, cell.seeds_of(scale))]
+        row += [percent([o.accuracy for o in found]) + remark(found, cell.seeds_of(scale), len(found))]
         row += ["" if authors is None else f"{authors:.2f}"] if source else []
         row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
         rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
@@ -56,14 +56,17 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
 
 
 def differences(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcome]]) -> str:
-    """The table of differences between the cells of `experiment.pairs`, seed by seed; empty where there is none."""
+    """The table of differences between the cells of `experiment.pairs`, seed by seed; empty where there is none.
+
+    Those that are larger than chance explains are bold.
+    """
     values: dict[str, Callable[[Outcome], float | None]] = {"test accuracy": lambda outcome: outcome.accuracy}
     values |= {name.removesuffix(", %"): value for name, value in experiment.columns.items()}
     rows = []
     for one, other in experiment.pairs(cells) if experiment.pairs else []:
         both = paired(outcomes[one.name], outcomes[other.name])
         if both:
-            told = [mean_percent([f(a) - f(b) for a, b in both], signed=True) for f in values.values()]  # type: ignore[operator]
+            told = [difference([f(a) - f(b) for a, b in both]) for f in values.values()]  # type: ignore[operator]
             rows += [[f"{one.panel}: {one.label} less {other.label}", str(len(both)), *told]]
     return markdown(["difference in points", "seeds", *values], rows) if rows else ""
 
@@ -72,6 +75,26 @@ def paired(some: Sequence[Outcome], others: Sequence[Outcome]) -> list[tuple[Out
     """The outcomes of two cells with the same seed, where both converged."""
     by_seed = {outcome.seed: outcome for outcome in others if outcome.accuracy is not None}
     return [(one, by_seed[one.seed]) for one in some if one.accuracy is not None and one.seed in by_seed]
+
+
+CHANCE = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24}
+"""How many of its standard deviations a mean difference may be by chance, by the number of seeds: Student's t for 95 %,
+divided by the root of that number."""
+
+
+def difference(shares: Sequence[float]) -> str:
+    """Mean and standard deviation of differences in points; bold if chance does not explain it.
+
+    The bound is that of a paired t-test at 95 %, so that one in twenty differences is bold where there is none.
+
+    >>> difference([0.02, 0.03, 0.04]), difference([0.0, 0.03, 0.06]), difference([0.03])
+    ('**+3.0 ± 1.0**', '+3.0 ± 3.0', '+3.0')
+    """
+    told = mean_percent(shares, signed=True)
+    if len(shares) < min(CHANCE):
+        return told
+    clear = abs(statistics.mean(shares)) > CHANCE[min(len(shares), max(CHANCE))] * statistics.stdev(shares)
+    return f"**{told}**" if clear else told
 
 
 def mean_percent(shares: Iterable[float | None], *, signed: bool = False, digits: int = 1) -> str:
@@ -101,9 +124,14 @@ def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:
     return pairs
 
 
-def of_seeds(found: Sized, seeds: int) -> str:
-    """A remark on how many seeds have finished, unless all have."""
-    return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
+def remark(found: Sized, seeds: int, converged: int) -> str:
+    """How many seeds have finished, unless all have, and how many of them did not converge, unless all did."""
+    finished = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
+    return finished + not_converged(len(found) - converged)
+
+
+def not_converged(failed: int) -> str:
+    return f" ({failed} not converged)" if failed else ""
 
 
 def percent(values: Sequence[float | None]) -> str:
@@ -112,8 +140,7 @@ def percent(values: Sequence[float | None]) -> str:
     if not numbers:
         return "not converged"
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    failed = len(values) - len(numbers)
-    return f"{statistics.mean(numbers):.2f}{spread}" + (f" ({failed} not converged)" if failed else "")
+    return f"{statistics.mean(numbers):.2f}{spread}{not_converged(len(values) - len(numbers))}"
 
 
 def mean_steps(steps: Sequence[float | None]) -> str:

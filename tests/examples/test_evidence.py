@@ -11,11 +11,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks import plain_networks
 from benchmarks.plain_networks import ResNet20
 from examples.evidence import all as every
 from examples.evidence import contrast, depth, networks, work
@@ -424,3 +426,34 @@ def test_a_folder_of_images_is_the_same_from_wherever_it_is_named(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert cells.place_of(".") == cells.place_of(str(tmp_path)) == str(tmp_path.resolve())
     assert cells.place_of("cifar10") == "cifar10"
+
+
+def test_a_plain_network_is_trained_once_and_for_its_own_length(tmp_path, monkeypatch, capsys):
+    trained = {}
+    monkeypatch.setattr(plain_networks, "cifar", lambda folder: plain_networks.Images(*torch.zeros(4, 1)))
+    monkeypatch.setattr(plain_networks, "digits", lambda: plain_networks.Images(*torch.zeros(4, 1)))
+    monkeypatch.setattr(plain_networks, "train", lambda network, images, **how: trained.update({type(network): how}))
+    (tmp_path / "mobilenet.pt").write_bytes(b"before")
+    given = ["plain_networks", "--output", str(tmp_path), "--networks", "resnet20", "vit", "mobilenet"]
+    for epochs in (20, None):
+        monkeypatch.setattr("sys.argv", given)
+        plain_networks.main()
+        lengths = {kind.__name__: how["epochs"] for kind, how in trained.items()}
+        assert lengths == ({} if epochs is None else {"ResNet20": epochs, "SmallViT": 40})
+        trained.clear()
+    assert f"mobilenet: {tmp_path}/mobilenet.pt is there" in capsys.readouterr().out
+    assert (tmp_path / "mobilenet.pt").read_bytes() == b"before"
+    assert {file.name for file in tmp_path.iterdir()} == {"resnet20.pt", "vit.pt", "mobilenet.pt"}
+    ResNet20().load_state_dict(torch.load(tmp_path / "resnet20.pt"))
+
+
+def test_one_in_twenty_differences_is_bold_where_there_is_none():
+    draw = np.random.default_rng(0)
+    for seeds, bound in results.CHANCE.items():
+        shares = draw.normal(size=(40_000, seeds))
+        beyond = np.abs(shares.mean(1)) > bound * shares.std(1, ddof=1)
+        assert beyond.mean() == pytest.approx(0.05, abs=0.004)  # three standard deviations of the count
+    assert results.difference([0.02, 0.03, 0.04]) == "**+3.0 ± 1.0**"
+    assert results.difference([-0.02, -0.03, -0.04]) == "**-3.0 ± 1.0**"
+    assert results.difference([0.02, 0.03]) == "+2.5 ± 0.7"
+    assert (results.difference([0.02]), results.difference([])) == ("+2.0", "")
