@@ -11,8 +11,8 @@ the images, with the same batches and rate; they are left out where --plain has 
 
 The table has the accuracy on all test images, and on 1,000 of them under seven corruptions: means over five strengths.
 figure.png shows CNN-9 at each strength, second.png the ResNet-20 that came trained, third.png that from scratch. On a
-CPU: a quarter of the filters of CNN-9, 20,000 images, 2,000 iterations with batches of 64, three seeds; three hours on
-two cores (estimated).
+CPU: a quarter of the filters of CNN-9, 20,000 images, 2,000 iterations with batches of 64, three seeds; three and a
+half hours on two cores (estimated).
 """
 
 import statistics

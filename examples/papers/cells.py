@@ -121,8 +121,6 @@ class Cell:
     rates: tuple[float, ...] = ()
     """Learning rates to choose from: each is tried with the first seed, and all seeds take the one that was best in the
     last test during training."""
-    seeds: int | None = None
-    """Number of seeds, if it is less than that of the scale."""
     weights: Path | None = None
     """File of the weights with which `build` begins; None: they are drawn."""
     measure: Callable[[nn.Module, Data, int], dict[str, Any]] | None = None
@@ -131,10 +129,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.panel}: {self.label}"
-
-    def seeds_of(self, scale: Scale) -> int:
-        """The number of seeds with which the network is trained."""
-        return min(scale.seeds, self.seeds or scale.seeds)
 
     @property
     def variant(self) -> Variant:
@@ -227,7 +221,7 @@ def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outc
     trials = {cell.name: _trials(cell) for cell in cells if cell.rates}
     tried = _train_all([(trial, 0) for some in trials.values() for trial in some], scale, args)
     chosen = [_best(trials[cell.name], tried) if cell.rates else cell for cell in cells]
-    seeds = [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell and seed < cell.seeds_of(scale)]
+    seeds = [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell]
     outcomes = _train_all(seeds, scale, args)
     return {cell.name: outcomes.get(one.name, []) if one else [] for cell, one in zip(cells, chosen, strict=True)}
 

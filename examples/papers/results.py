@@ -47,7 +47,7 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
         if not found:
             continue
         row = [cell.name, *([f"{found[0].lr:g}"] if rates else [])]
-        row += [percent([o.accuracy for o in found]) + remark(found, cell.seeds_of(scale), len(found))]
+        row += [percent([o.accuracy for o in found]) + remark(found, scale.seeds, len(found))]
         row += ["" if authors is None else f"{authors:.2f}"] if source else []
         row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
         rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
