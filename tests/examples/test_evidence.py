@@ -360,7 +360,7 @@ def test_a_rival_is_compared_where_both_networks_were_asked_for(tmp_path):
     torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
     whole = cells_of(contrast, cells.CPU, tmp_path)
     pairs = [(one.name, other.name) for one, other in contrast.rivals(whole)]
-    assert len(pairs) == len(set(pairs)) == 2 * (8 + 2) + 6 + 2
+    assert len(pairs) == len(set(pairs)) == 2 * (9 + 2 + 1) + 7 + 2 + 1
     assert ("ResNet-20: ρ = 2, jitter", "ResNet-20: plain, jitter") in pairs
     assert ("ResNet-20, trained further: ρ = 4, jitter", "ResNet-20, trained further: original, jitter") in pairs
     some = [cell for cell in whole if cell.name in ("CNN-9: plain", "ResNet-20: plain", "ResNet-20: ρ = 2")]
@@ -418,7 +418,7 @@ def test_the_conversion_with_a_radius_is_compared_with_all_of_its_panel(tmp_path
     (tmp_path / "resnet20.pt").touch()
     found = contrast.cells(contrast.EXPERIMENT.cpu, plain=tmp_path)
     pairs = contrast.rivals(found)
-    assert len(pairs) == len(found) + 3  # each against the rest of its panel; with changed colours against two
+    assert len(pairs) == len(found) + 6  # each against the rest of its panel; with the care of a rival three more
     assert all(one.panel == other.panel and one.label.startswith("ρ = ") for one, other in pairs)
 
 
