@@ -1,10 +1,10 @@
 """How much a converted network keeps of a trained one: without training, with steps, and in the first iterations.
 
-    python benchmarks/plain_networks.py --data CIFAR10 --output data/plain        # the networks, once
-    python benchmarks/calibration.py --data CIFAR10 --plain data/plain            # the table, resumable, hours
-    python benchmarks/calibration.py --data CIFAR10 --networks resnet20 --test-images 2000 --strengths 3
-    python benchmarks/calibration.py --data CIFAR10 --plain data/plain --finetune --networks resnet20
-    python benchmarks/calibration.py --resnet18                                   # time and memory at 224 pixels
+    python -m benchmarks.plain_networks --data CIFAR10 --output data/plain        # the networks, once
+    python -m benchmarks.calibration --data CIFAR10 --plain data/plain            # the table, resumable, hours
+    python -m benchmarks.calibration --data CIFAR10 --networks resnet20 --test-images 2000 --strengths 3
+    python -m benchmarks.calibration --data CIFAR10 --plain data/plain --finetune --networks resnet20
+    python -m benchmarks.calibration --resnet18                                   # time and memory at 224 pixels
 
 Calibration images are training images without their labels; accuracies are of test images. Each network and operator
 has a row for a radius of 0, one for the radius that an agreement of 0.98 chooses, and one for this with some steps.
@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
 from torch import Tensor, nn
 
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
+from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.distillation import distill
+from sphereify.fingerprint import fingerprint
 from sphereify.training.corruptions import CORRUPTIONS, corrupt
 from sphereify.training.robustness import ContrastStandardized, deviations_of
 
@@ -38,6 +40,8 @@ OPERATORS = ("cosine", "linear", "sigmoid", "learnable-sigmoid")
 HARD_CONTRAST = 3
 """The strength of the corruption that leaves a fifth of the contrast."""
 Row = dict[str, Any]
+SETTING = ("images", "clean_images", "test_images", "strengths", "agreement")
+"""Options on which a row depends that its name does not tell."""
 
 
 class Benchmark:
@@ -226,10 +230,14 @@ def main() -> None:
         return
     benchmark = Benchmark(options)
     for name in options.networks:
-        images = digits() if name == "vit" else cifar10(options.data)
         network = NETWORKS[name]()
         network.load_state_dict(torch.load(options.plain / f"{name}.pt"))
         network.eval()
+        if not options.finetune:
+            asked = {key: getattr(options, key) for key in SETTING}
+            weights = {f"{name}.pt": fingerprint(network.state_dict())}
+            check_setting(options.results.with_suffix(".setting.json"), {**asked, **weights})
+        images = digits() if name == "vit" else cifar10(options.data)
         drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
         batches = list(images.train[drawn].split(64))
         if options.finetune:

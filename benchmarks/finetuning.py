@@ -1,8 +1,8 @@
 """Fine-tuning of a trained network and of its conversions, alike: accuracy in the first iterations and at the end.
 
-    python benchmarks/plain_networks.py --data CIFAR10 --output data/plain              # trains the networks, once
-    python benchmarks/finetuning.py --data CIFAR10 --plain data/plain --output data/finetuned
-    python benchmarks/finetuning.py … --device cuda --jobs 12      # all runs side by side on a GPU
+    python -m benchmarks.plain_networks --data CIFAR10 --output data/plain              # trains the networks, once
+    python -m benchmarks.finetuning --data CIFAR10 --plain data/plain --output data/finetuned
+    python -m benchmarks.finetuning … --device cuda --jobs 12      # all runs side by side on a GPU
 
 Each variant is trained from the same weights with the same batches: SGD with momentum or AdamW, a short warm-up, a
 cosine schedule, flips and shifts. "original" is the plain network, "standardised" the same behind per-image contrast
@@ -19,14 +19,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain_networks import NETWORKS, Images, accuracy, cifar, shifted
 from torch import nn
 
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, shifted
+from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.files import write_text
+from sphereify.fingerprint import fingerprint
 from sphereify.training.corruptions import corrupt
 from sphereify.training.morph import Morph, start_as_original
 from sphereify.training.robustness import ContrastStandardized
@@ -52,6 +55,8 @@ VARIANTS = {
     "calibrated tanh ρ=1": ({"magnitude": "tanh"}, True, {}),
     "morphed tanh ρ=1": ({"magnitude": "tanh"}, False, {"morph": 0.6}),
 }
+SETTING = ("epochs", "lr", "warmup", "decay", "adam", "train_images", "test_images", "images")
+"""Options on which an accuracy depends that the name of its run does not tell."""
 CHECKPOINTS = (50, 100, 200)
 PROBES = {"contrast .2": ("contrast", 3), "noise .06": ("noise", 2), "blur .6": ("blur", 2)}
 
@@ -178,6 +183,13 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(rows)
 
 
+def setting(options: argparse.Namespace, network: nn.Module) -> dict[str, Any]:
+    """What the accuracies of a run depend on, besides its name."""
+    data = {"data": str(options.data.resolve())} if options.data else {}
+    asked = {name: getattr(options, name) for name in SETTING}
+    return {**asked, **data, f"{options.network}.pt": fingerprint(network.state_dict())}
+
+
 def result(variant: str, seed: int, options: argparse.Namespace) -> Path:
     return options.output / f"{options.network}-{options.operator}-{variant}-{seed}.json".replace(" ", "_")
 
@@ -209,9 +221,10 @@ def main() -> None:
         variant, seed = options.one[0], int(options.one[1])
         write_text(result(variant, seed, options), json.dumps(finetune(variant, seed, options), indent=1) + "\n")
         return
-    images = load_images(options)
     network = NETWORKS[options.network]()
     network.load_state_dict(torch.load(options.plain / f"{options.network}.pt"))
+    check_setting(options.output / "setting.json", setting(options, network))
+    images = load_images(options)
     for variant in options.variants:
         start(variant, network.eval(), images, options)
     if options.prepare:
@@ -222,7 +235,11 @@ def main() -> None:
     while waiting or running:
         while waiting and len(running) < options.jobs:
             variant, seed = waiting.pop(0)
-            running.append(subprocess.Popen([sys.executable, *sys.argv, "--one", variant, str(seed)]))
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.finetuning", *sys.argv[1:], "--one", variant, str(seed)]
+                )
+            )
         running = [process for process in running if process.poll() is None]
         time.sleep(0.2)
     print(table(options))

@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.calibration import Tests, cifar10, mean
+from benchmarks.plain_networks import NETWORKS
+from benchmarks.record import check_setting
 from sphereify import calibrate, sphereify
-
-sys.path.append(str(Path(__file__).parent))  # its neighbours are programs that import one another
-
-from calibration import Tests, cifar10, mean
-from plain_networks import NETWORKS
+from sphereify.fingerprint import fingerprint
 
 ROWS: dict[str, dict[str, Any]] = {
     "sphere": {},
@@ -63,6 +62,8 @@ SCRATCH = (
 )
 """The rows that are trained from scratch."""
 ROUNDS, BATCH = 7, 64
+SETTING = ("operator", "cost", "images", "clean_images", "test_images", "strengths")
+"""Options on which a row depends that its name does not tell."""
 
 
 def table(options: argparse.Namespace) -> None:
@@ -71,6 +72,9 @@ def table(options: argparse.Namespace) -> None:
     network = NETWORKS["resnet20"]()
     network.load_state_dict(torch.load(options.plain / "resnet20.pt"))
     network.eval()
+    asked = {name: getattr(options, name) for name in SETTING}
+    weights = {"resnet20.pt": fingerprint(network.state_dict())}
+    check_setting(options.results.with_suffix(".setting.json"), {**asked, **weights})
     images = cifar10(options.data)
     drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
     batches = list(images.train[drawn].split(128))

@@ -1,12 +1,27 @@
 """The numbers of a benchmark in a JSON file, written after each cell: an interrupted run can be read, and resumed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sphereify.files import write_text
 
 Cell = dict[str, Any]
+
+
+def check_setting(file: Path, setting: Mapping[str, Any]) -> None:
+    """Make sure that what has been kept was measured with this setting, and add it to the file of the settings.
+
+    Settings that the file does not have, such as those of another network, are new.
+    """
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    now = json.loads(json.dumps(setting))
+    changed = [f"{name}: {before[name]}, now: {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        raise SystemExit(f"{file}: what is there was measured with another {'; '.join(changed)}\n"
+                         "Name another place for the results, or remove these.")  # fmt: skip
+    write_text(file, json.dumps({**before, **now}, indent=1) + "\n")
 
 
 class Record:

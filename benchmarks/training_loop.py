@@ -1,6 +1,6 @@
 """Speed of `finetune` relative to a bare PyTorch loop with the same network, images and optimizer.
 
-    python benchmarks/training_loop.py [--device cuda] [--model resnet18 --img-size 224]
+    python -m benchmarks.training_loop [--device cuda] [--model resnet18 --img-size 224]
 
 Both run in turns in one process for several rounds; the result is the ratio of the medians.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import columns, gpu
+from benchmarks import columns, gpu, plain_networks
 from benchmarks.bench import Bench, ratios, spread
-from benchmarks.record import Record
+from benchmarks.record import Record, check_setting
 from benchmarks.traffic import traffic
 from sphereify.nn import SphereConv2d, SphereLinear
 
@@ -146,3 +147,30 @@ def test_the_steps_for_a_gpu_are_the_kernels_first_and_then_each_network_in_each
     assert [step.name for step in gpu.steps(options)][4:] == [
         f"{mode}, bfloat16, {name}" for mode in gpu.MODES for name in ("resnet50", "vit_small_patch16_224")
     ]
+
+
+def test_what_is_kept_belongs_to_its_setting(tmp_path):
+    file = tmp_path / "rows.setting.json"
+    check_setting(file, {"strengths": (1, 2), "vgg.pt": "1f"})
+    check_setting(file, {"strengths": [1, 2], "resnet20.pt": "2e"})  # another network, which is new
+    known = json.loads(file.read_text())
+    assert known == {"strengths": [1, 2], "vgg.pt": "1f", "resnet20.pt": "2e"}
+    with pytest.raises(SystemExit, match=r"measured with another vgg\.pt: 1f, now: 3d\nName another place"):
+        check_setting(file, {"strengths": [1, 2], "vgg.pt": "3d"})
+    assert json.loads(file.read_text()) == known
+
+
+@pytest.mark.processes
+def test_accuracies_of_other_weights_or_options_are_not_taken_for_those_asked_for(tmp_path):
+    program = [sys.executable, "-m", "benchmarks.finetuning", "--network", "vgg", "--variants", "original", "--prepare"]
+    given = [*program, "--plain", str(tmp_path), "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    torch.save([torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1)] * 2, tmp_path / "out" / "images.pt")
+    ended = []
+    for weights, more in ((0, []), (0, ["--lr", "0.1"]), (1, []), (0, [])):
+        torch.manual_seed(weights)
+        torch.save(plain_networks.vgg().state_dict(), tmp_path / "vgg.pt")
+        ended += [subprocess.run([*given, *more], capture_output=True, text=True)]
+    assert [one.returncode for one in ended] == [0, 1, 1, 0], ended
+    assert "measured with another lr: 0.02, now: 0.1" in ended[1].stderr
+    assert "measured with another vgg.pt: " in ended[2].stderr
