@@ -2,7 +2,7 @@
 
     python -m benchmarks.plain_networks --data CIFAR10 --output data/plain        # the networks, once
     python -m benchmarks.calibration --data CIFAR10 --plain data/plain            # the table, resumable, hours
-    python -m benchmarks.calibration --data CIFAR10 --networks resnet20 --test-images 2000 --strengths 3
+    python -m benchmarks.calibration --data CIFAR10 --test-images 2000 --strengths 3 --results data/short.json
     python -m benchmarks.calibration --data CIFAR10 --plain data/plain --finetune --networks resnet20
     python -m benchmarks.calibration --resnet18                                   # time and memory at 224 pixels
 
@@ -27,12 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted, trained
 from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.calibration.agreement import choose_radius
 from sphereify.calibration.distillation import distill
-from sphereify.fingerprint import fingerprint
 from sphereify.training.corruptions import CORRUPTIONS, corrupt
 from sphereify.training.robustness import ContrastStandardized, deviations_of
 
@@ -40,8 +39,6 @@ OPERATORS = ("cosine", "linear", "sigmoid", "learnable-sigmoid")
 HARD_CONTRAST = 3
 """The strength of the corruption that leaves a fifth of the contrast."""
 Row = dict[str, Any]
-SETTING = ("images", "clean_images", "test_images", "strengths", "agreement")
-"""Options on which a row depends that its name does not tell."""
 
 
 class Benchmark:
@@ -229,14 +226,10 @@ def main() -> None:
         resnet18(min(options.images, 512))
         return
     benchmark = Benchmark(options)
-    for name in options.networks:
-        network = NETWORKS[name]()
-        network.load_state_dict(torch.load(options.plain / f"{name}.pt"))
-        network.eval()
-        if not options.finetune:
-            asked = {key: getattr(options, key) for key in SETTING}
-            weights = {f"{name}.pt": fingerprint(network.state_dict())}
-            check_setting(options.results.with_suffix(".setting.json"), {**asked, **weights})
+    networks = {name: trained(name, options.plain) for name in options.networks}
+    if not options.finetune:
+        check_setting(options.results.with_suffix(".setting.json"), setting(options), networks, [options.results])
+    for name, network in networks.items():
         images = digits() if name == "vit" else cifar10(options.data)
         drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
         batches = list(images.train[drawn].split(64))
@@ -246,6 +239,13 @@ def main() -> None:
             benchmark.run(name, network, images, batches)
     if not options.finetune:
         benchmark.print()
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """The options on which a row depends that its name does not tell."""
+    names = ("images", "clean_images", "test_images", "strengths", "agreement")
+    data = {} if options.data is None else {"data": str(options.data.resolve())}
+    return {**{name: getattr(options, name) for name in names}, **data}
 
 
 def cifar10(path: Path) -> Images:

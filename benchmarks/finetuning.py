@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, shifted
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, shifted, trained
 from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.files import write_text
-from sphereify.fingerprint import fingerprint
 from sphereify.training.corruptions import corrupt
 from sphereify.training.morph import Morph, start_as_original
 from sphereify.training.robustness import ContrastStandardized
@@ -55,8 +54,6 @@ VARIANTS = {
     "calibrated tanh ρ=1": ({"magnitude": "tanh"}, True, {}),
     "morphed tanh ρ=1": ({"magnitude": "tanh"}, False, {"morph": 0.6}),
 }
-SETTING = ("epochs", "lr", "warmup", "decay", "adam", "train_images", "test_images", "images")
-"""Options on which an accuracy depends that the name of its run does not tell."""
 CHECKPOINTS = (50, 100, 200)
 PROBES = {"contrast .2": ("contrast", 3), "noise .06": ("noise", 2), "blur .6": ("blur", 2)}
 
@@ -85,9 +82,7 @@ def start(variant: str, network: nn.Module, images: Images, options: argparse.Na
 def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Accuracies of one run: at checkpoints, after each epoch, and under the probes at the end."""
     images = load_images(options)
-    network = NETWORKS[options.network]()
-    network.load_state_dict(torch.load(options.plain / f"{options.network}.pt"))
-    network.eval()
+    network = trained(options.network, options.plain)
     model = start(variant, network, images, options)
     settings = VARIANTS[variant][2]
     if settings.get("morph"):
@@ -183,11 +178,10 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(rows)
 
 
-def setting(options: argparse.Namespace, network: nn.Module) -> dict[str, Any]:
-    """What the accuracies of a run depend on, besides its name."""
-    data = {"data": str(options.data.resolve())} if options.data else {}
-    asked = {name: getattr(options, name) for name in SETTING}
-    return {**asked, **data, f"{options.network}.pt": fingerprint(network.state_dict())}
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """The options on which an accuracy depends that the name of its run does not tell."""
+    names = ("epochs", "lr", "warmup", "decay", "adam", "train_images", "test_images", "images")
+    return {**{name: getattr(options, name) for name in names}, "data": str(options.data.resolve())}
 
 
 def result(variant: str, seed: int, options: argparse.Namespace) -> Path:
@@ -196,7 +190,7 @@ def result(variant: str, seed: int, options: argparse.Namespace) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
     parser.add_argument("--plain", type=Path, default=Path("data/plain"))
     parser.add_argument("--output", type=Path, default=Path("data/finetuned"))
     parser.add_argument("--network", choices=[name for name in NETWORKS if name != "vit"], default="resnet20")
@@ -221,12 +215,11 @@ def main() -> None:
         variant, seed = options.one[0], int(options.one[1])
         write_text(result(variant, seed, options), json.dumps(finetune(variant, seed, options), indent=1) + "\n")
         return
-    network = NETWORKS[options.network]()
-    network.load_state_dict(torch.load(options.plain / f"{options.network}.pt"))
-    check_setting(options.output / "setting.json", setting(options, network))
+    network, file = trained(options.network, options.plain), options.output / "setting.json"
+    check_setting(file, setting(options), {options.network: network}, sorted(set(options.output.iterdir()) - {file}))
     images = load_images(options)
     for variant in options.variants:
-        start(variant, network.eval(), images, options)
+        start(variant, network, images, options)
     if options.prepare:
         return
     waiting = [(v, s) for s, v in itertools.product(range(options.seeds), options.variants)

@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.calibration import Tests, cifar10, mean
-from benchmarks.plain_networks import NETWORKS
+from benchmarks.plain_networks import trained
 from benchmarks.record import check_setting
 from sphereify import calibrate, sphereify
-from sphereify.fingerprint import fingerprint
 
 ROWS: dict[str, dict[str, Any]] = {
     "sphere": {},
@@ -69,12 +68,9 @@ SETTING = ("operator", "cost", "images", "clean_images", "test_images", "strengt
 def table(options: argparse.Namespace) -> None:
     """All rows that are not there yet, and the table."""
     rows: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
-    network = NETWORKS["resnet20"]()
-    network.load_state_dict(torch.load(options.plain / "resnet20.pt"))
-    network.eval()
-    asked = {name: getattr(options, name) for name in SETTING}
-    weights = {"resnet20.pt": fingerprint(network.state_dict())}
-    check_setting(options.results.with_suffix(".setting.json"), {**asked, **weights})
+    network = trained("resnet20", options.plain)
+    asked = {name: getattr(options, name) for name in SETTING} | {"data": str(options.data.resolve())}
+    check_setting(options.results.with_suffix(".setting.json"), asked, {"resnet20": network}, [options.results])
     images = cifar10(options.data)
     drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
     batches = list(images.train[drawn].split(128))

@@ -178,6 +178,19 @@ EPOCHS = {"vgg": 40, "vit": 40}
 NETWORKS = {"resnet20": ResNet20, "vgg": vgg, "mobilenet": mobilenet, "convnext": convnext, "vit": SmallViT}
 
 
+def trained(name: str, folder: Path) -> nn.Module:
+    """A network with the weights that this program has trained, in eval mode.
+
+    Raises:
+        SystemExit: it has not.
+    """
+    file, network = folder / f"{name}.pt", NETWORKS[name]()
+    if not file.is_file():
+        raise SystemExit(f"error: {file}: no such file; python -m benchmarks.plain_networks trains it")
+    network.load_state_dict(torch.load(file))
+    return network.eval()
+
+
 def cifar(folder: Path) -> Images:
     """The images of a folder, decoded once."""
     parts = []
@@ -261,7 +274,7 @@ def main() -> None:
     for name in options.networks:
         file = options.output / f"{name}.pt"
         if file.is_file():
-            print(f"{name}: {file} is there")
+            print(f"{name}: {file} is there; remove it to train another")
             continue
         torch.manual_seed(0)
         network = NETWORKS[name]().to(options.device)

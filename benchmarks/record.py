@@ -5,22 +5,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sphereify.files import write_text
+from sphereify.fingerprint import fingerprint
 
 Cell = dict[str, Any]
 
 
-def check_setting(file: Path, setting: Mapping[str, Any]) -> None:
-    """Make sure that what has been kept was measured with this setting, and add it to the file of the settings.
+def check_setting(file: Path, setting: Mapping[str, Any], networks: Mapping[str, nn.Module], kept: list[Path]) -> None:
+    """Make sure that what has been kept was measured with these options and networks, and note them in a file.
 
-    Settings that the file does not have, such as those of another network, are new.
+    Args:
+        file: where they are noted; networks that it does not have are new.
+        setting: the options on which the results depend.
+        networks: the networks that are measured, by name.
+        kept: the results that there may be.
+
+    Raises:
+        SystemExit: they are of other options or weights, or nobody knows of which.
     """
+    there = [path for path in kept if path.exists()]
+    mend = f"Name another place for the results, or remove them together with {file.name}."
+    if there and not file.is_file():
+        raise SystemExit(f"error: {there[0]}: nothing tells with which options and weights it was measured\n{mend}")
     before = json.loads(file.read_text()) if file.is_file() else {}
-    now = json.loads(json.dumps(setting))
+    weights = {f"weights of {name}": fingerprint(network.state_dict()) for name, network in networks.items()}
+    now = json.loads(json.dumps({**setting, **weights}))
     changed = [f"{name}: {before[name]}, now: {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
-        raise SystemExit(f"{file}: what is there was measured with another {'; '.join(changed)}\n"
-                         "Name another place for the results, or remove these.")  # fmt: skip
+        raise SystemExit(f"error: {file}: was measured with another {'; '.join(changed)}\n{mend}")
     write_text(file, json.dumps({**before, **now}, indent=1) + "\n")
 
 
@@ -34,7 +48,7 @@ class Record:
             before = json.loads(path.read_text())
             if before.get("setting") != setting:
                 raise SystemExit(
-                    f"{path}: was measured with another setting: {before.get('setting')}\nnow: {setting}\n"
+                    f"error: {path}: was measured with another setting: {before.get('setting')}\nnow: {setting}\n"
                     f"Name another file with --json, or remove this one."
                 )
             self.data = before

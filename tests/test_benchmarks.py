@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks import columns, gpu, plain_networks
@@ -149,28 +150,42 @@ def test_the_steps_for_a_gpu_are_the_kernels_first_and_then_each_network_in_each
     ]
 
 
-def test_what_is_kept_belongs_to_its_setting(tmp_path):
-    file = tmp_path / "rows.setting.json"
-    check_setting(file, {"strengths": (1, 2), "vgg.pt": "1f"})
-    check_setting(file, {"strengths": [1, 2], "resnet20.pt": "2e"})  # another network, which is new
-    known = json.loads(file.read_text())
-    assert known == {"strengths": [1, 2], "vgg.pt": "1f", "resnet20.pt": "2e"}
-    with pytest.raises(SystemExit, match=r"measured with another vgg\.pt: 1f, now: 3d\nName another place"):
-        check_setting(file, {"strengths": [1, 2], "vgg.pt": "3d"})
-    assert json.loads(file.read_text()) == known
+def test_what_is_kept_belongs_to_its_options_and_weights(tmp_path):
+    file, kept = tmp_path / "rows.setting.json", [tmp_path / "rows.json"]
+    one, other, same = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    same.load_state_dict(one.state_dict())
+    check_setting(file, {"strengths": (1, 2)}, {"vgg": one}, kept)
+    kept[0].touch()
+    check_setting(file, {"strengths": [1, 2]}, {"vgg": same}, kept)
+    check_setting(file, {"strengths": [1, 2]}, {"resnet20": other}, kept)  # another network, which is new
+    known = file.read_text()
+    assert set(json.loads(known)) == {"strengths", "weights of vgg", "weights of resnet20"}
+    for strengths, network, changed in (([1], one, r"strengths: \[1, 2\], now: \[1\]"),
+                                        ([1, 2], other, "weights of vgg: ")):  # fmt: skip
+        with pytest.raises(SystemExit, match=f"error: .*measured with another {changed}"):
+            check_setting(file, {"strengths": strengths}, {"vgg": network}, kept)
+    assert file.read_text() == known
+    file.unlink()
+    with pytest.raises(
+        SystemExit, match=r"rows\.json: nothing tells with which .*\n.*together with rows\.setting\.json"
+    ):
+        check_setting(file, {"strengths": [1, 2]}, {"vgg": one}, kept)
+    assert not file.exists()
 
 
 @pytest.mark.processes
 def test_accuracies_of_other_weights_or_options_are_not_taken_for_those_asked_for(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "photos" / part / "dog").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / part / "dog" / "one.png")
     program = [sys.executable, "-m", "benchmarks.finetuning", "--network", "vgg", "--variants", "original", "--prepare"]
-    given = [*program, "--plain", str(tmp_path), "--output", str(tmp_path / "out")]
-    (tmp_path / "out").mkdir()
-    torch.save([torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1)] * 2, tmp_path / "out" / "images.pt")
+    where = ["--data", tmp_path / "photos", "--plain", tmp_path, "--output", tmp_path / "out"]
     ended = []
-    for weights, more in ((0, []), (0, ["--lr", "0.1"]), (1, []), (0, [])):
-        torch.manual_seed(weights)
-        torch.save(plain_networks.vgg().state_dict(), tmp_path / "vgg.pt")
-        ended += [subprocess.run([*given, *more], capture_output=True, text=True)]
-    assert [one.returncode for one in ended] == [0, 1, 1, 0], ended
-    assert "measured with another lr: 0.02, now: 0.1" in ended[1].stderr
-    assert "measured with another vgg.pt: " in ended[2].stderr
+    for weights, more in ((None, []), (0, []), (0, ["--lr", "0.1"]), (1, []), (0, [])):
+        if weights is not None:
+            torch.manual_seed(weights)
+            torch.save(plain_networks.vgg().state_dict(), tmp_path / "vgg.pt")
+        ended += [subprocess.run([*program, *where, *more], capture_output=True, text=True)]
+    told = ["vgg.pt: no such file", "", "another lr: 0.02, now: 0.1", "another weights of vgg: ", ""]
+    assert [one.returncode for one in ended] == [bool(text) for text in told], ended
+    assert all(text in one.stderr and "Traceback" not in one.stderr for text, one in zip(told, ended, strict=True))

@@ -78,22 +78,23 @@ def sweeps(
 def largest_rate(sweep: dict[float, list[Outcome]], rates: Sequence[float], seeds: int) -> str:
     """The largest learning rate with which all seeds converged, as the table tells it.
 
+    A rate is out as soon as one seed has failed with it. One with which none has failed, but of which seeds are
+    missing, is undecided: the largest rate is then known as "or more", or not at all.
+
     Args:
         sweep: the outcomes by rate; those that are missing have not been run.
         rates: all learning rates of the sweep, in ascending order.
-
-    A rate is out as soon as a seed has failed. While a larger one may still turn out sound, it is "or more" that is
-    known, or nothing at all.
+        seeds: the number of seeds of each.
     """
-    open_to = False
+    undecided = False
     for rate in reversed(rates):
         runs = sweep.get(rate, [])
         if not all(map(has_converged, runs)):
             continue
         if len(runs) == seeds:
-            return f"{rate:g} or more" if open_to else f"{rate:g}"
-        open_to = True
-    return "not decided" if open_to else "none"
+            return f"{rate:g} or more" if undecided else f"{rate:g}"
+        undecided = True
+    return "not decided" if undecided else "none"
 
 
 def table(experiment: Experiment, cells: Sequence[Cell], outcomes: dict[str, list[Outcome]], scale: Scale) -> str:

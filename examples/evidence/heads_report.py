@@ -3,7 +3,7 @@
 from typing import Any
 
 from examples.papers.report import NO_RESULT, markdown, picture
-from examples.papers.results import difference, mean_percent, remark
+from examples.papers.results import difference, finished, mean_percent, not_converged
 
 MAIN = {"verification": ("EER", -1), "few images": ("rare by means", 1), "label noise": ("accuracy", 1)}
 """For each kind of panel the number that decides, and 1 if more of it is better, −1 if less."""
@@ -43,7 +43,7 @@ def _table(panel: str, rows: list[dict[str, Any]], seeds: int) -> str:
                  if main in base.get(seed, {})] if row["seeds"] is not base else []  # fmt: skip
         told = ", ".join(f"{name} {value:g}" for name, value in row["numbers"].items())
         cells = [mean_percent(found[name] for found in converged.values()) for name in columns]
-        network = _angular(row) + remark(row["seeds"], seeds, len(converged))
+        network = _angular(row) + finished(row["seeds"], seeds) + not_converged(len(row["seeds"]) - len(converged))
         lines += [[network, row["head"], told, *cells, difference(gains)]]
     return markdown(["angular", "head", "chosen", *columns, f"gain in {main}"], lines)
 

@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(scale.seeds):
         for name in scale.networks:
             plain = args.plain / f"{name}.pt"
-            if scale.needs_trained and not plain.is_file() and not args.report:
-                raise SystemExit(f"{plain}: no such file; train the networks with benchmarks/plain_networks.py")
+            if scale.needs_trained and not plain.is_file():
+                raise SystemExit(f"error: {plain}: no such file; python -m benchmarks.plain_networks trains it")
             given = {"name": name, "seed": seed, "calibration_images": scale.calibration_images,
                      "test_images": scale.test_images}  # fmt: skip
             trained = plain if scale.needs_trained else None

@@ -52,10 +52,10 @@ def _network(name: str, plain: Path | None) -> nn.Module:
 
 
 def _converted(network: nn.Module, name: str, images: Tensor, seed: int, output: Path) -> nn.Module:
-    """The calibrated conversion of a network; its weights are kept in the output folder, apart for each network."""
-    known = fingerprint(network.state_dict())
+    """The calibrated conversion of a network, kept in the output folder, apart for other weights and images."""
+    known = fingerprint({**network.state_dict(), "images": images})[:8]
     model = sphereify(network, operator="cosine", radius=GENTLE_RADIUS)
-    file = output / "networks" / f"{name}-{known}-draw{seed}-{len(images)}images.pt"
+    file = output / "networks" / f"{name}-{known}-draw{seed}.pt"
     if file.is_file():
         model.load_state_dict(torch.load(file))
         return model.eval()

@@ -23,7 +23,7 @@ from typing import Any
 from examples.evidence.transfer_runs import OTHER, SAME, learn, source
 from examples.evidence.work import Found, Piece, complete, cpu_minutes
 from examples.papers.report import finish, markdown, parse
-from examples.papers.results import difference, mean_percent, remark
+from examples.papers.results import difference, finished, mean_percent, not_converged
 from sphereify.plots import plot_panels
 from sphereify.training.recipe import GENTLE_RADIUS
 
@@ -172,7 +172,8 @@ def _table(rows: list[dict[str, Any]], scale: Scale, minutes: float) -> str:
         both = [] if row["variant"] == ORIGINAL else sorted(found.keys() & originals.keys())
         gains = [[found[seed][end - 1] - originals[seed][end - 1] for seed in both] for end in ends]
         told = [difference(some) for some in gains]
-        network = row["variant"] + remark(row["seeds"], scale.seeds, len(found))
+        failed = len(row["seeds"]) - len(found)
+        network = row["variant"] + finished(row["seeds"], scale.seeds) + not_converged(failed)
         lines += [[row["task"], network, f"{row['rate']:g}", *cells, *told]]
     points = [f"after {_epochs(point)}" for point in scale.points]
     columns = ["task", "network", "learning rate", *points, *(f"gain after {_epochs(end)}" for end in ends)]

@@ -1,7 +1,6 @@
 """Pieces of work of a program: each is done once, several at a time on request, and its result is kept in a file."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.papers.cells import content_of, in_processes, place_of
+from examples.papers.cells import in_processes, place_of, run_name
 from examples.papers.report import told_errors
 from sphereify.errors import TrainingError
 from sphereify.files import write_text
@@ -28,21 +27,14 @@ class Piece:
     given: dict[str, Any] = field(default_factory=dict)
     """What the result depends on besides the data and the weights."""
     weights: Path | None = None
-    """File of the weights with which it begins; None: there is none. Where the file is gone, what was found with it
-    stands."""
+    """File of the weights with which it begins; None: there is none."""
 
     def folder(self, output: Path) -> Path:
-        return output / "runs" / re.sub(r"[^0-9A-Za-z.,=]+", "-", self.name).strip("-")
+        return output / "runs" / run_name(self.name, self.weights)
 
     @property
     def asked(self) -> str:
         return repr(sorted(self.given.items()))
-
-    def began_with(self, weights: str | None) -> bool:
-        """Whether the weights whose content is known are those of the piece."""
-        if self.weights is None or weights is None:
-            return self.weights is None and weights is None
-        return not self.weights.is_file() or content_of(self.weights) == weights
 
 
 def complete(pieces: Sequence[Piece], args: Any) -> dict[str, Found]:
@@ -73,19 +65,17 @@ def _do(piece: Piece, data: str, output: Path) -> None:
     except TrainingError as error:
         found = {"failure": str(error)}
     seconds = time.process_time() - began
-    weights = None if piece.weights is None else content_of(piece.weights)
-    outcome = {"asked": piece.asked, "data": place_of(data), "weights": weights, "cpu_seconds": seconds, "found": found}
+    outcome = {"asked": piece.asked, "data": place_of(data), "cpu_seconds": seconds, "found": found}
     write_text(folder / "outcome.json", json.dumps(outcome, indent=1) + "\n")
     told = ", ".join(f"{name} {_short(value)}" for name, value in found.items() if not isinstance(value, (list, dict)))
     print(f"{piece.name}: {told} ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _read(piece: Piece, output: Path, data: str) -> Found | None:
-    """The result of a piece that was asked for in the same way before, with the same data and weights."""
+    """The result of a piece that was asked for in the same way before, with the same data."""
     file = piece.folder(output) / "outcome.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    same = (before.get("asked"), before.get("data")) == (piece.asked, data) and piece.began_with(before.get("weights"))
-    return before["found"] if same else None
+    return before["found"] if (before.get("asked"), before.get("data")) == (piece.asked, data) else None
 
 
 def cpu_minutes(output: Path) -> float:

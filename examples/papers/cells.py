@@ -6,7 +6,6 @@ ones continue where they stopped.
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from examples.papers.training_images import with_few_images
 from sphereify.datasets import Data, class_count, load_data
 from sphereify.errors import TrainingError, UsageError
 from sphereify.files import write_text
+from sphereify.fingerprint import fingerprint
 from sphereify.images.transforms import make_transform
 from sphereify.plots import plot_panels
 from sphereify.training import Settings, Terms, Variant, evaluate, train_once, trained
@@ -159,8 +159,8 @@ class Experiment:
     figure: Callable[[list[Cell], dict[str, list[Outcome]], Path], Any] | None = None
     """Function that draws figure.png; default: accuracy over iterations."""
     draw: Callable[[Callable[[str], nn.Module], Path], None] | None = None
-    """Function that draws a second picture, of networks that have all been trained; it takes a getter of them by label,
-    and the file."""
+    """Function that draws a second picture, when all networks have converged; it takes a getter of them by label, and
+    the file."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further arguments of the command line, by name, each with what argparse takes."""
 
@@ -175,12 +175,13 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> None:
         name: getattr(args, name) for name in (word.strip("-").replace("-", "_") for word in experiment.arguments)
     }
     with told_errors():
-        cells = _chosen(experiment.cells(scale, **further), args.only)
+        cells = experiment.cells(scale, **further)
         outcomes = _outcomes(cells, scale, args)
     args.output.mkdir(parents=True, exist_ok=True)
     if any(outcomes.values()):
         (experiment.figure or _draw_accuracy)(cells, outcomes, args.output / PICTURES[0])
-    if experiment.draw is not None and not args.report and not args.only:
+    sound = all(runs and runs[0].accuracy is not None for runs in outcomes.values())
+    if experiment.draw is not None and sound and not args.report:
         experiment.draw(partial(_labelled, cells, args), args.output / PICTURES[1])
     found = {name: [dataclasses.asdict(outcome) for outcome in runs] for name, runs in outcomes.items()}
     document = {"settings": dataclasses.asdict(scale), "authors": experiment.authors, "cells": found}
@@ -193,7 +194,7 @@ def _draw_accuracy(cells: list[Cell], outcomes: dict[str, list[Outcome]], path: 
 
 ONLY = {
     "--only": {"nargs": "+", "metavar": "NAME", "help": "networks to train, by their names in the table; "
-               "default: all"}
+               "all that have finished are reported; default: all"}
 }  # fmt: skip
 
 
@@ -213,17 +214,20 @@ def _chosen(cells: list[Cell], names: Sequence[str] | None) -> list[Cell]:
 
 
 def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """The outcomes of each cell, one for each seed; what is missing is trained, unless a report is asked for.
+    """The outcomes of each cell, one for each seed; what is missing is trained, if it is asked for.
 
     Every cell is trained with the first seed before one is with the second, so that a run cut short compares all cells.
     The learning rates of cells that leave a choice are tried before.
     """
+    asked = set() if args.report else {cell.name for cell in _chosen(cells, args.only)}
     trials = {cell.name: _trials(cell) for cell in cells if cell.rates}
-    tried = _train_all([(trial, 0) for some in trials.values() for trial in some], scale, args)
-    chosen = [_best(trials[cell.name], tried) if cell.rates else cell for cell in cells]
-    seeds = [(cell, seed) for seed in range(scale.seeds) for cell in chosen if cell]
+    tries = [(trial, 0, name in asked) for name, some in trials.items() for trial in some]
+    tried = _train_all(tries, scale, args)
+    best = [_best(trials[cell.name], tried) if cell.rates else cell for cell in cells]
+    both = list(zip(cells, best, strict=True))
+    seeds = [(one, seed, cell.name in asked) for seed in range(scale.seeds) for cell, one in both if one]
     outcomes = _train_all(seeds, scale, args)
-    return {cell.name: outcomes.get(one.name, []) if one else [] for cell, one in zip(cells, chosen, strict=True)}
+    return {cell.name: outcomes.get(one.name, []) if one else [] for cell, one in both}
 
 
 def _trials(cell: Cell) -> list[Cell]:
@@ -241,14 +245,18 @@ def _best(trials: list[Cell], tried: dict[str, list[Outcome]]) -> Cell | None:
     return max(trials, key=lambda trial: tried[trial.name][0].last_accuracy)
 
 
-def _train_all(pairs: list[tuple[Cell, int]], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
-    """Train networks, each with a seed, several at a time on request; returns the outcomes of each cell."""
+def _train_all(runs: list[tuple[Cell, int, bool]], scale: Scale, args: Any) -> dict[str, list[Outcome]]:
+    """Train networks, each with a seed, several at a time on request; returns the outcomes of each cell.
+
+    Args:
+        runs: cell, seed, and whether it is trained if it has not been before.
+    """
     where = (scale, args.data, args.output / "runs", args.workers)
-    if args.jobs > 1 and not args.report:
-        in_processes([(*pair, *where) for pair in pairs], args.jobs, _train)
-    outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell, _ in pairs}
-    for cell, seed in pairs:
-        outcome = _finished(cell, seed, *where) if args.report else _train(cell, seed, *where)
+    if args.jobs > 1 and any(asked for *_, asked in runs):
+        in_processes([(cell, seed, *where) for cell, seed, asked in runs if asked], args.jobs, _train)
+    outcomes: dict[str, list[Outcome]] = {cell.name: [] for cell, *_ in runs}
+    for cell, seed, asked in runs:
+        outcome = _train(cell, seed, *where) if asked else _finished(cell, seed, *where)
         outcomes[cell.name] += [] if outcome is None else [outcome]
     return outcomes
 
@@ -282,8 +290,8 @@ def in_processes(work: list[Any], jobs: int, do: Callable[..., Any]) -> None:
         signal.signal(signal.SIGTERM, before)
     codes = [process.exitcode for process in processes if process.exitcode]
     if killed := [-code for code in codes if code < 0]:
-        raise SystemExit(f"error: signal {killed[0]} ended a process; out of memory? What has finished is kept: try "
-                         "fewer --jobs")  # fmt: skip
+        why = "; out of memory? Try fewer --jobs" if killed[0] == signal.SIGKILL else ""
+        raise SystemExit(f"error: signal {killed[0]} ended a process, what has finished is kept{why}")
     if codes:
         raise SystemExit(max(codes))
 
@@ -356,7 +364,6 @@ def _asked(cell: Cell, settings: Settings, scale: Scale, data: str) -> dict[str,
         "conversion": repr(cell.options),
         "learned": cell.learned,
         "measure": None if cell.measure is None else repr(getattr(cell.measure, "keywords", {})),
-        **({} if cell.weights is None else {"weights": content_of(cell.weights)}),
     }
     return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
 
@@ -366,14 +373,15 @@ def place_of(data: str) -> str:
     return os.path.realpath(data) if Path(data).is_dir() else data
 
 
-def content_of(file: Path) -> str:
-    """A short text that changes with the content of a file."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-
-
 def folder_of(folder: Path, cell: Cell, seed: int = 0) -> Path:
-    """The folder of a cell's run."""
-    return folder / f"{re.sub(r'[^0-9A-Za-z.,=]+', '-', cell.name)}-seed{seed}"
+    """The folder of a cell's run, another one for other weights to begin with."""
+    return folder / f"{run_name(cell.name, cell.weights)}-seed{seed}"
+
+
+def run_name(name: str, weights: Path | None) -> str:
+    """The name of a run as that of a folder, with a fingerprint of the weights with which it begins."""
+    known = [] if weights is None else [fingerprint(torch.load(weights, map_location="cpu"))[:8]]
+    return "-".join([re.sub(r"[^0-9A-Za-z.,=]+", "-", name).strip("-"), *known])
 
 
 @dataclass(frozen=True)

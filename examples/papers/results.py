@@ -47,7 +47,7 @@ def table(experiment: Any, cells: Sequence[Any], outcomes: dict[str, list[Outcom
         if not found:
             continue
         row = [cell.name, *([f"{found[0].lr:g}"] if rates else [])]
-        row += [percent([o.accuracy for o in found]) + remark(found, scale.seeds, len(found))]
+        row += [percent([o.accuracy for o in found]) + finished(found, scale.seeds)]
         row += ["" if authors is None else f"{authors:.2f}"] if source else []
         row += [percent([f(o) if o.accuracy is not None else None for o in found]) for f in experiment.columns.values()]
         rows += [row + [mean_steps([o.steps_to(goal) for o in found]) for goal in scale.goals]]
@@ -79,7 +79,7 @@ def paired(some: Sequence[Outcome], others: Sequence[Outcome]) -> list[tuple[Out
 
 CHANCE = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24}
 """How many of its standard deviations a mean difference may be by chance, by the number of seeds: Student's t for 95 %,
-divided by the root of that number."""
+divided by the root of that number. It falls with more seeds, so that the last one is a bound for these, too."""
 
 
 def difference(shares: Sequence[float]) -> str:
@@ -124,13 +124,13 @@ def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:
     return pairs
 
 
-def remark(found: Sized, seeds: int, converged: int) -> str:
-    """How many seeds have finished, unless all have, and how many of them did not converge, unless all did."""
-    finished = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
-    return finished + not_converged(len(found) - converged)
+def finished(found: Sized, seeds: int) -> str:
+    """How many seeds have finished, unless all have."""
+    return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
 
 
 def not_converged(failed: int) -> str:
+    """How many runs did not converge, if there are any."""
     return f" ({failed} not converged)" if failed else ""
 
 

@@ -73,10 +73,12 @@ def test_a_program_trains_each_network_once_and_reports_it(tmp_path, photos, nam
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_report_of_nothing_says_so_and_draws_nothing(tmp_path, name, capsys):
     program = import_module(f"examples.evidence.{name}")
-    program.main(["--quick", "--report", "--data", "photos", "-o", str(tmp_path)])
+    further = ["--plain", str(tmp_path)] if program is contrast else []
+    program.main(["--quick", "--report", "--data", "photos", "-o", str(tmp_path), *further])
     told = capsys.readouterr()
     assert told.out == (tmp_path / "table.md").read_text() == "No result yet.\n"
     assert told.err.endswith(f"written: {tmp_path}/table.md, results.json\n")
+    assert told.err.count("\n") == 1 + (program is contrast)
     assert {file.name for file in tmp_path.iterdir()} == {"table.md", "results.json"}
 
 
@@ -184,47 +186,65 @@ def test_a_name_without_a_rate_is_that_of_the_networks_with_any_rate(tmp_path, m
         assert [name for name, *_ in asked] == names
 
 
-def test_the_picture_of_all_networks_is_not_drawn_of_some(tmp_path, monkeypatch):
+def test_the_picture_of_all_networks_is_drawn_when_all_have_converged(tmp_path, monkeypatch):
     drawn = []
     two = [cells.Cell("one", name, Stub, None) for name in ("net", "other")]
     draw = lambda network_of, path: drawn.append(path.name)  # noqa: E731
     experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, goals=()), draw=draw)
-    for more, pictures in ((["--only", "one: net"], []), ([], ["second.png"])):
-        run_with(monkeypatch, experiment, tmp_path, lambda one, seed: outcome(seed, 0.5), *more)
+    for accuracy, more, pictures in ((0.5, ["--only", "one: net"], []), (None, [], []), (0.5, [], ["second.png"])):
+        run_with(monkeypatch, experiment, tmp_path, lambda one, seed, a=accuracy: outcome(seed, a), *more)
         assert drawn == pictures
+        assert (tmp_path / "table.md").is_file()
+
+
+def test_what_has_finished_is_reported_whatever_is_trained(tmp_path, monkeypatch):
+    two = [cells.Cell("one", name, Stub, None) for name in ("net", "other")]
+    experiment = cells.Experiment("test", "", lambda scale: two, quick=replace(cells.QUICK, goals=()))
+    monkeypatch.setattr(cells, "_finished", lambda cell, *_: outcome(0, 0.3) if cell.label == "other" else None)
+    asked = run_with(monkeypatch, experiment, tmp_path, lambda one, seed: outcome(seed, 0.5), "--only", "one: net")
+    assert [name for name, *_ in asked] == ["one: net"]
+    assert table(tmp_path / "table.md") == {"one: net": ["50.00"], "one: other": ["30.00"]}
 
 
 def test_an_outcome_is_that_of_the_weights_with_which_it_began(tmp_path):
-    file = tmp_path / "known.pt"
-    asked = []
-    for content in (b"one", b"another", b"one"):
-        file.write_bytes(content)
-        cell = cells.Cell("one", "net", Stub, None, weights=file)
-        asked += [cells._asked(cell, cells.QUICK.settings(cell, 0, 0), cells.QUICK, "photos")]
-    assert asked[0] == asked[2] != asked[1]
+    files, folders = [tmp_path / f"{name}.pt" for name in ("one", "other", "same")], []
+    for file, value in zip(files, (1, 2, 1), strict=True):
+        torch.save({"weight": torch.full((2,), value)}, file)
+        folders += [cells.folder_of(tmp_path, cells.Cell("one", "net", Stub, None, weights=file))]
+    assert folders[0] == folders[2] != folders[1]
+    assert folders[0].name.startswith("one-net-")
     torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
     for cell in contrast.cells(cells.CPU, plain=tmp_path):
         assert (cell.weights is not None) == (cell.panel == contrast.TRAINED)
 
 
-@pytest.mark.parametrize(("before", "after", "again"), [(b"1", b"1", False), (b"1", b"2", True), (b"1", None, False),
-                                                        (None, b"1", True)])  # fmt: skip
-def test_work_with_other_weights_is_done_again(tmp_path, before, after, again):
-    done = []
+def test_work_with_other_weights_is_done_again_and_neither_is_lost(tmp_path):
+    done, args = [], Namespace(data="photos", output=tmp_path, jobs=1, report=False)
 
-    def do(data, folder):
-        done.append(data)
-        return {"accuracy": 0.5}
+    def do(data, folder, value):
+        done.append(value)
+        return {"accuracy": value}
 
-    file, args = tmp_path / "known.pt", Namespace(data="photos", output=tmp_path, jobs=1, report=False)
-    for content in (before, after):
-        if content is not None:
-            file.write_bytes(content)
-        piece = work.Piece("one", do, {}, None if content is None and not file.is_file() else file)
-        if content is None and piece.weights:
-            file.unlink()
-        assert work.complete([piece], args) == {"one": {"accuracy": 0.5}}
-    assert len(done) == 1 + again
+    for value in (1, 2, 1):
+        file = tmp_path / f"{len(done)}.pt"
+        torch.save({"weight": torch.full((2,), value)}, file)
+        piece = work.Piece("one", partial(do, value=value), {}, file)
+        assert work.complete([piece], args) == {"one": {"accuracy": value}}
+    assert done == [1, 2]
+
+
+@pytest.mark.papers
+def test_a_network_that_came_with_other_weights_is_trained_anew_beside_the_first(tmp_path, photos):  # noqa: F811
+    name = f"{contrast.TRAINED}: original"
+    given = ["--quick", "--data", str(photos), "-o", str(tmp_path), "--plain", str(tmp_path), "--only", name]
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        torch.save(ResNet20().state_dict(), tmp_path / "resnet20.pt")
+        contrast.main(given)
+        found += [json.loads((tmp_path / "results.json").read_text())["cells"][name]]
+    assert found[0] == found[2] != found[1]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def _end(number: int) -> None:
@@ -233,7 +253,7 @@ def _end(number: int) -> None:
 
 @pytest.mark.processes
 def test_a_process_that_is_killed_is_told():
-    with pytest.raises(SystemExit, match="error: signal 9 ended a process; out of memory"):
+    with pytest.raises(SystemExit, match=r"error: signal 9 ended a process, .*; out of memory"):
         cells.in_processes([(signal.SIGKILL,)], 2, _end)
 
 
@@ -326,9 +346,9 @@ def test_accuracies_under_corruptions_are_means_over_strengths_and_seeds():
 
 
 def test_what_takes_the_place_of_batch_norm_looks_at_one_image_alone():
-    cnn, images = partial(plain_cnn.cnn, filters=(4, 6, 8), features=16), torch.randn(3, 3, 32, 32)
+    cnn, images = partial(plain_cnn.cnn, filters=(4, 6, 8), features=16), torch.randn(3, 3, 32, 32).double()
     for build, norm in itertools.product((cnn, ResNet20), networks.NORMS):
-        network = networks.normalized(build, norm)(10).train()
+        network = networks.normalized(build, norm)(10).train().double()
         assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
         torch.testing.assert_close(network(images)[:1], network(images[:1]))
         same = [name for name, _ in build(10).named_parameters()]

@@ -122,10 +122,10 @@ def test_losses_are_those_of_the_same_draw():
 def test_another_network_is_not_taken_for_one_that_was_converted_before(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization_runs, "calibrate", lambda model, network, images: None)
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for shift, networks in ((0, 1), (1, 2), (0, 2)):
+    for shift, brighter, networks in ((0, 0, 1), (1, 0, 2), (0, 1, 3), (0, 0, 3)):
         network = _network(convert=False)
         network[0].weight.data.add_(shift)
-        model = quantization_runs._converted(network, "net", images, 0, tmp_path)
+        model = quantization_runs._converted(network, "net", images + brighter, 0, tmp_path)
         assert torch.equal(model[0].weight, sphereify(network, radius=4.0)[0].weight)
         assert len(list((tmp_path / "networks").iterdir())) == networks
 
@@ -153,5 +153,5 @@ def test_networks_are_quantized_and_exposed_once(tmp_path, monkeypatch):
 
 
 def test_networks_that_are_not_trained_are_told(tmp_path):
-    with pytest.raises(SystemExit, match=r"resnet20\.pt: no such file; train the networks with"):
+    with pytest.raises(SystemExit, match=r"resnet20\.pt: no such file; python -m benchmarks.plain_networks trains it"):
         quantization.main(["--data", "digits", "--plain", str(tmp_path), "-o", str(tmp_path)])
