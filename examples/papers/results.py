@@ -108,7 +108,8 @@ def mean_percent(shares: Iterable[float | None], *, signed: bool = False, digits
     if not known or len(known) < len(values):
         return ""
     spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{'+' if signed else ''}.{digits}f}{spread}"
+    mean = round(statistics.mean(known), digits) + 0.0  # -0.0 becomes 0.0
+    return f"{mean:{'+' if signed else ''}.{digits}f}{spread}"
 
 
 def against(*labels: str) -> Callable[[Sequence[Any]], list[tuple[Any, Any]]]:

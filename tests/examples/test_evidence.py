@@ -476,4 +476,4 @@ def test_one_in_twenty_differences_is_bold_where_there_is_none():
     assert results.difference([0.02, 0.03, 0.04]) == "**+3.0 ± 1.0**"
     assert results.difference([-0.02, -0.03, -0.04]) == "**-3.0 ± 1.0**"
     assert results.difference([0.02, 0.03]) == "+2.5 ± 0.7"
-    assert (results.difference([0.02]), results.difference([])) == ("+2.0", "")
+    assert [results.difference(one) for one in ([0.02], [], [-0.0003])] == ["+2.0", "", "+0.0"]
