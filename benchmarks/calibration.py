@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted, trained
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, digits, shifted, trained, weights_of
 from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.calibration.agreement import choose_radius
@@ -39,6 +39,8 @@ OPERATORS = ("cosine", "linear", "sigmoid", "learnable-sigmoid")
 HARD_CONTRAST = 3
 """The strength of the corruption that leaves a fifth of the contrast."""
 Row = dict[str, Any]
+SETTING = ("images", "clean_images", "test_images", "strengths", "agreement")
+"""Options on which a row depends that its name does not tell; and the data, where a network needs a folder."""
 
 
 class Benchmark:
@@ -226,9 +228,11 @@ def main() -> None:
         resnet18(min(options.images, 512))
         return
     benchmark = Benchmark(options)
-    networks = {name: trained(name, options.plain) for name in options.networks}
+    networks = {name: trained(name, weights_of(name, options.plain)) for name in options.networks}
     if not options.finetune:
-        check_setting(options.results.with_suffix(".setting.json"), setting(options), networks, [options.results])
+        names = (*SETTING, "data") if options.data else SETTING
+        file = options.results.with_suffix(".setting.json")
+        check_setting(file, options, names, networks, [options.results])
     for name, network in networks.items():
         images = digits() if name == "vit" else cifar10(options.data)
         drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
@@ -239,13 +243,6 @@ def main() -> None:
             benchmark.run(name, network, images, batches)
     if not options.finetune:
         benchmark.print()
-
-
-def setting(options: argparse.Namespace) -> dict[str, Any]:
-    """The options on which a row depends that its name does not tell."""
-    names = ("images", "clean_images", "test_images", "strengths", "agreement")
-    data = {} if options.data is None else {"data": str(options.data.resolve())}
-    return {**{name: getattr(options, name) for name in names}, **data}
 
 
 def cifar10(path: Path) -> Images:

@@ -19,13 +19,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, shifted, trained
+from benchmarks.plain_networks import NETWORKS, Images, accuracy, cifar, shifted, trained, weights_of
 from benchmarks.record import check_setting
 from sphereify import calibrate, param_groups, sphereify
 from sphereify.files import write_text
@@ -54,6 +53,8 @@ VARIANTS = {
     "calibrated tanh ρ=1": ({"magnitude": "tanh"}, True, {}),
     "morphed tanh ρ=1": ({"magnitude": "tanh"}, False, {"morph": 0.6}),
 }
+SETTING = ("data", "epochs", "lr", "warmup", "decay", "adam", "train_images", "test_images", "images")
+"""Options on which an accuracy depends that the name of its run does not tell."""
 CHECKPOINTS = (50, 100, 200)
 PROBES = {"contrast .2": ("contrast", 3), "noise .06": ("noise", 2), "blur .6": ("blur", 2)}
 
@@ -82,7 +83,7 @@ def start(variant: str, network: nn.Module, images: Images, options: argparse.Na
 def finetune(variant: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Accuracies of one run: at checkpoints, after each epoch, and under the probes at the end."""
     images = load_images(options)
-    network = trained(options.network, options.plain)
+    network = trained(options.network, weights_of(options.network, options.plain))
     model = start(variant, network, images, options)
     settings = VARIANTS[variant][2]
     if settings.get("morph"):
@@ -178,12 +179,6 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(rows)
 
 
-def setting(options: argparse.Namespace) -> dict[str, Any]:
-    """The options on which an accuracy depends that the name of its run does not tell."""
-    names = ("epochs", "lr", "warmup", "decay", "adam", "train_images", "test_images", "images")
-    return {**{name: getattr(options, name) for name in names}, "data": str(options.data.resolve())}
-
-
 def result(variant: str, seed: int, options: argparse.Namespace) -> Path:
     return options.output / f"{options.network}-{options.operator}-{variant}-{seed}.json".replace(" ", "_")
 
@@ -215,8 +210,10 @@ def main() -> None:
         variant, seed = options.one[0], int(options.one[1])
         write_text(result(variant, seed, options), json.dumps(finetune(variant, seed, options), indent=1) + "\n")
         return
-    network, file = trained(options.network, options.plain), options.output / "setting.json"
-    check_setting(file, setting(options), {options.network: network}, sorted(set(options.output.iterdir()) - {file}))
+    network = trained(options.network, weights_of(options.network, options.plain))
+    file = options.output / "setting.json"
+    kept = sorted(set(options.output.iterdir()) - {file})
+    check_setting(file, options, SETTING, {options.network: network}, kept)
     images = load_images(options)
     for variant in options.variants:
         start(variant, network, images, options)
@@ -228,11 +225,8 @@ def main() -> None:
     while waiting or running:
         while waiting and len(running) < options.jobs:
             variant, seed = waiting.pop(0)
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.finetuning", *sys.argv[1:], "--one", variant, str(seed)]
-                )
-            )
+            call = [sys.executable, "-m", "benchmarks.finetuning", *sys.argv[1:], "--one", variant, str(seed)]
+            running.append(subprocess.Popen(call))
         running = [process for process in running if process.poll() is None]
         time.sleep(0.2)
     print(table(options))

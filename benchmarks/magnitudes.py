@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.calibration import Tests, cifar10, mean
-from benchmarks.plain_networks import trained
+from benchmarks.plain_networks import trained, weights_of
 from benchmarks.record import check_setting
 from sphereify import calibrate, sphereify
 
@@ -61,16 +61,16 @@ SCRATCH = (
 )
 """The rows that are trained from scratch."""
 ROUNDS, BATCH = 7, 64
-SETTING = ("operator", "cost", "images", "clean_images", "test_images", "strengths")
+SETTING = ("data", "operator", "cost", "images", "clean_images", "test_images", "strengths")
 """Options on which a row depends that its name does not tell."""
 
 
 def table(options: argparse.Namespace) -> None:
     """All rows that are not there yet, and the table."""
     rows: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
-    network = trained("resnet20", options.plain)
-    asked = {name: getattr(options, name) for name in SETTING} | {"data": str(options.data.resolve())}
-    check_setting(options.results.with_suffix(".setting.json"), asked, {"resnet20": network}, [options.results])
+    network = trained("resnet20", weights_of("resnet20", options.plain))
+    file = options.results.with_suffix(".setting.json")
+    check_setting(file, options, SETTING, {"resnet20": network}, [options.results])
     images = cifar10(options.data)
     drawn = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[: options.images]
     batches = list(images.train[drawn].split(128))

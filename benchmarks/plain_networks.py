@@ -178,15 +178,21 @@ EPOCHS = {"vgg": 40, "vit": 40}
 NETWORKS = {"resnet20": ResNet20, "vgg": vgg, "mobilenet": mobilenet, "convnext": convnext, "vit": SmallViT}
 
 
-def trained(name: str, folder: Path) -> nn.Module:
-    """A network with the weights that this program has trained, in eval mode.
+def weights_of(name: str, folder: Path) -> Path:
+    """The file of the weights that this program has trained.
 
     Raises:
         SystemExit: it has not.
     """
-    file, network = folder / f"{name}.pt", NETWORKS[name]()
+    file = folder / f"{name}.pt"
     if not file.is_file():
         raise SystemExit(f"error: {file}: no such file; python -m benchmarks.plain_networks trains it")
+    return file
+
+
+def trained(name: str, file: Path) -> nn.Module:
+    """A network with the weights of a file, in eval mode."""
+    network = NETWORKS[name]()
     network.load_state_dict(torch.load(file))
     return network.eval()
 

@@ -1,7 +1,8 @@
 """The numbers of a benchmark in a JSON file, written after each cell: an interrupted run can be read, and resumed."""
 
 import json
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from sphereify.fingerprint import fingerprint
 Cell = dict[str, Any]
 
 
-def check_setting(file: Path, setting: Mapping[str, Any], networks: Mapping[str, nn.Module], kept: list[Path]) -> None:
+def check_setting(
+    file: Path, options: Namespace, names: Sequence[str], networks: Mapping[str, nn.Module], kept: Sequence[Path]
+) -> None:
     """Make sure that what has been kept was measured with these options and networks, and note them in a file.
 
     Args:
         file: where they are noted; networks that it does not have are new.
-        setting: the options on which the results depend.
+        options: those of the program.
+        names: the options on which the results depend.
         networks: the networks that are measured, by name.
         kept: the results that there may be.
 
@@ -31,7 +35,9 @@ def check_setting(file: Path, setting: Mapping[str, Any], networks: Mapping[str,
         raise SystemExit(f"error: {there[0]}: nothing tells with which options and weights it was measured\n{mend}")
     before = json.loads(file.read_text()) if file.is_file() else {}
     weights = {f"weights of {name}": fingerprint(network.state_dict()) for name, network in networks.items()}
-    now = json.loads(json.dumps({**setting, **weights}))
+    values = {name: getattr(options, name) for name in names}
+    places = {name: str(value.resolve()) for name, value in values.items() if isinstance(value, Path)}
+    now = json.loads(json.dumps({**values, **places, **weights}))
     changed = [f"{name}: {before[name]}, now: {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise SystemExit(f"error: {file}: was measured with another {'; '.join(changed)}\n{mend}")

@@ -154,22 +154,28 @@ def test_what_is_kept_belongs_to_its_options_and_weights(tmp_path):
     file, kept = tmp_path / "rows.setting.json", [tmp_path / "rows.json"]
     one, other, same = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     same.load_state_dict(one.state_dict())
-    check_setting(file, {"strengths": (1, 2)}, {"vgg": one}, kept)
+    jobs = iter(range(10))
+
+    def check(*, strengths, **networks):  # the number of jobs, another one in each call, changes no result
+        options = argparse.Namespace(strengths=strengths, data=tmp_path, jobs=next(jobs))
+        check_setting(file, options, ("strengths", "data"), networks, kept)
+
+    check(strengths=(1, 2), vgg=one)
     kept[0].touch()
-    check_setting(file, {"strengths": [1, 2]}, {"vgg": same}, kept)
-    check_setting(file, {"strengths": [1, 2]}, {"resnet20": other}, kept)  # another network, which is new
+    check(strengths=[1, 2], vgg=same)
+    check(strengths=[1, 2], resnet20=other)  # another network, which is new
     known = file.read_text()
-    assert set(json.loads(known)) == {"strengths", "weights of vgg", "weights of resnet20"}
+    assert set(json.loads(known)) == {"strengths", "data", "weights of vgg", "weights of resnet20"}
     for strengths, network, changed in (([1], one, r"strengths: \[1, 2\], now: \[1\]"),
                                         ([1, 2], other, "weights of vgg: ")):  # fmt: skip
         with pytest.raises(SystemExit, match=f"error: .*measured with another {changed}"):
-            check_setting(file, {"strengths": strengths}, {"vgg": network}, kept)
+            check(strengths=strengths, vgg=network)
     assert file.read_text() == known
     file.unlink()
     with pytest.raises(
         SystemExit, match=r"rows\.json: nothing tells with which .*\n.*together with rows\.setting\.json"
     ):
-        check_setting(file, {"strengths": [1, 2]}, {"vgg": one}, kept)
+        check(strengths=[1, 2], vgg=one)
     assert not file.exists()
 
 

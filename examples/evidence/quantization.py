@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks.plain_networks import weights_of
 from examples.evidence.quantization_report import draw, tables
 from examples.evidence.quantization_runs import ORIGINAL, VARIANTS, exposed, quantized
 from examples.evidence.quantizer import MINMAX, PERCENTILE, Setting
@@ -67,12 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     exposures: dict[tuple[str, int], Piece] = {}
     for seed in range(scale.seeds):
         for name in scale.networks:
-            plain = args.plain / f"{name}.pt"
-            if scale.needs_trained and not plain.is_file():
-                raise SystemExit(f"error: {plain}: no such file; python -m benchmarks.plain_networks trains it")
             given = {"name": name, "seed": seed, "calibration_images": scale.calibration_images,
                      "test_images": scale.test_images}  # fmt: skip
-            trained = plain if scale.needs_trained else None
+            trained = weights_of(name, args.plain) if scale.needs_trained else None
             for variant in VARIANTS:
                 quantizations[name, variant, seed] = Piece(
                     f"{name}, {variant}, quantized, draw {seed}", partial(quantized, plain=trained),

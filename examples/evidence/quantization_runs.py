@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.plain_networks import NETWORKS
+from benchmarks.plain_networks import NETWORKS, trained
 from examples.evidence.images import shuffled
 from examples.evidence.quantizer import Setting, logits, prepare, quantize
 from examples.evidence.work import Found
@@ -45,10 +45,7 @@ def _drawn(data: str, count: int, seed: int) -> Tensor:
 def _network(name: str, plain: Path | None) -> nn.Module:
     """A plain network from its file; an untrained one without a file."""
     torch.manual_seed(0)
-    network = NETWORKS[name]()
-    if plain is not None:
-        network.load_state_dict(torch.load(plain))
-    return network.eval()
+    return NETWORKS[name]().eval() if plain is None else trained(name, plain)
 
 
 def _converted(network: nn.Module, name: str, images: Tensor, seed: int, output: Path) -> nn.Module:

@@ -219,7 +219,8 @@ def _outcomes(cells: list[Cell], scale: Scale, args: Any) -> dict[str, list[Outc
     Every cell is trained with the first seed before one is with the second, so that a run cut short compares all cells.
     The learning rates of cells that leave a choice are tried before.
     """
-    asked = set() if args.report else {cell.name for cell in _chosen(cells, args.only)}
+    chosen = _chosen(cells, args.only)
+    asked = set() if args.report else {cell.name for cell in chosen}
     trials = {cell.name: _trials(cell) for cell in cells if cell.rates}
     tries = [(trial, 0, name in asked) for name, some in trials.items() for trial in some]
     tried = _train_all(tries, scale, args)

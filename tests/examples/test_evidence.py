@@ -169,10 +169,12 @@ def test_only_the_networks_that_are_named_are_trained(tmp_path, monkeypatch, cap
     asked = run_with(monkeypatch, experiment, tmp_path, found, "--only", "one: net", "one: other")
     assert [name for name, *_ in asked] == ["one: net", "one: other"]
     assert list(table(tmp_path / "table.md")) == ["one: net", "one: other"]
-    with pytest.raises(SystemExit) as ended:
-        run_with(monkeypatch, experiment, tmp_path, found, "--only", "one: nets")
-    assert ended.value.code == 2
-    assert "only: there is no 'one: nets'; there are one: net; one: net, wider; one: other" in capsys.readouterr().err
+    for more in ([], ["--report"]):
+        with pytest.raises(SystemExit) as ended:
+            run_with(monkeypatch, experiment, tmp_path, found, "--only", "one: nets", *more)
+        assert ended.value.code == 2
+        told = "only: there is no 'one: nets'; there are one: net; one: net, wider; one: other"
+        assert told in capsys.readouterr().err
 
 
 def test_a_name_without_a_rate_is_that_of_the_networks_with_any_rate(tmp_path, monkeypatch):
@@ -455,11 +457,10 @@ def test_a_plain_network_is_trained_once_and_for_its_own_length(tmp_path, monkey
     monkeypatch.setattr(plain_networks, "train", lambda network, images, **how: trained.update({type(network): how}))
     (tmp_path / "mobilenet.pt").write_bytes(b"before")
     given = ["plain_networks", "--output", str(tmp_path), "--networks", "resnet20", "vit", "mobilenet"]
-    for epochs in (20, None):
-        monkeypatch.setattr("sys.argv", given)
+    monkeypatch.setattr("sys.argv", given)
+    for lengths in ({"ResNet20": 20, "SmallViT": 40}, {}):
         plain_networks.main()
-        lengths = {kind.__name__: how["epochs"] for kind, how in trained.items()}
-        assert lengths == ({} if epochs is None else {"ResNet20": epochs, "SmallViT": 40})
+        assert {kind.__name__: how["epochs"] for kind, how in trained.items()} == lengths
         trained.clear()
     assert f"mobilenet: {tmp_path}/mobilenet.pt is there" in capsys.readouterr().out
     assert (tmp_path / "mobilenet.pt").read_bytes() == b"before"
